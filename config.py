@@ -1,0 +1,165 @@
+"""Settings that are facts: the size of a BERT, and what each task reads, predicts and writes.
+
+Nothing here runs; the flags, the loader, the heads, the metrics and the prediction files all follow
+from these rows. BERT: https://arxiv.org/abs/1810.04805.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+SPLITS = ("train", "dev", "test")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
+class UserError(ValueError):
+    """Something the user can mend; scripts print it as one line and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Size and regularisation of a BERT encoder, under Hugging Face's names; the defaults are bert-base-uncased."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        for name in SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"BertConfig {name} is {value!r}; expected a whole number of at least 1")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise UserError(f"BertConfig {name} is {value!r}; expected a number in [0, 1)")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"BertConfig hidden_size {self.hidden_size} is not a multiple of"
+                f" num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "BertConfig":
+        """Read a Hugging Face `config.json`; keys that do not describe the encoder's size are left alone.
+
+        Raises:
+            UserError: if the file is no JSON object, or describes an architecture other than plain BERT.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a pre-trained encoder needs one") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a JSON file ({error})") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        if values.get("model_type", "bert") != "bert":
+            raise UserError(f"{path}: model_type is {values['model_type']!r}; only 'bert' can be loaded")
+        if values.get("position_embedding_type", "absolute") != "absolute":
+            raise UserError(
+                f"{path}: position_embedding_type is {values['position_embedding_type']!r}; expected 'absolute'"
+            )
+        known = {field.name for field in fields(cls)}
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known and value is not None})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def to_json(self, path: str | Path) -> None:
+        """Write a `config.json` that Hugging Face's `BertModel.from_pretrained` reads."""
+        values = {"model_type": "bert", "architectures": ["BertModel"], **asdict(self)}
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task: where its rows are, what its labels mean, how its predictions are written.
+
+    `kind` is a row of `evaluation.TASK_KINDS`. One text column makes a single-sentence task, two make a
+    pair task, which then gets the flag `--NAME_head`.
+    """
+
+    title: str
+    kind: str
+    files: dict[str, str]  # split -> file name under --data_dir
+    text_columns: tuple[str, ...]
+    label_column: str
+    label_range: tuple[float, float]  # inclusive
+    prediction_column: str  # as the course's starter spells it, misspellings included
+    handout_column: str  # as the course's handout spells it
+    default_head: str = "single"  # row of heads.HEADS
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.text_columns) == 2
+
+
+def course_files(stem: str) -> dict[str, str]:
+    """File names of the three splits as the course ships them."""
+    return {"train": f"{stem}-train.csv", "dev": f"{stem}-dev.csv", "test": f"{stem}-test-student.csv"}
+
+
+TASKS = {
+    "sst": TaskSpec(
+        title="sentiment (SST-5)",
+        kind="classification",
+        files=course_files("ids-sst"),
+        text_columns=("sentence",),
+        label_column="sentiment",
+        label_range=(0, 4),
+        prediction_column="Predicted_Sentiment",
+        handout_column="Predicted_Sentiment",
+    ),
+    "para": TaskSpec(
+        title="paraphrase (Quora)",
+        kind="binary",
+        files=course_files("quora"),
+        text_columns=("sentence1", "sentence2"),
+        label_column="is_duplicate",
+        label_range=(0, 1),
+        prediction_column="Predicted_Is_Paraphrase",
+        handout_column="Predicted_Is_Paraphrase",
+        default_head="diff",
+    ),
+    "sts": TaskSpec(
+        title="similarity (SemEval STS)",
+        kind="regression",
+        files=course_files("sts"),
+        text_columns=("sentence1", "sentence2"),
+        label_column="similarity",
+        label_range=(0, 5),
+        prediction_column="Predicted_Similiary",
+        handout_column="Predicted_Similarity",
+        default_head="diff",
+    ),
+    "cfimdb": TaskSpec(
+        title="sentiment of film reviews (CFIMDB)",
+        kind="classification",
+        files=course_files("ids-cfimdb"),
+        text_columns=("sentence",),
+        label_column="sentiment",
+        label_range=(0, 1),
+        prediction_column="Predicted_Sentiment",
+        handout_column="Predicted_Sentiment",
+    ),
+}
+DEFAULT_TASKS = ("sst", "para", "sts")

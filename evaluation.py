@@ -1,0 +1,346 @@
+"""What a task's logits mean: loss, prediction, scores; evaluation of a model; the class's prediction files.
+
+The class ranks by the mean of sentiment accuracy, paraphrase accuracy and similarity's Pearson r (2023), or the
+same with similarity mapped to (r + 1) / 2 (2024). Both are computed and named.
+
+Shapes: B examples, C outputs of a task.
+"""
+
+import csv
+import io
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from sklearn.metrics import accuracy_score, f1_score
+
+from config import TaskSpec, UserError
+
+# --- kinds of task ---------------------------------------------------------------------------------------------
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's r, in [-1, 1]; 0 when either side is constant, where r is undefined."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else 0.0
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rho, in [-1, 1]: Pearson's r of the ranks, ties sharing their mean rank."""
+    return pearson(rankdata(x), rankdata(y))
+
+
+def class_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    macro_f1 = f1_score(labels, predictions, average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(labels, predictions)), "macro_f1": float(macro_f1)}
+
+
+def correlation_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
+
+
+def majority_floor(labels: np.ndarray) -> float:
+    """Accuracy of always answering the most frequent label."""
+    return max(Counter(labels.tolist()).values()) / len(labels)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What `TaskSpec.kind` stands for.
+
+    Args:
+        num_outputs: C, from the task's row.
+        loss: mean loss of logits (B, C) float32 against labels (B,).
+        decode: logits (B, C) -> predictions (B,), on the scale of the labels.
+        scores: predictions and labels -> named scores in [-1, 1].
+        floor: labels -> the main score of a model that ignores its input.
+        text: one prediction as the prediction file has it, in the starter's style.
+        handout_text: the same in the handout's style.
+        is_legal: whether a predicted value makes sense, given the task's label range.
+        is_discrete: predictions are class numbers.
+        main_score: the name of the score that counts in the overall.
+        logit_range: what the logits should span, (least, greatest), so that a new head starts sensibly; None for
+            no wish.
+    """
+
+    num_outputs: Callable[[TaskSpec], int]
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    scores: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    floor: Callable[[np.ndarray], float]
+    text: Callable[[float], str]
+    handout_text: Callable[[float], str]
+    is_legal: Callable[[float, TaskSpec], bool]
+    is_discrete: bool
+    main_score: str
+    logit_range: Callable[[TaskSpec], tuple[float, float] | None]
+
+
+def is_class(value: float, spec: TaskSpec) -> bool:
+    low, high = spec.label_range
+    return value == int(value) and low <= value <= high
+
+
+TASK_KINDS = {
+    "classification": TaskKind(
+        num_outputs=lambda spec: int(spec.label_range[1]) + 1,
+        loss=lambda logits, labels: F.cross_entropy(logits, labels.long()),
+        decode=lambda logits: logits.argmax(-1),
+        scores=class_scores,
+        floor=majority_floor,
+        text=lambda value: str(int(value)),
+        handout_text=lambda value: str(int(value)),
+        is_legal=is_class,
+        is_discrete=True,
+        main_score="accuracy",
+        logit_range=lambda spec: None,
+    ),
+    "binary": TaskKind(
+        num_outputs=lambda spec: 1,
+        loss=lambda logits, labels: F.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float()),
+        decode=lambda logits: (logits.squeeze(-1) > 0).long(),  # the threshold that the loss trains for
+        scores=class_scores,
+        floor=majority_floor,
+        text=lambda value: str(float(value)),
+        handout_text=lambda value: str(int(value)),
+        is_legal=is_class,
+        is_discrete=True,
+        main_score="accuracy",
+        logit_range=lambda spec: (-5.0, 5.0),
+    ),
+    "regression": TaskKind(
+        num_outputs=lambda spec: 1,
+        loss=lambda logits, labels: F.mse_loss(logits.squeeze(-1), labels.float()),
+        decode=lambda logits: logits.squeeze(-1),
+        scores=correlation_scores,
+        floor=lambda labels: 0.0,
+        text=lambda value: str(float(value)),
+        handout_text=lambda value: str(float(value)),
+        is_legal=lambda value, spec: True,  # any finite number: Pearson's r has no scale
+        is_discrete=False,
+        main_score="pearson",
+        logit_range=lambda spec: spec.label_range,
+    ),
+}
+
+
+def mean_score(scores: dict[str, tuple[str, float]]) -> float:
+    """Plain mean of the tasks' scores (the poster, the 2023 class)."""
+    return sum(score for _, score in scores.values()) / len(scores)
+
+
+def mean_2024_score(scores: dict[str, tuple[str, float]]) -> float:
+    """Mean with each correlation r mapped to (r + 1) / 2 (the 2024 class)."""
+    mapped = [(score + 1) / 2 if kind == "regression" else score for kind, score in scores.values()]
+    return sum(mapped) / len(mapped)
+
+
+OVERALLS: dict[str, Callable] = {"mean": mean_score, "mean_2024": mean_2024_score}
+
+
+def summarise(task_scores: dict[str, dict[str, float]], tasks: dict[str, TaskSpec]) -> dict:
+    """Add the overall scores to the tasks' own.
+
+    Args:
+        task_scores: task -> named scores, as `TaskKind.scores` gives them.
+
+    Returns:
+        {"tasks": task_scores, "mean": float, "mean_2024": float}
+    """
+    mains = {
+        task: (tasks[task].kind, scores[TASK_KINDS[tasks[task].kind].main_score])
+        for task, scores in task_scores.items()
+    }
+    return {"tasks": task_scores, **{name: overall(mains) for name, overall in OVERALLS.items()}}
+
+
+def select_score(summary: dict, select_by: str, tasks: dict[str, TaskSpec]) -> float:
+    """The number that chooses the best checkpoint: an overall, or one task's main score."""
+    if select_by in OVERALLS:
+        return summary[select_by]
+    return summary["tasks"][select_by][TASK_KINDS[tasks[select_by].kind].main_score]
+
+
+# --- prediction files ------------------------------------------------------------------------------------------
+
+PREDICTION_STYLES = ("starter", "handout")
+
+
+def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence[float], style: str) -> str:
+    """The text of a prediction file.
+
+    Args:
+        style: "starter", byte for byte what the course's starter code writes (tab in the header, commas in the
+            rows, a space around each separator and before each line's end), or "handout" (plain commas).
+    """
+    kind = TASK_KINDS[spec.kind]
+    if style == "starter":
+        lines = [f"id \t {spec.prediction_column} \n"]
+        lines += [f"{id} , {kind.text(value)} \n" for id, value in zip(ids, predictions, strict=True)]
+    else:
+        lines = [f"id,{spec.handout_column}\n"]
+        lines += [f"{id},{kind.handout_text(value)}\n" for id, value in zip(ids, predictions, strict=True)]
+    return "".join(lines)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: under another name beside it, flushed, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
+    """Read a prediction file of either style.
+
+    Returns:
+        id -> value, in file order.
+
+    Raises:
+        UserError: naming file:line, for a header or row of another form, an id given twice, an illegal value.
+    """
+    kind = TASK_KINDS[spec.kind]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    header = [part.strip() for part in lines[0].replace("\t", ",").split(",")] if lines else []
+    if header not in (["id", spec.prediction_column], ["id", spec.handout_column]):
+        raise UserError(
+            f"{path}:1: header is {lines[0] if lines else ''!r}; expected id and {spec.prediction_column}"
+        )
+    predictions = {}
+    for number, row in enumerate(csv.reader(io.StringIO("\n".join(lines[1:]))), start=2):
+        fields = [field.strip() for field in row]
+        try:
+            id, value = fields[0], float(fields[1])
+        except (IndexError, ValueError):
+            raise UserError(
+                f"{path}:{number}: row is {','.join(row)!r}; expected an id, a comma, a number"
+            ) from None
+        if len(fields) != 2 or not id:
+            raise UserError(f"{path}:{number}: row is {','.join(row)!r}; expected an id, a comma, a number")
+        if id in predictions:
+            raise UserError(f"{path}:{number}: id {id} stands here for the second time")
+        if not math.isfinite(value) or not kind.is_legal(value, spec):
+            low, high = spec.label_range
+            expected = f"a whole number from {low:g} to {high:g}" if kind.is_discrete else "a finite number"
+            raise UserError(f"{path}:{number}: value is {fields[1]}; expected {expected}")
+        predictions[id] = value
+    return predictions
+
+
+def collapse_warning(predictions: Sequence[float], spec: TaskSpec) -> str | None:
+    """A sentence of warning if all, or nearly all, predictions are the same; else None."""
+    if len(predictions) < 2:
+        return None
+    value, count = Counter(predictions).most_common(1)[0]
+    if count >= 0.95 * len(predictions):
+        return f"{count} of {len(predictions)} predictions are {value:g}: the model seems to have collapsed"
+    return None
+
+
+def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> str | None:
+    """Hold a prediction file against the ids of its data file.
+
+    Returns:
+        A warning (collapse), or None.
+
+    Raises:
+        UserError: if the file is malformed, or an id is missing or unknown.
+    """
+    predictions = read_predictions(path, spec)
+    missing = [id for id in ids if id not in predictions]
+    unknown = set(predictions) - set(ids)
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(ids)} ids have no prediction, the first is {missing[0]}"
+        )
+    if unknown:
+        raise UserError(f"{path}: {len(unknown)} ids are not in the data, the first is {min(unknown)}")
+    return collapse_warning(list(predictions.values()), spec)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------
+
+EVAL_TOKENS = 8192  # padded word pieces per forward pass
+EVAL_EXAMPLES = 4096  # examples per head call, on vectors that are already there
+
+
+@torch.no_grad()
+def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> np.ndarray:
+    """Predictions of a task for all examples of `data`.
+
+    Each distinct sequence is encoded once, in order of length, and the head sees the vectors. The model is in
+    eval mode meanwhile and is left in the mode it was in.
+
+    Args:
+        model: a `MultitaskBERT`.
+        data: a `datasets.TaskData`.
+        autocast: makes the context for mixed precision.
+
+    Returns:
+        (N,) on the scale of the labels: int64 classes, or float32.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with autocast():
+        lengths = data.sequences.lengths
+        order = np.argsort(lengths, kind="stable")
+        vectors = None  # (U, H)
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= EVAL_TOKENS:
+                stop += 1
+            chosen = order[start:stop]
+            batch = {key: value.to(device) for key, value in data.sequences.pad(chosen, pad_token_id).items()}
+            pooled = model.embed(**batch).float()
+            if vectors is None:
+                vectors = pooled.new_empty(len(order), pooled.shape[-1])
+            vectors[torch.from_numpy(chosen).to(device)] = pooled
+            start = stop
+        index = torch.from_numpy(data.index).to(device)
+        logits = [
+            model.heads[task](*(vectors[column] for column in rows.unbind(-1))).float()
+            for rows in index.split(EVAL_EXAMPLES)
+        ]
+    model.train(was_training)
+    return TASK_KINDS[model.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
+
+
+def evaluate(
+    model, dev_data: dict, pad_token_id: int, autocast=nullcontext
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Scores of a model on the dev split of its tasks.
+
+    Args:
+        dev_data: task -> `datasets.TaskData` with labels.
+
+    Returns:
+        what `summarise` returns, and task -> predictions (N,).
+    """
+    predictions = {
+        task: predict(model, task, data, pad_token_id, autocast) for task, data in dev_data.items()
+    }
+    task_scores = {
+        task: TASK_KINDS[model.tasks[task].kind].scores(predictions[task], data.rows.labels)
+        for task, data in dev_data.items()
+    }
+    return summarise(task_scores, model.tasks), predictions

@@ -1,0 +1,487 @@
+"""The command line of `multitask_classifier.py`: every flag once, and one function for defaults that depend on others.
+
+The course starter's flags and their defaults stay valid; where we differ, the help text says so.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from base_bert import OFFLINE_ENCODER
+from config import DEFAULT_TASKS, SPLITS, TASKS, BertConfig, UserError
+from datasets import SAMPLERS
+from evaluation import OVERALLS, PREDICTION_STYLES
+from heads import PAIR_HEADS, POOLINGS
+from optimizer import SCHEDULES
+from pcgrad import GRAD_METHODS
+
+PRECISIONS = ("auto", "fp32", "bf16")
+FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
+OPTIONS = {"pretrain": True, "finetune": False}
+# What a resumed run may change: where things are and how much is said, not what is computed.
+RESUME_MAY_CHANGE = {"max_steps", "patience", "data_dir", "prediction_style", "log_every"} | {
+    f"{task}_{split}{ending}" for task in TASKS for split in SPLITS for ending in ("", "_out")
+}
+HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports an error as one line; the usage of this many flags would bury it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False
+):
+    """An argparse type: a finite number of `kind` in a range."""
+    word = "a whole number" if kind is int else "a number"
+    expected = f"{word} {'above' if low_open else 'of at least'} {low:g}"
+    if high < math.inf:
+        expected += f" and {'below' if high_open else 'at most'} {high:g}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = (value > low if low_open else value >= low) and (
+            value < high if high_open else value <= high
+        )
+        if not (inside and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"value is {text!r}; expected {expected}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1)
+COUNT_OR_NONE = number(int, 0)
+PROBABILITY = number(float, 0, 1, high_open=True)
+POSITIVE = number(float, 0, low_open=True)
+NOT_NEGATIVE = number(float, 0)
+
+
+def task_list(text: str) -> tuple[str, ...]:
+    tasks = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks or len(set(tasks)) < len(tasks):
+        raise argparse.ArgumentTypeError(f"value is {text!r}; expected some of {','.join(TASKS)}, each once")
+    return tasks
+
+
+def weight_list(text: str) -> dict[str, float]:
+    weights = {}
+    for part in text.split(","):
+        task, _, value = part.partition("=")
+        try:
+            weights[task.strip()] = float(value)
+        except ValueError:
+            weights[task.strip()] = math.nan
+    if not all(task in TASKS and 0 <= weight < math.inf for task, weight in weights.items()):
+        raise argparse.ArgumentTypeError(f"value is {text!r}; expected TASK=NUMBER,..., as in sst=1,sts=2.5")
+    return weights
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="multitask_classifier.py",
+        description="Train one BERT on several tasks at once, evaluate it, and write prediction files.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)"
+    )
+    data.add_argument(
+        "--tasks",
+        type=task_list,
+        default=DEFAULT_TASKS,
+        metavar="TASK,...",
+        help=f"tasks to train, out of {','.join(TASKS)} (default: {','.join(DEFAULT_TASKS)})",
+    )
+    data.add_argument(
+        "--max_length",
+        type=number(int, 3),
+        default=512,
+        help="longest sequence, in word pieces (default: 512)",
+    )
+    for task, spec in TASKS.items():
+        for split, name in spec.files.items():
+            data.add_argument(f"--{task}_{split}", metavar="FILE", help=f"instead of {name} in --data_dir")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained",
+        default=OFFLINE_ENCODER,
+        metavar="NAME|DIR",
+        help=f"encoder to start from: a folder, a hub name (NAME@REVISION), or {OFFLINE_ENCODER}, which needs no network"
+        f" (default: {OFFLINE_ENCODER})",
+    )
+    model.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        default="mean",
+        help="how a sequence becomes one vector (default: mean)",
+    )
+    for task, spec in TASKS.items():
+        if spec.is_pair:
+            model.add_argument(
+                f"--{task}_head",
+                choices=PAIR_HEADS,
+                default=spec.default_head,
+                help=f"how {spec.title} sees a pair (default: {spec.default_head})",
+            )
+    model.add_argument(
+        "--head_layers", type=COUNT, default=1, help="dense layers in each head but cosine (default: 1)"
+    )
+    model.add_argument(
+        "--hidden_dropout_prob",
+        type=PROBABILITY,
+        help="dropout in the encoder and before the heads, in [0, 1) (default: the checkpoint's own in the encoder,"
+        f" {HEAD_DROPOUT_PROB} before the heads)",
+    )
+    model.add_argument("--freeze_encoder", action="store_true", help="train the heads only")
+    model.add_argument("--option", choices=OPTIONS, help="course starter: pretrain is --freeze_encoder")
+    model.add_argument(
+        "--fine-tune-mode",
+        choices=FINE_TUNE_MODES,
+        help="later starters: last-linear-layer is --freeze_encoder",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs",
+        type=POSITIVE,
+        default=10,
+        help="length of the run; one epoch takes as many examples as all tasks hold together, which task they come from"
+        " is up to --sampler (default: 10)",
+    )
+    training.add_argument(
+        "--max_steps", type=COUNT, help="length of the run in steps (optimizer updates), instead of --epochs"
+    )
+    training.add_argument(
+        "--batch_size", type=COUNT, default=8, help="examples per task and forward pass (default: 8)"
+    )
+    for task in TASKS:
+        training.add_argument(
+            f"--{task}_batch_size", type=COUNT, help="the same for one task (default: --batch_size)"
+        )
+    training.add_argument(
+        "--grad_accum", type=COUNT, default=1, help="batches per task and step (default: 1)"
+    )
+    training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=11711, help="(default: 11711)")
+    training.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of matrix products; weights and optimizer stay fp32. auto: bf16 where the processor is fast at it (default: auto)",
+    )
+    training.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    training.add_argument("--use_gpu", action="store_true", help="course starter: --device cuda")
+
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument(
+        "--lr",
+        type=POSITIVE,
+        help="learning rate of the encoder (default: 1e-5, the course's, at bert-base size; 5e-5 for smaller encoders)",
+    )
+    optimizer.add_argument(
+        "--head_lr",
+        type=POSITIVE,
+        help="learning rate of the heads, which start from nothing (default: 1e-3)",
+    )
+    optimizer.add_argument(
+        "--weight_decay",
+        type=NOT_NEGATIVE,
+        default=0.01,
+        help="per update, times lr; matrices only (default: 0.01)",
+    )
+    optimizer.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="linear",
+        help="of the learning rate after warm-up (default: linear)",
+    )
+    optimizer.add_argument(
+        "--warmup_steps", type=COUNT_OR_NONE, help="linear warm-up, in steps (default: --warmup_ratio)"
+    )
+    optimizer.add_argument(
+        "--warmup_ratio",
+        type=PROBABILITY,
+        default=0.1,
+        help="linear warm-up, as a share of the run (default: 0.1)",
+    )
+    optimizer.add_argument("--rectify", action="store_true", help="RAdam's rectified warm-up in AdamW")
+    optimizer.add_argument(
+        "--clip_norm",
+        type=NOT_NEGATIVE,
+        default=1.0,
+        help="longest gradient of a step; 0: no clipping (default: 1)",
+    )
+
+    multitask = parser.add_argument_group("multitask")
+    multitask.add_argument(
+        "--grad_method",
+        choices=GRAD_METHODS,
+        default="pcgrad",
+        help="how task gradients are combined (default: pcgrad)",
+    )
+    multitask.add_argument(
+        "--grad_reduction",
+        choices=("sum", "mean"),
+        help="sum or mean over tasks of what the method gives (default: sum; mean for --grad_method mean)",
+    )
+    multitask.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="round_robin",
+        help="which tasks fill the slots of a step (default: round_robin)",
+    )
+    multitask.add_argument(
+        "--task_weights",
+        type=weight_list,
+        default={},
+        metavar="TASK=W,...",
+        help="factors of the losses (default: 1)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output_dir", metavar="DIR", help="run folder (default: runs/ and a name made of the settings)"
+    )
+    output.add_argument(
+        "--eval_every",
+        type=COUNT,
+        help="steps between evaluations and checkpoints (default: a tenth of the run)",
+    )
+    output.add_argument(
+        "--eval_max_examples",
+        type=COUNT,
+        help="dev examples per task in evaluations during the run; the last one takes all (default: all)",
+    )
+    output.add_argument(
+        "--select_by",
+        choices=(*OVERALLS, *TASKS),
+        default="mean",
+        help="dev score that chooses the best checkpoint: an overall or one task (default: mean)",
+    )
+    output.add_argument(
+        "--patience",
+        type=COUNT_OR_NONE,
+        default=0,
+        help="evaluations without a better score before stopping; 0: never (default: 0)",
+    )
+    output.add_argument(
+        "--log_every", type=COUNT, default=10, help="steps between lines of the log (default: 10)"
+    )
+    output.add_argument("--resume", action="store_true", help="continue the run in --output_dir, exactly")
+    output.add_argument(
+        "--overwrite", action="store_true", help="start anew in an --output_dir that holds a run"
+    )
+    output.add_argument(
+        "--eval_only", action="store_true", help="evaluate the best checkpoint in --output_dir on dev"
+    )
+    output.add_argument(
+        "--predict_only",
+        action="store_true",
+        help="write prediction files from the best checkpoint in --output_dir",
+    )
+    output.add_argument(
+        "--prediction_style",
+        choices=PREDICTION_STYLES,
+        default="starter",
+        help="form of prediction files (default: starter)",
+    )
+    for task, spec in TASKS.items():
+        for split in ("dev", "test"):
+            output.add_argument(
+                f"--{task}_{split}_out", metavar="FILE", help=f"{split} predictions of {spec.title}"
+            )
+    return parser
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and check the flags against each other, before anything is loaded.
+
+    With `--resume`, `--eval_only` or `--predict_only` the run's own settings take the place of the defaults, so
+    that only `--output_dir` is needed. Exits with code 2 and one line if a flag is wrong. Flags whose default
+    depends on others are None until `resolve_args`.
+
+    Raises:
+        UserError: if a run is to be read and there is none, or a resumed run would become another one.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume or args.eval_only or args.predict_only:
+        if not args.output_dir:
+            parser.error("--resume, --eval_only and --predict_only need --output_dir, the run folder to read")
+        stored = read_run_args(args.output_dir)
+        parser.set_defaults(**stored)
+        args = parser.parse_args(argv)
+        changed = [name for name, value in stored.items() if getattr(args, name) != value]
+        changed = [name for name in changed if name not in RESUME_MAY_CHANGE]
+        if args.resume and changed:
+            name = changed[0]
+            parser.error(
+                f"--resume: --{name} {getattr(args, name)} would make it another run, it was started with"
+                f" {stored[name]}" + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
+            )
+    frozen = {
+        args.option and OPTIONS[args.option],
+        args.fine_tune_mode and FINE_TUNE_MODES[args.fine_tune_mode],
+        args.freeze_encoder or None,
+    } - {None}
+    if len(frozen) > 1:
+        parser.error(
+            "--option, --fine-tune-mode and --freeze_encoder contradict each other; give one of them"
+        )
+    args.freeze_encoder = frozen == {True}
+    if args.use_gpu and args.device not in ("auto", "cuda"):
+        parser.error(f"--use_gpu and --device {args.device} contradict each other")
+    if args.select_by in TASKS and args.select_by not in args.tasks:
+        parser.error(f"--select_by {args.select_by}: that task is not among --tasks {','.join(args.tasks)}")
+    stray = sorted(set(args.task_weights) - set(args.tasks))
+    if stray:
+        parser.error(f"--task_weights names {stray[0]}, which is not among --tasks {','.join(args.tasks)}")
+    if not any(args.task_weights.get(task, 1.0) for task in args.tasks):
+        parser.error("--task_weights is 0 for every task; nothing would be trained")
+    if args.grad_method == "mean" and args.grad_reduction == "sum":
+        parser.error("--grad_method mean and --grad_reduction sum contradict each other")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite contradict each other")
+    if (args.eval_only or args.predict_only) and (args.resume or args.overwrite):
+        parser.error("--eval_only and --predict_only read a finished run; leave out --resume and --overwrite")
+    return args
+
+
+def read_run_args(output_dir: str) -> dict:
+    """The flags that a run was started with, dependent defaults resolved, from its `args.json`."""
+    path = Path(output_dir) / "args.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["args"]
+        stored["tasks"] = tuple(stored["tasks"])
+    except FileNotFoundError:
+        raise UserError(f"--output_dir {output_dir}: no run there (no args.json)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r})") from None
+    known = vars(make_parser().parse_args([]))
+    modes = ("output_dir", "resume", "overwrite", "eval_only", "predict_only")
+    return {name: value for name, value in stored.items() if name in known and name not in modes}
+
+
+def data_file(args: argparse.Namespace, task: str, split: str) -> Path:
+    """Where a task's rows come from."""
+    return Path(getattr(args, f"{task}_{split}") or Path(args.data_dir) / TASKS[task].files[split])
+
+
+def prediction_file(args: argparse.Namespace, task: str, split: str) -> Path:
+    """Where a task's predictions go."""
+    ending = "output" if args.prediction_style == "starter" else "out"
+    default = Path(args.output_dir) / "predictions" / f"{task}-{split}-{ending}.csv"
+    return Path(getattr(args, f"{task}_{split}_out") or default)
+
+
+def head_name(args: argparse.Namespace, task: str) -> str:
+    return getattr(args, f"{task}_head") if TASKS[task].is_pair else "single"
+
+
+def is_bf16_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[str, int]) -> list[str]:
+    """Fill in every default that depends on other flags, in place.
+
+    Args:
+        args: from `get_args`; each attribute that was None and is needed by the run gets its value.
+        sizes: task -> training examples.
+
+    Returns:
+        lines that say what was chosen and why, and which flags given have no effect.
+
+    Raises:
+        UserError: if a flag does not fit the encoder or this machine.
+    """
+    chosen = []
+
+    def choose(name: str, value, why: str):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            chosen.append(f"{name} {value} ({why})")
+
+    if args.max_length > bert_config.max_position_embeddings:
+        args.max_length = bert_config.max_position_embeddings
+        chosen.append(f"max_length {args.max_length} (the encoder's max_position_embeddings)")
+    device = resolve_device("cuda" if args.use_gpu else args.device)
+    if args.device == "auto" or args.use_gpu:
+        chosen.append(f"device {device}")
+    args.device = str(device)
+    if args.precision == "auto":
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else is_bf16_fast()
+        )
+        args.precision = "bf16" if fast else "fp32"
+        chosen.append(
+            f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
+        )
+    small = bert_config.hidden_size < 768
+    choose("lr", 5e-5 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
+    choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
+    choose(
+        "grad_reduction", "mean" if args.grad_method == "mean" else "sum", f"grad_method {args.grad_method}"
+    )
+    for task in args.tasks:
+        if getattr(args, f"{task}_batch_size") is None:
+            setattr(args, f"{task}_batch_size", args.batch_size)
+    args.task_weights = {task: args.task_weights.get(task, 1.0) for task in args.tasks}
+    examples_per_step = args.grad_accum * sum(getattr(args, f"{task}_batch_size") for task in args.tasks)
+    steps_per_epoch = sum(sizes.values()) / examples_per_step
+    choose(
+        "max_steps",
+        max(1, math.ceil(args.epochs * steps_per_epoch)),
+        f"{args.epochs:g} epochs of {steps_per_epoch:.1f} steps",
+    )
+    choose("warmup_steps", int(args.warmup_ratio * args.max_steps), f"warmup_ratio {args.warmup_ratio:g}")
+    choose("eval_every", max(1, math.ceil(args.max_steps / 10)), "a tenth of the run")
+    encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
+    heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
+    name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
+    choose("output_dir", str(Path("runs") / name), "made of the settings")
+    chosen += [f"no effect: {reason}" for reason in idle_flags(args)]
+    return chosen
+
+
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """Settings that this run ignores, each with the reason."""
+    idle = []
+    if args.freeze_encoder and len(args.tasks) > 1:
+        idle.append(f"--grad_method {args.grad_method}: with a frozen encoder the tasks share no gradient")
+    if len(args.tasks) == 1 and args.grad_method in ("pcgrad", "gradvac"):
+        idle.append(f"--grad_method {args.grad_method}: one task has no conflict")
+    if args.head_layers > 1 and any(head_name(args, task) == "cosine" for task in args.tasks):
+        idle.append(f"--head_layers {args.head_layers} on the cosine heads: they have one number to scale")
+    return idle

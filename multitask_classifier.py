@@ -1,0 +1,644 @@
+"""Train one BERT on several tasks at once, evaluate it, and write prediction files.
+
+    python multitask_classifier.py --data_dir data/sample --max_steps 150 --batch_size 16
+
+A step is one optimizer update. In a step every slot draws one mini-batch of one task, each goes forward and
+backward alone, its encoder gradient lands in its own row of one matrix, a gradient method weighs the rows, and AdamW
+makes one pass over flat memory. Gradient surgery: https://arxiv.org/abs/2001.06782.
+
+Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C outputs of a task, K tasks.
+"""
+
+import json
+import math
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bert import BertModel
+from checkpoint import copy_tensors, load_model, load_state, load_tensors, recover, save_checkpoint
+from config import TASKS, TaskSpec, UserError
+from datasets import BatchOrder, TaskData, plan_slots, read_rows, tokenize
+from evaluation import (
+    OVERALLS,
+    TASK_KINDS,
+    collapse_warning,
+    evaluate,
+    format_predictions,
+    predict,
+    select_score,
+    write_text,
+)
+from flags import HEAD_DROPOUT_PROB, data_file, get_args, head_name, prediction_file, resolve_args
+from heads import HEADS, POOLINGS, TaskHead
+from optimizer import AdamW, FlatMemory, lr_factor
+from pcgrad import GRAD_METHODS, cosine_matrix, gram_matrix
+from report import plot_run
+from tokenizer import BertTokenizer
+
+COSINE_EMA_DECAY = 0.99  # GradVac's beta is 0.01
+MAX_BAD_STEPS = 20  # steps in a row without a finite loss and gradient before a run gives up
+
+
+class MultitaskBERT(nn.Module):
+    """One encoder, one head per task.
+
+    Args:
+        bert: the shared encoder.
+        tasks: task -> its row in `config.TASKS`.
+        head_names: task -> a key of `heads.HEADS`.
+        pooling: a key of `heads.POOLINGS`.
+        freeze_encoder: train the heads only.
+    """
+
+    def __init__(
+        self,
+        bert: BertModel,
+        tasks: dict[str, TaskSpec],
+        head_names: dict[str, str],
+        pooling: str = "mean",
+        head_layers: int = 1,
+        head_dropout_prob: float = HEAD_DROPOUT_PROB,
+        freeze_encoder: bool = False,
+    ):
+        super().__init__()
+        self.bert, self.tasks, self.pooling, self.freeze_encoder = bert, tasks, pooling, freeze_encoder
+        self.heads = nn.ModuleDict(
+            {
+                task: TaskHead(
+                    head_names[task],
+                    bert.config.hidden_size,
+                    TASK_KINDS[spec.kind].num_outputs(spec),
+                    num_layers=head_layers,
+                    dropout_prob=head_dropout_prob,
+                    initializer_range=bert.config.initializer_range,
+                    logit_range=TASK_KINDS[spec.kind].logit_range(spec),
+                )
+                for task, spec in tasks.items()
+            }
+        )
+        bert.requires_grad_(not freeze_encoder)
+        if pooling != "pooler":
+            bert.pooler.requires_grad_(False)  # not used: must not decay either
+
+    def train(self, mode: bool = True) -> "MultitaskBERT":
+        super().train(mode)
+        if self.freeze_encoder:
+            self.bert.eval()  # a frozen encoder is a fixed function: no dropout
+        return self
+
+    def embed(self, input_ids, attention_mask, token_type_ids) -> torch.Tensor:
+        """Encode and pool: each (R, T) -> (R, H)."""
+        with torch.no_grad() if self.freeze_encoder else nullcontext():
+            outputs = self.bert(input_ids, attention_mask, token_type_ids)
+            return POOLINGS[self.pooling](outputs, attention_mask)
+
+    def forward(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of one task.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, `token_type_ids`, each (R, T). For two-vector heads R = 2 * B: all
+                first sentences, then all second ones, encoded in one forward pass.
+
+        Returns:
+            (B, C) float32.
+        """
+        pooled = self.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        head = self.heads[task]
+        inputs = pooled.chunk(2) if head.spec.features is not None else (pooled,)
+        return head(*inputs).float()
+
+    def loss(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean loss over a batch with `labels` (B,)."""
+        return TASK_KINDS[self.tasks[task].kind].loss(self(task, batch), batch["labels"])
+
+
+def make_seed(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers; any change in one gives an unrelated seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class StepResult:
+    """What one update did. K is the number of tasks; tasks without a batch have loss nan and a zero row."""
+
+    losses: torch.Tensor  # (K,) mean over the step's batches, before task weights
+    gram: torch.Tensor  # (K, K) inner products of the task gradients, after task weights
+    weights: torch.Tensor  # (K,) of the task gradients in the combined one, before clipping
+    grad_norm: float  # of the combined gradient, encoder and heads, before clipping
+    num_tokens: int  # real word pieces
+    applied: bool  # False: something was not finite and nothing was updated
+
+
+def train_step(
+    model: MultitaskBERT,
+    memory: FlatMemory,
+    optimizer: torch.optim.Optimizer,
+    slots: list[tuple[str, list[dict[str, torch.Tensor]]]],
+    *,
+    step: int,
+    seed: int,
+    grad_method: str = "pcgrad",
+    grad_reduction: str = "sum",
+    task_weights: dict[str, float] | None = None,
+    clip_norm: float = 0.0,
+    cosine_ema: torch.Tensor | None = None,
+    autocast=nullcontext,
+) -> StepResult:
+    """One optimizer update; the learning rates are already in the optimizer's groups.
+
+    Args:
+        slots: for each slot its task and its batches; several batches are accumulated (mean of their losses).
+        step: updates already made; with `seed` it fixes dropout and the order in gradient surgery.
+        clip_norm: longest gradient, encoder and heads together; 0 means no clipping.
+        cosine_ema: (K, K) running mean of the cosines, for methods that aim at it.
+        autocast: makes the context for mixed precision.
+    """
+    tasks = memory.tasks
+    losses, num_batches, num_tokens = torch.zeros(len(tasks)), torch.zeros(len(tasks)), 0
+    memory.zero_grad()
+    for slot, (task, batches) in enumerate(slots):
+        memory.point_grads(task)
+        weight = (task_weights or {}).get(task, 1.0)
+        for part, batch in enumerate(batches):
+            torch.manual_seed(make_seed(seed, step, slot, part))  # dropout depends on nothing else
+            with autocast():
+                loss = model.loss(task, batch)
+            (loss * (weight / len(batches))).backward()  # adds to this task's row and head; frees its graph
+            losses[tasks.index(task)] += loss.detach().cpu()
+            num_batches[tasks.index(task)] += 1
+            num_tokens += int(batch["attention_mask"].sum())
+    losses = losses / num_batches
+
+    present = num_batches.nonzero().flatten()  # tasks that had a batch
+    present_tasks = {tasks[k] for k in present}
+    gram = gram_matrix(memory.task_grads).cpu()  # (K, K)
+    weights = torch.zeros(len(tasks))
+    finite = bool(losses[present].isfinite().all() and gram.isfinite().all())
+    if finite:
+        generator = torch.Generator().manual_seed(make_seed(seed, step))
+        seen = None if cosine_ema is None else cosine_ema[present][:, present]
+        weights[present] = GRAD_METHODS[grad_method](gram[present][:, present], generator, seen)
+        if grad_reduction == "mean" and grad_method != "mean":
+            weights /= len(present)
+    shared_square = float(
+        weights @ gram @ weights
+    )  # the combined gradient's length, without another pass over it
+    head_square = sum(float(memory.head_grad(task).square().sum()) for task in present_tasks)
+    grad_norm = math.sqrt(max(0.0, shared_square) + head_square) if finite else math.nan
+    applied = finite and math.isfinite(grad_norm)
+    if applied:
+        scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
+        memory.combine((weights * scale).to(memory.task_grads.device))
+        if scale < 1:
+            memory.grad[memory.num_shared :] *= scale
+        memory.present_grads(present_tasks)
+        optimizer.step()
+    return StepResult(losses, gram, weights, grad_norm, num_tokens, applied)
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+
+def make_autocast(device: str, precision: str):
+    """A function that makes the mixed-precision context of a run."""
+    if precision == "fp32":
+        return nullcontext
+    return partial(torch.autocast, torch.device(device).type, dtype=torch.bfloat16)
+
+
+def load_data(args, split: str, tokenizer: BertTokenizer, tasks: Iterable[str]) -> dict[str, TaskData]:
+    """Read and tokenize one split of each task, and say what was found."""
+    data = {}
+    for task in tasks:
+        rows = read_rows(data_file(args, task, split), TASKS[task], split)
+        joint = HEADS[head_name(args, task)].joint
+        data[task] = tokenize(rows, tokenizer, joint=joint, max_length=args.max_length)
+        cut = int((data[task].sequences.lengths >= args.max_length).sum())
+        print(
+            f"{task:6s} {split:5s} {len(data[task]):6d} examples, {data[task].sequences.lengths.mean():.1f} word pieces a"
+            f" sequence, {cut} at the limit of {args.max_length}, from {rows.path}"
+        )
+        for reason in rows.skipped[:5]:
+            print(f"       row not used: {reason}" if "kept" not in reason else f"       {reason}")
+        if len(rows.skipped) > 5:
+            print(f"       and {len(rows.skipped) - 5} more")
+    return data
+
+
+def warn_overlap(train_data: dict[str, TaskData], dev_data: dict[str, TaskData]) -> None:
+    for task, data in dev_data.items():
+        seen = set(train_data[task].rows.texts)
+        shared = sum(texts in seen for texts in data.rows.texts)
+        if shared:
+            print(f"warning: {shared} of {len(data)} {task} dev examples also occur in its training data")
+
+
+def make_model(args, bert: BertModel) -> MultitaskBERT:
+    """The model that the flags describe, on --device; the heads' first weights depend on --seed only."""
+    torch.manual_seed(make_seed(args.seed))
+    return MultitaskBERT(
+        bert,
+        {task: TASKS[task] for task in args.tasks},
+        {task: head_name(args, task) for task in args.tasks},
+        pooling=args.pooling,
+        head_layers=args.head_layers,
+        head_dropout_prob=HEAD_DROPOUT_PROB if args.hidden_dropout_prob is None else args.hidden_dropout_prob,
+        freeze_encoder=args.freeze_encoder,
+    ).to(args.device)
+
+
+class Run:
+    """A run folder: settings, log, checkpoints, and the numbers that a resumed run needs besides the weights."""
+
+    def __init__(self, args, model: MultitaskBERT, tokenizer: BertTokenizer):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.folder = Path(args.output_dir)
+        self.memory = FlatMemory(
+            dict(model.bert.named_parameters()),
+            {task: dict(head.named_parameters()) for task, head in model.heads.items()},
+        )
+        model.bert.embeddings.sparse_grad = True  # FlatMemory provides the dense gradient to add to
+        groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
+        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify)
+        self.state = {
+            "step": 0,
+            "task_batches": dict.fromkeys(args.tasks, 0),  # drawn so far
+            "tokens": 0,
+            "bad_steps": 0,  # skipped since the last good one
+            "skipped_steps": 0,  # in all
+            "cosine_ema": None,
+            "best_score": None,
+            "best_step": None,
+            "evals_without_gain": 0,
+            "optimizer_steps": [],
+            "window": [],  # what the next line of the log averages
+        }
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's moments by name; `state["optimizer_steps"]` has its counters."""
+        return {
+            f"{owner}.{'decay' if decays else 'no_decay'}.{key}": self.optimizer.state[param][key]
+            for (owner, decays), param in self.memory.flat_params.items()
+            for key in ("exp_avg", "exp_avg_sq")
+            if param in self.optimizer.state
+        }
+
+    def save_last(self) -> None:
+        counters = [self.optimizer.state[param].get("step", 0) for param in self.memory.flat_params.values()]
+        self.state["optimizer_steps"] = counters
+        save_checkpoint(
+            self.folder / "last", self.model, self.tokenizer, self.optimizer_tensors(), self.state
+        )
+
+    def save_best(self, summary: dict) -> None:
+        state = {"step": self.state["step"], "dev": summary}
+        save_checkpoint(self.folder / "best", self.model, self.tokenizer, {}, state)
+
+    def load_last(self) -> None:
+        """Continue from `last/`: weights, moments, counters; lines of the log that were written after it go."""
+        folder = self.folder / "last"
+        self.state = load_state(folder)
+        load_model(folder, self.model)
+        for param, step in zip(self.memory.flat_params.values(), self.state["optimizer_steps"], strict=True):
+            if step:
+                moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                self.optimizer.state[param].update(step=step, **moments)
+        path = folder / "optimizer.safetensors"
+        copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.state["step"]))
+
+    def log(self, line: dict) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def pair_values(matrix: torch.Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
+    """The entries above the diagonal, named `first-second`."""
+    values = matrix.tolist()
+    return {f"{a}-{b}": values[i][j] for i, a in enumerate(tasks) for j, b in enumerate(tasks) if i < j}
+
+
+def step_record(result: StepResult, tasks: tuple[str, ...]) -> dict:
+    """A `StepResult` as plain numbers; tasks without a batch are left out."""
+    present = [k for k, loss in enumerate(result.losses.tolist()) if not math.isnan(loss)]
+    names = tuple(tasks[k] for k in present)
+    gram = result.gram[present][:, present]
+    return {
+        "loss": dict(zip(names, result.losses[present].tolist(), strict=True)),
+        "task_grad_norm": dict(zip(names, gram.diagonal().clamp(min=0).sqrt().tolist(), strict=True)),
+        "grad_weight": dict(zip(names, result.weights[present].tolist(), strict=True)),
+        "cosine": pair_values(cosine_matrix(gram), names),
+        "grad_norm": result.grad_norm,
+    }
+
+
+def average(records: list[dict]) -> dict:
+    """Mean of each number over the records that have it, and how often each pair of tasks was in conflict."""
+
+    def mean(values):
+        values = [value for value in values if value is not None]
+        return sum(values) / len(values)
+
+    averaged = {"grad_norm": mean(record["grad_norm"] for record in records)}
+    for key in ("loss", "task_grad_norm", "grad_weight", "cosine"):
+        names = list(dict.fromkeys(name for record in records for name in record[key]))
+        averaged[key] = {name: mean(record[key].get(name) for record in records) for name in names}
+    averaged["conflict"] = {
+        pair: mean(float(record["cosine"][pair] < 0) for record in records if pair in record["cosine"])
+        for pair in averaged["cosine"]
+    }
+    return averaged
+
+
+def limit_examples(data: TaskData, limit: int | None, seed: int) -> TaskData:
+    """A fixed random part of the examples, for evaluations during a run."""
+    if limit is None or limit >= len(data):
+        return data
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data))[:limit])
+    return data.part(chosen)
+
+
+def train(args, run: Run, train_data: dict[str, TaskData], dev_data: dict[str, TaskData]) -> None:
+    """The training loop: from `run.state` to --max_steps, or until patience or a signal ends it."""
+    model, memory, optimizer, state = run.model, run.memory, run.optimizer, run.state
+    pad_token_id, autocast = run.tokenizer.pad_token_id, make_autocast(args.device, args.precision)
+    orders = {
+        task: BatchOrder(data.lengths, getattr(args, f"{task}_batch_size"), args.seed, task)
+        for task, data in train_data.items()
+    }
+    dev_part = {
+        task: limit_examples(data, args.eval_max_examples, args.seed) for task, data in dev_data.items()
+    }
+    plan = plan_slots(args.sampler, [len(data) for data in train_data.values()], args.max_steps, args.seed)
+    print_plan(args, plan, orders)
+
+    received = []  # signals; the first one ends the run after the current step, a second one at once
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    interactive = sys.stderr.isatty()
+    bar = tqdm(
+        total=args.max_steps, initial=state["step"], unit="step", disable=not interactive, dynamic_ncols=True
+    )
+    model.train()
+    seconds, tokens = 0.0, 0  # of training, since the last line of the log
+    while state["step"] < args.max_steps:
+        started, step = time.perf_counter(), state["step"]
+        slots = []
+        for k in plan[step]:
+            task, batches = args.tasks[k], []
+            for _ in range(args.grad_accum):
+                examples = orders[task][state["task_batches"][task]]
+                state["task_batches"][task] += 1
+                batch = train_data[task].batch(examples, pad_token_id)
+                batches.append({key: value.to(args.device) for key, value in batch.items()})
+            slots.append((task, batches))
+
+        factor = lr_factor(args.schedule, step, warmup_steps=args.warmup_steps, total_steps=args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        ema = None if state["cosine_ema"] is None else torch.tensor(state["cosine_ema"])
+        result = train_step(
+            model,
+            memory,
+            optimizer,
+            slots,
+            step=step,
+            seed=args.seed,
+            grad_method=args.grad_method,
+            grad_reduction=args.grad_reduction,
+            task_weights=args.task_weights,
+            clip_norm=args.clip_norm,
+            cosine_ema=ema,
+            autocast=autocast,
+        )
+        state["step"] = step = step + 1
+        if result.applied:
+            state["bad_steps"] = 0
+            state["window"].append(step_record(result, memory.tasks))
+            cosines = cosine_matrix(result.gram)
+            ema = cosines if ema is None else COSINE_EMA_DECAY * ema + (1 - COSINE_EMA_DECAY) * cosines
+            state["cosine_ema"] = ema.tolist()
+        else:
+            state["bad_steps"] += 1
+            state["skipped_steps"] += 1
+            tqdm.write(
+                f"warning: step {step} skipped: loss or gradient not finite, losses {result.losses.tolist()}"
+            )
+            if state["bad_steps"] >= MAX_BAD_STEPS:
+                raise UserError(
+                    f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; try a smaller --lr"
+                )
+        state["tokens"] += result.num_tokens
+        tokens += result.num_tokens
+        seconds += time.perf_counter() - started
+
+        bar.update()
+        if state["window"] and (step % args.log_every == 0 or step == args.max_steps):
+            line = {"step": step, "lr": args.lr * factor, "head_lr": args.head_lr * factor}
+            line |= average(state["window"]) | {
+                "tokens": state["tokens"],
+                "tokens_per_second": round(tokens / seconds),
+            }
+            run.log(line)
+            losses = " ".join(f"{task} {loss:.3f}" for task, loss in line["loss"].items())
+            summary = f"loss {losses}  lr {line['lr']:.2e}  {line['tokens_per_second']} tokens/s"
+            if interactive:
+                bar.set_postfix_str(summary, refresh=False)
+            else:
+                print(
+                    f"step {step}/{args.max_steps}  {summary}  {step_seconds(seconds, state['window'])}",
+                    flush=True,
+                )
+            state["window"], seconds, tokens = [], 0.0, 0
+
+        last = step == args.max_steps
+        if step % args.eval_every == 0 or last:
+            summary, _ = evaluate(model, dev_part, pad_token_id, autocast)
+            score = select_score(summary, args.select_by, model.tasks)
+            better = state["best_score"] is None or score > state["best_score"]
+            tqdm.write(
+                f"step {step}/{args.max_steps}  dev {one_line(summary, model.tasks)}{'  best' if better else ''}"
+            )
+            run.log({"step": step, "dev": summary, "select_by": args.select_by, "score": score})
+            if better:
+                state.update(best_score=score, best_step=step, evals_without_gain=0)
+                run.save_best(summary)
+            else:
+                state["evals_without_gain"] += 1
+            run.save_last()
+            if args.patience and state["evals_without_gain"] >= args.patience:
+                print(f"stopping: {args.patience} evaluations without a better {args.select_by}")
+                break
+        if received and not last:
+            run.save_last()
+            bar.close()
+            print(
+                f"stopped by signal at step {step}, saved; continue with: --output_dir {args.output_dir} --resume"
+            )
+            sys.exit(128 + received[0])
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def step_seconds(seconds: float, window: list) -> str:
+    return f"{seconds / max(1, len(window)):.2f} s/step"
+
+
+def print_plan(args, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
+    """Say how long the run is and how often it sees each task."""
+    counts = np.bincount(plan.ravel(), minlength=len(args.tasks)) * args.grad_accum
+    seen = ", ".join(
+        f"{task} {count / orders[task].batches_per_epoch:.2f} times"
+        for task, count in zip(args.tasks, counts, strict=True)
+    )
+    print(
+        f"{args.max_steps} steps with sampler {args.sampler}; each task's data will be seen: {seen}",
+        flush=True,
+    )
+
+
+def one_line(summary: dict, tasks: dict[str, TaskSpec]) -> str:
+    scores = [f"{task} {select_score(summary, task, tasks):.3f}" for task in summary["tasks"]]
+    return "  ".join(scores + [f"{name} {summary[name]:.3f}" for name in OVERALLS])
+
+
+def finish(
+    args, model: MultitaskBERT, tokenizer: BertTokenizer, dev_data: dict[str, TaskData], write: bool
+) -> None:
+    """Evaluate the best checkpoint on all of dev, write predictions and plots, and print what there is."""
+    folder = Path(args.output_dir)
+    best = load_state(folder / "best")
+    load_model(folder / "best", model)
+    autocast = make_autocast(args.device, args.precision)
+    summary, predictions = evaluate(model, dev_data, tokenizer.pad_token_id, autocast)
+    write_text(folder / "scores.json", json.dumps({"step": best["step"], "dev": summary}, indent=2) + "\n")
+    print(f"\ndev scores of the best checkpoint by {args.select_by}, step {best['step']}")
+    for task, scores in summary["tasks"].items():
+        spec, labels = TASKS[task], dev_data[task].rows.labels
+        kind = TASK_KINDS[spec.kind]
+        named = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        floor = kind.floor(labels)
+        print(f"  {task:6s} {named}  (answering blindly: {floor:.4f}; {len(labels)} examples; {spec.title})")
+        if scores[kind.main_score] <= floor:
+            print(f"         warning: {task} is no better than answering blindly")
+        collapse = collapse_warning(predictions[task].tolist(), spec)
+        if collapse:
+            print(f"         warning: {collapse}")
+    print(f"  overall, plain mean (poster, class of 2023): {summary['mean']:.4f}")
+    print(f"  overall, similarity as (r + 1) / 2 (class of 2024): {summary['mean_2024']:.4f}")
+    if write:
+        write_predictions(args, model, tokenizer, dev_data, predictions)
+    plot = plot_run(folder)
+    print(f"run folder: {folder}" + (f"  (curves: {plot})" if plot else ""))
+
+
+def write_predictions(args, model, tokenizer, dev_data, dev_predictions) -> None:
+    """Write the prediction files of both splits of every task."""
+    present = [task for task in args.tasks if data_file(args, task, "test").exists()]
+    for task in set(args.tasks) - set(present):
+        print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
+    test_data = load_data(args, "test", tokenizer, present)
+    autocast = make_autocast(args.device, args.precision)
+    print("predictions")
+    for task in args.tasks:
+        outputs = {"dev": (dev_data[task], dev_predictions[task])}
+        if task in test_data:
+            outputs["test"] = (
+                test_data[task],
+                predict(model, task, test_data[task], tokenizer.pad_token_id, autocast),
+            )
+        for split, (data, predictions) in outputs.items():
+            path = prediction_file(args, task, split)
+            text = format_predictions(TASKS[task], data.rows.ids, predictions.tolist(), args.prediction_style)
+            write_text(path, text)
+            print(f"  {path}  ({len(data)} rows)")
+
+
+def prepare_folder(args) -> None:
+    """Make the run folder and write `args.json`; a folder that holds a run is only emptied with --overwrite."""
+    folder = Path(args.output_dir)
+    if (folder / "args.json").exists():
+        if not args.overwrite:
+            raise UserError(
+                f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
+            )
+        for name in ("args.json", "metrics.jsonl", "scores.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("best", "last"):
+            recover(folder / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    content = {"args": vars(args), "command": sys.argv, "versions": versions}
+    write_text(folder / "args.json", json.dumps(content, indent=2) + "\n")
+
+
+def run_main(args) -> None:
+    reading = args.eval_only or args.predict_only
+    source = (
+        Path(args.output_dir) / ("best" if reading else "last") if reading or args.resume else args.pretrained
+    )
+    if source != args.pretrained:
+        load_state(source)  # there is a checkpoint at all
+    for task in args.tasks:
+        for split in ("train", "dev"):
+            if not data_file(args, task, split).exists() and not (reading and split == "train"):
+                read_rows(data_file(args, task, split), TASKS[task], split)  # says what is missing
+    tokenizer = BertTokenizer.from_pretrained(source)
+    overrides = {} if args.hidden_dropout_prob is None else {"hidden_dropout_prob": args.hidden_dropout_prob}
+    bert = BertModel.from_pretrained(source, **overrides)
+    if len(tokenizer) > bert.config.vocab_size:
+        raise UserError(
+            f"--pretrained {source}: vocabulary of {len(tokenizer)} word pieces, embeddings for {bert.config.vocab_size}"
+        )
+    print(f"encoder {source}: {bert.load_report}")
+    dev_data = load_data(args, "dev", tokenizer, args.tasks)
+    if reading:
+        model = make_model(args, bert)
+        finish(args, model, tokenizer, dev_data, write=args.predict_only)
+        return
+    train_data = load_data(args, "train", tokenizer, args.tasks)
+    warn_overlap(train_data, dev_data)
+    for line in resolve_args(args, bert.config, {task: len(data) for task, data in train_data.items()}):
+        print(f"chosen: {line}")
+    if not args.resume:
+        prepare_folder(args)
+    run = Run(args, make_model(args, bert), tokenizer)
+    if args.resume:
+        run.load_last()
+        print(f"continuing {args.output_dir} at step {run.state['step']}")
+    train(args, run, train_data, dev_data)
+    finish(args, run.model, tokenizer, dev_data, write=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run_main(get_args(argv))
+    except UserError as error:
+        print(f"multitask_classifier.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Gradient surgery on the matrix of inner products (PCGrad: Yu et al. 2020, https://arxiv.org/abs/2001.06782).
+
+A gradient method never sees the gradients. Each projection of the paper adds a multiple of one task gradient to
+another, so every result is a weighted sum of the original task gradients, and the weights follow from their
+inner products alone. For K tasks that is arithmetic on a K x K matrix, instead of passes over K copies of the
+model. (The idea of working on the Gramian: Quinton and Rey, https://arxiv.org/abs/2406.16232.)
+
+Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+BLOCK_SIZE = 2**14  # columns of G handled at once: K blocks stay in a core's cache, so G is read once
+
+
+def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
+    """Inner products of the task gradients, (K, P) -> (K, K), in float32 and one pass over memory.
+
+    Summing per block first is also more exact than one long float32 sum.
+    """
+    num_params = task_grads.shape[1]
+    whole = num_params - num_params % BLOCK_SIZE
+    blocks = (
+        task_grads[:, :whole].unflatten(1, (whole // BLOCK_SIZE, BLOCK_SIZE)).transpose(0, 1)
+    )  # (blocks, K, BLOCK_SIZE)
+    rest = task_grads[:, whole:]
+    return torch.bmm(blocks, blocks.transpose(1, 2)).sum(0) + rest @ rest.T
+
+
+def cosine_matrix(gram: torch.Tensor) -> torch.Tensor:
+    """Cosines between the task gradients, (K, K); 0 where a gradient is zero."""
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    product = norms[:, None] * norms
+    return torch.where(product > 0, gram / product.clamp(min=torch.finfo(gram.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+# --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None) -> weights (K,) ------------------------
+# The combined gradient is weights @ G. `cosine_ema` is the running mean of the cosine matrix over the steps so far
+# (None at the first); the training loop keeps it for its log, and GradVac aims at it.
+
+
+def sum_grads(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+    """Plain sum: the gradient of the summed losses."""
+    return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def mean_grads(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+    """Plain mean: the gradient of the averaged losses."""
+    return sum_grads(gram) / len(gram)
+
+
+def project(gram: torch.Tensor, generator: torch.Generator | None, target: Callable[[int, int], float]):
+    """Shared walk of PCGrad and GradVac; `target(i, j)` is the least cosine that task i must keep with task j.
+
+    For each task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i has a
+    cosine with the original gradient of j below the target, add the multiple of gradient j that lifts it to the
+    target. A zero gradient meets nobody. Returns the sum over tasks of the adjusted gradients, as weights (K,).
+    """
+    inner = gram.double().cpu()
+    num_tasks = len(inner)
+    combined = torch.zeros(num_tasks, dtype=torch.float64)
+    for i in range(num_tasks):
+        coefficients = torch.zeros(num_tasks, dtype=torch.float64)  # of task i's gradient, over the originals
+        coefficients[i] = 1.0
+        for j in torch.randperm(num_tasks, generator=generator).tolist():
+            if i == j or inner[j, j] <= 0 or inner[i, i] <= 0:
+                continue
+            product = float(coefficients @ inner[j])
+            norm = math.sqrt(max(0.0, float(coefficients @ inner @ coefficients)))
+            norm_j, least = math.sqrt(inner[j, j]), target(i, j)
+            if norm == 0 or product >= least * norm * norm_j:
+                continue
+            if least == 0:
+                coefficients[j] -= product / float(inner[j, j])
+            else:
+                cosine = max(-1.0, product / (norm * norm_j))
+                lift = least * math.sqrt(1 - cosine**2) - cosine * math.sqrt(1 - least**2)
+                coefficients[j] += norm * lift / (norm_j * math.sqrt(1 - least**2))
+        combined += coefficients
+    return combined.to(gram)
+
+
+def pcgrad(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+    """PCGrad, Algorithm 1: take out of each task's gradient what conflicts with the others, then sum.
+
+    The order of the others is redrawn for each task, the task itself is left out, and projections use the others'
+    original gradients.
+    """
+    return project(gram, generator, target=lambda i, j: 0.0)
+
+
+def gradvac(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+    """GradVac (Wang et al. 2021, https://arxiv.org/abs/2010.05874): lift each cosine to its running mean.
+
+    Two differences from the paper: the running mean is that of the cosines between the original gradients, not
+    the partly adjusted ones, which keeps it a property of the tasks; and it is capped at 0.99, beyond which the
+    formula divides by almost nothing. Without a running mean yet, the target is 0, which is PCGrad.
+    """
+    if cosine_ema is None:
+        return pcgrad(gram, generator)
+    aims = cosine_ema.double().clamp(-0.99, 0.99).tolist()
+    return project(gram, generator, target=lambda i, j: aims[i][j])
+
+
+GRAD_METHODS: dict[str, Callable[..., torch.Tensor]] = {
+    "sum": sum_grads,
+    "mean": mean_grads,
+    "pcgrad": pcgrad,
+    "gradvac": gradvac,
+}

@@ -1,0 +1,169 @@
+"""Text to word pieces: a thin face on the `tokenizers` library (https://huggingface.co/docs/tokenizers).
+
+Gives exactly what Hugging Face's BERT tokenizer gives, for single sentences and for true pairs
+(`[CLS] a [SEP] b [SEP]` with segment ids, the longer one truncated first).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from base_bert import resolve_pretrained
+from config import UserError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class BertTokenizer:
+    """Word-piece tokenizer of one checkpoint.
+
+    Args:
+        vocab: word piece -> id, the special tokens included.
+        do_lower_case: lower-case the text and strip its accents (uncased checkpoints).
+        max_length: longest sequence in word pieces, special tokens included, when a call names none.
+    """
+
+    def __init__(self, vocab: dict[str, int], do_lower_case: bool = True, max_length: int = 512):
+        absent = [token for token in SPECIAL_TOKENS if token not in vocab]
+        if absent:
+            raise UserError(f"vocabulary lacks the special token {absent[0]}")
+        self.do_lower_case = do_lower_case
+        self.max_length = max_length
+        self.pad_token_id = vocab["[PAD]"]
+        self.cls_token_id, self.sep_token_id, self.mask_token_id = (
+            vocab["[CLS]"],
+            vocab["[SEP]"],
+            vocab["[MASK]"],
+        )
+        self._tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        self._tokenizer.normalizer = BertNormalizer(lowercase=do_lower_case)
+        self._tokenizer.pre_tokenizer = BertPreTokenizer()
+        self._tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", self.cls_token_id), ("[SEP]", self.sep_token_id)],
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, max_length: int = 512) -> "BertTokenizer":
+        """Read a checkpoint's `vocab.txt` (or the vocabulary in its `tokenizer.json`) and its casing.
+
+        Args:
+            name: see `base_bert.resolve_pretrained`.
+
+        Raises:
+            UserError: if there is no vocabulary, or it is no word-piece vocabulary.
+        """
+        folder = resolve_pretrained(str(name))
+        settings = (
+            read_json(folder / "tokenizer_config.json")
+            if (folder / "tokenizer_config.json").is_file()
+            else {}
+        )
+        do_lower_case = settings.get("do_lower_case", True)
+        if (folder / "vocab.txt").is_file():
+            vocab = read_vocab(folder / "vocab.txt")
+        elif (folder / "tokenizer.json").is_file():
+            stored = read_json(folder / "tokenizer.json")
+            model = stored.get("model") or {}
+            if model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
+                raise UserError(f"{folder / 'tokenizer.json'}: not a word-piece vocabulary")
+            vocab = model["vocab"]
+            do_lower_case = (stored.get("normalizer") or {}).get("lowercase", do_lower_case)
+        else:
+            raise UserError(f"--pretrained {name}: {folder} holds neither vocab.txt nor tokenizer.json")
+        return cls(vocab, do_lower_case, max_length)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `vocab.txt` and `tokenizer_config.json`, which Hugging Face's tokenizer reads too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        lines = "".join(token + "\n" for token in sorted(vocab, key=vocab.get))
+        (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        """Number of word pieces: the smallest vocab_size of an encoder that can take every id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, max_length: int | None = None) -> dict[str, list[int]]:
+        """One sentence as `[CLS] text [SEP]`, cut to `max_length` word pieces (special tokens included).
+
+        Returns:
+            `input_ids` and `token_type_ids` (all 0), equally long.
+
+        Raises:
+            ValueError: if `max_length` leaves no room for the special tokens.
+        """
+        return self.encode_batch([text], max_length)[0]
+
+    def encode_pair(self, a: str, b: str, max_length: int | None = None) -> dict[str, list[int]]:
+        """Two sentences as `[CLS] a [SEP] b [SEP]`, segment ids 0 and 1, the longer one cut first.
+
+        Returns:
+            `input_ids` and `token_type_ids`, equally long.
+
+        Raises:
+            ValueError: if `max_length` leaves no room for the special tokens.
+        """
+        return self.encode_pair_batch([(a, b)], max_length)[0]
+
+    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[dict[str, list[int]]]:
+        """`encode` for many sentences at once, on all cores."""
+        return self._encode([clean_surrogates(text) for text in texts], max_length, num_special_tokens=2)
+
+    def encode_pair_batch(
+        self, pairs: Sequence[tuple[str, str]], max_length: int | None = None
+    ) -> list[dict[str, list[int]]]:
+        """`encode_pair` for many pairs at once, on all cores."""
+        pairs = [(clean_surrogates(a), clean_surrogates(b)) for a, b in pairs]
+        return self._encode(pairs, max_length, num_special_tokens=3)
+
+    def _encode(
+        self, inputs: list, max_length: int | None, num_special_tokens: int
+    ) -> list[dict[str, list[int]]]:
+        max_length = self.max_length if max_length is None else max_length
+        if max_length < num_special_tokens:
+            raise ValueError(
+                f"max_length is {max_length}; the special tokens alone take {num_special_tokens}"
+            )
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(inputs)
+        return [{"input_ids": encoding.ids, "token_type_ids": encoding.type_ids} for encoding in encodings]
+
+
+def clean_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no UTF-8 text can hold and the Rust library refuses."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_vocab(path: Path) -> dict[str, int]:
+    """Read `vocab.txt`: one word piece a line, its id is the line's number from 0."""
+    try:
+        lines = (
+            path.read_bytes().decode("utf-8").split("\n")
+        )  # only \n ends a line: some pieces are odd spaces
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    if lines[-1] == "":
+        lines.pop()
+    return {line.rstrip("\r"): index for index, line in enumerate(lines)}
