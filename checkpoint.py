@@ -6,14 +6,22 @@ so `--pretrained RUN/best` starts from the encoder of another run.
 
 import json
 import os
+import platform
 import shutil
+import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import UserError
+from evaluation import write_text
+from multitask_bert import MultitaskBERT
+from optimizer import AdamW, FlatMemory
+from tokenizer import BertTokenizer
 
 STATE_FILE = "state.json"  # written last: a folder that holds it is complete
 
@@ -24,7 +32,6 @@ def save_checkpoint(
     """Write a checkpoint folder so that a kill at any moment leaves the previous one or the new one.
 
     Args:
-        model: a `MultitaskBERT`.
         optimizer_tensors: name -> tensor; empty for a checkpoint that is not meant to be resumed.
         state: anything that JSON holds exactly.
     """
@@ -110,6 +117,92 @@ def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor
             tensor.copy_(source[name])
 
 
-def load_model(folder: Path, model) -> None:
-    """Load a checkpoint's weights into a `MultitaskBERT` of the same shape."""
+def load_model(folder: Path, model: MultitaskBERT) -> None:
+    """Load a checkpoint's weights into a model of the same shape."""
     copy_tensors(load_tensors(folder / "model.safetensors"), model.state_dict(), folder / "model.safetensors")
+
+
+def prepare_folder(args: Namespace) -> None:
+    """Make the run folder and write `args.json`; a folder that holds a run is only emptied with --overwrite."""
+    folder = Path(args.output_dir)
+    if (folder / "args.json").exists():
+        if not args.overwrite:
+            raise UserError(
+                f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
+            )
+        for name in ("args.json", "metrics.jsonl", "scores.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("best", "last"):
+            recover(folder / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    content = {"args": vars(args), "command": sys.argv, "versions": versions}
+    write_text(folder / "args.json", json.dumps(content, indent=2) + "\n")
+
+
+class Run:
+    """A run folder: settings, log, checkpoints, and the numbers that a resumed run needs besides the weights."""
+
+    def __init__(self, args: Namespace, model: MultitaskBERT, tokenizer: BertTokenizer):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.folder = Path(args.output_dir)
+        self.memory = FlatMemory(
+            dict(model.bert.named_parameters()),
+            {task: dict(head.named_parameters()) for task, head in model.heads.items()},
+        )
+        model.bert.embeddings.sparse_grad = True  # FlatMemory provides the dense gradient to add to
+        groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
+        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify)
+        self.state = {
+            "step": 0,
+            "task_batches": dict.fromkeys(args.tasks, 0),  # drawn so far
+            "tokens": 0,
+            "bad_steps": 0,  # skipped since the last good one
+            "skipped_steps": 0,  # in all
+            "cosine_ema": None,
+            "best_score": None,
+            "best_step": None,
+            "evals_without_gain": 0,
+            "optimizer_steps": [],
+            "window": [],  # what the next line of the log averages
+        }
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's moments by name; `state["optimizer_steps"]` has its counters."""
+        return {
+            f"{owner}.{'decay' if decays else 'no_decay'}.{key}": self.optimizer.state[param][key]
+            for (owner, decays), param in self.memory.flat_params.items()
+            for key in ("exp_avg", "exp_avg_sq")
+            if param in self.optimizer.state
+        }
+
+    def save_last(self) -> None:
+        counters = [self.optimizer.state[param].get("step", 0) for param in self.memory.flat_params.values()]
+        self.state["optimizer_steps"] = counters
+        save_checkpoint(
+            self.folder / "last", self.model, self.tokenizer, self.optimizer_tensors(), self.state
+        )
+
+    def save_best(self, summary: dict) -> None:
+        state = {"step": self.state["step"], "dev": summary}
+        save_checkpoint(self.folder / "best", self.model, self.tokenizer, {}, state)
+
+    def load_last(self) -> None:
+        """Continue from `last/`: weights, moments, counters; lines of the log that were written after it go."""
+        folder = self.folder / "last"
+        self.state = load_state(folder)
+        load_model(folder, self.model)
+        for param, step in zip(self.memory.flat_params.values(), self.state["optimizer_steps"], strict=True):
+            if step:
+                moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                self.optimizer.state[param].update(step=step, **moments)
+        path = folder / "optimizer.safetensors"
+        copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.state["step"]))
+
+    def log(self, line: dict) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

