@@ -24,6 +24,23 @@ class UserError(ValueError):
     """Something the user can mend; scripts print it as one line and exit with code 2."""
 
 
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UserError: if there is no such file, or it holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
 @dataclass(frozen=True)
 class BertConfig:
     """Size and regularisation of a BERT encoder, under Hugging Face's names; the defaults are bert-base-uncased."""
@@ -62,16 +79,9 @@ class BertConfig:
         """Read a Hugging Face `config.json`; keys that do not describe the encoder's size are left alone.
 
         Raises:
-            UserError: if the file is no JSON object, or describes an architecture other than plain BERT.
+            UserError: if the file is missing or no JSON object, or describes another architecture than plain BERT.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; a pre-trained encoder needs one") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a JSON file ({error})") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        values = read_json(path)
         if values.get("model_type", "bert") != "bert":
             raise UserError(f"{path}: model_type is {values['model_type']!r}; only 'bert' can be loaded")
         if values.get("position_embedding_type", "absolute") != "absolute":

@@ -33,13 +33,17 @@ TREEBANK_PATTERN = re.compile("|".join(map(re.escape, TREEBANK)), re.IGNORECASE)
 def clean_text(text: str) -> str:
     """The one place where text is cleaned, the same for every task and split.
 
-    Undoes a second layer of CSV quoting (many Quora rows), Treebank escapes (SST), and odd white space. Case
-    and punctuation are left to the tokenizer.
+    Undoes further layers of CSV quoting (many rows of Quora, several layers in CFIMDB), Treebank escapes (SST), and
+    odd white space. Case and punctuation are left to the tokenizer. Clean text is left as it is.
     """
-    text = " ".join(text.split())
-    if len(text) > 1 and text[0] == text[-1] == '"' and '""' in text[1:-1]:
-        text = text[1:-1].replace('""', '"').strip()
-    return TREEBANK_PATTERN.sub(lambda match: TREEBANK[match[0].lower()], text)
+    before = None
+    while text != before:  # each round shortens the text, so this ends
+        before = text
+        text = " ".join(text.split())
+        if len(text) > 1 and text[0] == text[-1] == '"' and '""' in text[1:-1]:
+            text = text[1:-1].replace('""', '"').strip()
+        text = TREEBANK_PATTERN.sub(lambda match: TREEBANK[match[0].lower()], text)
+    return text
 
 
 @dataclass
@@ -72,16 +76,21 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     csv.field_size_limit(MAX_FIELD_SIZE)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t")
+            reader = csv.DictReader(file, delimiter="\t", strict=True)  # strict: unclosed quotes are errors
             absent = [column for column in columns if column not in (reader.fieldnames or ())]
             if absent:
                 raise UserError(
                     f"{path}:1: no column {absent[0]!r}; expected the tab-separated columns {', '.join(columns)},"
                     f" found {', '.join(name or '(unnamed)' for name in reader.fieldnames or ()) or 'an empty file'}"
                 )
-            previous_line = reader.line_num
             for row in reader:
-                place, previous_line = f"{path}:{previous_line + 1}", reader.line_num
+                place = f"{path}:{reader.reader.line_num}"  # the row's last line, if a quoted sentence has several
+                if None in row:
+                    raise UserError(f"{place}: more fields than the header has columns")
+                if any("\t" in value and "\n" in value for value in row.values() if value):
+                    raise UserError(
+                        f"{place}: a quotation mark in an earlier line has swallowed the rows up to here"
+                    )
                 id = (row["id"] or "").strip().lower()
                 sentences = tuple(clean_text(row[column] or "") for column in spec.text_columns)
                 if not id:
@@ -90,7 +99,7 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
                     raise UserError(
                         f"{place}: id {id} stands here for the second time, first in line {seen[id]}"
                     )
-                seen[id] = previous_line
+                seen[id] = reader.reader.line_num
                 if split != "test":
                     label = (row[spec.label_column] or "").strip()
                     if not label or not all(sentences):
@@ -106,8 +115,14 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
             f"{path}: no such file; 'make data' downloads the course's files into data/, and '--data_dir data/sample'"
             " takes the sample that comes with the project"
         ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as tab-separated UTF-8 text ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text, some way after line {reader.reader.line_num} ({error})"
+        ) from None
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{reader.reader.line_num}: not readable as tab-separated text ({error})"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not ids:

@@ -30,9 +30,12 @@ from config import TaskSpec, UserError
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's r, in [-1, 1]; 0 when either side is constant, where r is undefined."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    # Asked before centring, since a mean rounds: that of three times 0.1 is not 0.1.
+    if x.min() == x.max() or y.min() == y.max():
+        return 0.0
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0 else 0.0
+    return max(-1.0, min(1.0, float(x @ y / scale))) if scale > 0 else 0.0
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -198,11 +201,14 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
 
 
 def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
@@ -216,7 +222,9 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
     """
     kind = TASK_KINDS[spec.kind]
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     header = [part.strip() for part in lines[0].replace("\t", ",").split(",")] if lines else []
@@ -246,8 +254,15 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
 
 
 def collapse_warning(predictions: Sequence[float], spec: TaskSpec) -> str | None:
-    """A sentence of warning if all, or nearly all, predictions are the same; else None."""
+    """A sentence of warning if (nearly) all classes are the same, or all numbers within 1 % of the scale; else None."""
     if len(predictions) < 2:
+        return None
+    least, greatest = min(predictions), max(predictions)
+    if not TASK_KINDS[spec.kind].is_discrete:
+        if greatest - least < 0.01 * (spec.label_range[1] - spec.label_range[0]):
+            return (
+                f"all predictions lie between {least:g} and {greatest:g}: the model seems to have collapsed"
+            )
         return None
     value, count = Counter(predictions).most_common(1)[0]
     if count >= 0.95 * len(predictions):
@@ -300,28 +315,29 @@ def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> 
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    with autocast():
-        lengths = data.sequences.lengths
-        order = np.argsort(lengths, kind="stable")
-        vectors = None  # (U, H)
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= EVAL_TOKENS:
-                stop += 1
-            chosen = order[start:stop]
-            batch = {key: value.to(device) for key, value in data.sequences.pad(chosen, pad_token_id).items()}
-            pooled = model.embed(**batch).float()
-            if vectors is None:
-                vectors = pooled.new_empty(len(order), pooled.shape[-1])
-            vectors[torch.from_numpy(chosen).to(device)] = pooled
-            start = stop
+    lengths = data.sequences.lengths
+    order = np.argsort(lengths, kind="stable")
+    vectors = torch.empty(len(order), model.bert.config.hidden_size, device=device)  # (U, H)
+    try:
+        with autocast():
+            start = 0
+            while start < len(order):
+                stop = start + 1
+                while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= EVAL_TOKENS:
+                    stop += 1
+                chosen = order[start:stop]
+                batch = {
+                    key: value.to(device) for key, value in data.sequences.pad(chosen, pad_token_id).items()
+                }
+                vectors[torch.from_numpy(chosen).to(device)] = model.embed(**batch).float()
+                start = stop
         index = torch.from_numpy(data.index).to(device)
         logits = [
             model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
             for rows in index.split(EVAL_EXAMPLES)
         ]
-    model.train(was_training)
+    finally:
+        model.train(was_training)
     return TASK_KINDS[model.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
 
 

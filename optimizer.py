@@ -48,9 +48,9 @@ class AdamW(torch.optim.Optimizer):
         correct_bias: bool = True,
         rectify: bool = False,
     ):
-        if not lr >= 0:
-            raise ValueError(f"lr is {lr}; expected at least 0")
-        if not all(0 <= beta < 1 for beta in betas):
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr is {lr}; expected a finite number of at least 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}; expected two numbers in [0, 1)")
         if not eps >= 0:
             raise ValueError(f"eps is {eps}; expected at least 0")
@@ -173,7 +173,7 @@ def lr_factor(schedule: str, step: int, *, warmup_steps: int, total_steps: int) 
 # --- flat memory -----------------------------------------------------------------------------------------------
 
 
-def has_weight_decay(name: str, param: nn.Parameter) -> bool:
+def has_weight_decay(param: nn.Parameter) -> bool:
     """Matrices decay; biases and LayerNorm do not."""
     return param.ndim >= 2
 
@@ -210,8 +210,8 @@ class FlatMemory:
         for owner, params in owners:
             for decays in (True, False):
                 start = offset
-                for name, param in params.items():
-                    if param.requires_grad and has_weight_decay(name, param) == decays:
+                for param in params.values():
+                    if param.requires_grad and has_weight_decay(param) == decays:
                         self.views.append((owner, param, offset))
                         offset += param.numel()
                 self.slices[owner, decays] = slice(start, offset)

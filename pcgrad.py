@@ -39,13 +39,10 @@ def cosine_matrix(gram: torch.Tensor) -> torch.Tensor:
 
 
 def update_cosine_ema(ema: torch.Tensor | None, gram: torch.Tensor) -> torch.Tensor:
-    """Running mean of the cosine matrix, (K, K); pairs with a zero gradient (no batch this step) keep theirs."""
-    cosines = cosine_matrix(gram)
-    if ema is None:
-        return cosines
+    """Running mean of the cosine matrix, (K, K), from 0; pairs with a zero gradient (no batch) keep theirs."""
+    ema = torch.zeros_like(gram) if ema is None else ema
     present = gram.diagonal() > 0
-    updated = ema + COSINE_EMA_BETA * (cosines - ema)
-    return torch.where(present[:, None] & present, updated, ema)
+    return torch.where(present[:, None] & present, ema + COSINE_EMA_BETA * (cosine_matrix(gram) - ema), ema)
 
 
 # --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None) -> weights (K,) ------------------------
@@ -63,7 +60,9 @@ def mean_grads(gram: torch.Tensor, generator: torch.Generator | None = None, cos
     return sum_grads(gram) / len(gram)
 
 
-def project(gram: torch.Tensor, generator: torch.Generator | None, target: Callable[[int, int], float]):
+def project(
+    gram: torch.Tensor, generator: torch.Generator | None, target: Callable[[int, int], float]
+) -> torch.Tensor:
     """Shared walk of PCGrad and GradVac; `target(i, j)` is the least cosine that task i must keep with task j.
 
     For each task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i has a
@@ -107,8 +106,8 @@ def gradvac(gram: torch.Tensor, generator: torch.Generator | None = None, cosine
     """GradVac (Wang et al. 2021, https://arxiv.org/abs/2010.05874): lift each cosine to its running mean.
 
     Two differences from the paper: the running mean is that of the cosines between the original gradients, not
-    the partly adjusted ones, which keeps it a property of the tasks; and it is capped at 0.99, beyond which the
-    formula divides by almost nothing. Without a running mean yet, the target is 0, which is PCGrad.
+    the partly adjusted ones, which keeps it a property of the tasks; and it is kept within -0.99 and 0.99, beyond
+    which the formula divides by almost nothing. Without a running mean yet, the target is 0, which is PCGrad.
     """
     if cosine_ema is None:
         return pcgrad(gram, generator)

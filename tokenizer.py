@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from base_bert import resolve_pretrained
-from config import UserError
+from config import UserError, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -144,16 +144,6 @@ class BertTokenizer:
 def clean_surrogates(text: str) -> str:
     """Replace lone surrogates, which no UTF-8 text can hold and the Rust library refuses."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def read_vocab(path: Path) -> dict[str, int]:

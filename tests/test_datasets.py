@@ -1,0 +1,538 @@
+"""Tests of datasets.py: the course's files with their quirks, bad files, token arrays, the order of batches."""
+
+import csv
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from config import TASKS, UserError
+from datasets import (
+    MAX_FIELD_SIZE,
+    SAMPLERS,
+    BatchOrder,
+    Rows,
+    TaskData,
+    TokenArrays,
+    clean_text,
+    parse_label,
+    plan_slots,
+    read_rows,
+    tokenize,
+)
+from tokenizer import BertTokenizer
+
+SST_HEADER, SST_TEST_HEADER = "\tid\tsentence\tsentiment\n", "0\t\tid\tsentence\n"
+PARA_HEADER, STS_HEADER = (
+    "\tid\tsentence1\tsentence2\tis_duplicate\n",
+    "\tid\tsentence1\tsentence2\tsimilarity\n",
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write text, or bytes as they are, to a file and return its path."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "rows.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+# --- the course's files ------------------------------------------------------------------------------------------
+
+
+def test_sst_file_with_unnamed_index_column(write):
+    path = write(SST_HEADER + "0\tAB12 \t It 's a lovely film .\t3\n1\tcd34\t No one goes unindicted .\t0\n")
+    rows = read_rows(path, TASKS["sst"], "train")
+    assert rows.path == path
+    assert rows.ids == ["ab12", "cd34"]  # stripped and lower-cased, as the course's loader does
+    assert rows.texts == [("It 's a lovely film .",), ("No one goes unindicted .",)]
+    assert rows.labels.dtype == np.float32 and rows.labels.tolist() == [3, 0]
+    assert rows.skipped == []
+
+
+def test_sst_test_file_with_two_extra_columns_and_a_shifted_header(write):
+    path = write(SST_TEST_HEADER + "1\t0.0\tab12\t Effective but too-tepid biopic\n2\t1.0\tcd34\t Fun .\n")
+    rows = read_rows(path, TASKS["sst"], "test")
+    assert rows.ids == ["ab12", "cd34"]
+    assert rows.texts == [("Effective but too-tepid biopic",), ("Fun .",)]
+    assert rows.labels is None
+
+
+def test_quora_file_with_doubled_quotes_and_float_labels(write):
+    quoted = '"""Is """"a"""" right, or ""b""?"""'  # two layers of CSV quoting, as in many Quora rows
+    path = write(PARA_HEADER + f'7\tab\t{quoted}\t"Is ""c"" right?"\t1.0\n3\tcd\tWhy?\tHow?\t0.0\n')
+    rows = read_rows(path, TASKS["para"], "dev")
+    assert rows.texts == [('Is "a" right, or "b"?', 'Is "c" right?'), ("Why?", "How?")]
+    assert rows.labels.tolist() == [1, 0]
+
+
+def test_sts_labels_stay_fractions(write):
+    """A bug of the course's starter code cut them to whole numbers."""
+    path = write(STS_HEADER + "5\tab\tA dog.\tA cat.\t3.75\n6\tcd\tA.\tB.\t0\n7\tef\tC.\tD.\t5.0\n")
+    assert read_rows(path, TASKS["sts"], "train").labels.tolist() == [3.75, 0, 5]
+
+
+def test_byte_order_mark_and_windows_line_ends(write):
+    path = write(
+        b"\xef\xbb\xbf"
+        + (SST_HEADER + "0\tab\tgood\t4\n1\tcd\tna\u00efve\t1\n").replace("\n", "\r\n").encode()
+    )
+    rows = read_rows(path, TASKS["sst"], "train")
+    assert rows.texts == [("good",), ("na\u00efve",)] and rows.labels.tolist() == [4, 1]
+    # The mark must not become part of the first column's name where that is the id.
+    path = write(b"\xef\xbb\xbfid\tsentence\tsentiment\nab\tgood\t4\n")
+    assert read_rows(path, TASKS["sst"], "train").ids == ["ab"]
+
+
+def test_columns_are_found_by_name(write):
+    path = write("sentiment\tnotes\tsentence\tid\n2\tx\tfine\tab\n")
+    rows = read_rows(path, TASKS["sst"], "train")
+    assert (rows.ids, rows.texts, rows.labels.tolist()) == (["ab"], [("fine",)], [2])
+
+
+def test_line_break_inside_quotes_belongs_to_the_sentence(write):
+    path = write(SST_HEADER + '0\tab\t"two\nlines"\t4\n1\tcd\tbad\tx\n')
+    with pytest.raises(UserError, match=r"rows\.csv:4: sentiment is 'x'"):
+        read_rows(path, TASKS["sst"], "train")
+    assert read_rows(write(SST_HEADER + '0\tab\t"two\nlines"\t4\n'), TASKS["sst"], "dev").texts == [
+        ("two lines",)
+    ]
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_rows_without_label_or_sentence_are_skipped_and_named(write, split):
+    lines = [
+        "0\ta1\tone\tuno\t1.0",
+        "1\ta2\ttwo\tdos\t",
+        "2\ta3\t \tdrei\t0.0",
+        "3\ta4\tvier",
+        "4\ta5\tfive\tcinco\t0.0",
+    ]
+    path = write(PARA_HEADER + "\n".join(lines) + "\n")
+    rows = read_rows(path, TASKS["para"], split)
+    assert rows.ids == ["a1", "a5"] and len(rows.texts) == 2 and rows.labels.tolist() == [1, 0]
+    assert rows.skipped == [f"{path}:3: no label", f"{path}:4: an empty sentence", f"{path}:5: no label"]
+
+
+def test_test_rows_are_all_kept(write):
+    """Each id needs a prediction, whatever its sentence; labels are not read even if they are there."""
+    path = write(PARA_HEADER + "0\ta1\tone\tuno\tnonsense\n1\ta2\t\tdos\t\n2\ta3\tthree\n")
+    rows = read_rows(path, TASKS["para"], "test")
+    assert rows.ids == ["a1", "a2", "a3"] and rows.labels is None
+    assert rows.texts == [("one", "uno"), ("", "dos"), ("three", "")]
+    assert [reason.split(": ")[0] for reason in rows.skipped] == [f"{path}:3", f"{path}:4"]
+    assert all("kept" in reason for reason in rows.skipped)
+
+
+def test_the_sample_that_comes_with_the_project_can_be_read():
+    folder = Path(__file__).resolve().parent.parent / "data" / "sample"
+    for task in ("sst", "para", "sts"):
+        for split, name in TASKS[task].files.items():
+            rows = read_rows(folder / name, TASKS[task], split)
+            assert len(rows.ids) == len(rows.texts) > 50
+            assert (rows.labels is None) == (split == "test")
+
+
+# --- bad files ---------------------------------------------------------------------------------------------------
+
+BAD_FILES = {
+    "no id column": (
+        "\tsentence\tsentiment\n0\tx\t1\n",
+        r"rows\.csv:1: no column 'id'.*found \(unnamed\), sentence",
+    ),
+    "no label column": ("\tid\tsentence\n0\tab\tx\n", r"rows\.csv:1: no column 'sentiment'"),
+    "commas instead of tabs": (
+        ",id,sentence,sentiment\n0,ab,x,1\n",
+        r"rows\.csv:1: no column 'id'.*tab-separated",
+    ),
+    "empty file": ("", r"rows\.csv:1: no column 'id'.*found an empty file"),
+    "header only": (SST_HEADER, r"rows\.csv: no usable row; 0 skipped"),
+    "nothing usable": (
+        SST_HEADER + "0\tab\tx\t\n",
+        r"rows\.csv: no usable row; 1 skipped: .*rows\.csv:2: no label",
+    ),
+    "id given twice": (
+        SST_HEADER + "0\tab\tx\t1\n1\tcd\ty\t1\n2\tAB\tz\t1\n",
+        r"rows\.csv:4: id ab .*first in line 2",
+    ),
+    "no id": (SST_HEADER + "0\tab\tx\t1\n1\t \ty\t1\n", r"rows\.csv:3: the row has no id"),
+    "label too high": (
+        SST_HEADER + "0\tab\tx\t5\n",
+        r"rows\.csv:2: sentiment is '5'; expected a number from 0 to 4",
+    ),
+    "label too low": (SST_HEADER + "0\tab\tx\t-1\n", r"rows\.csv:2: sentiment is '-1'"),
+    "no number": (SST_HEADER + "0\tab\tx\tgood\n", r"rows\.csv:2: sentiment is 'good'"),
+    "nan": (SST_HEADER + "0\tab\tx\tnan\n", r"rows\.csv:2: sentiment is 'nan'"),
+    "infinite": (SST_HEADER + "0\tab\tx\tinf\n", r"rows\.csv:2: sentiment is 'inf'"),
+    "fraction of a class": (
+        SST_HEADER + "0\tab\tx\t1.5\n",
+        r"rows\.csv:2: sentiment is '1\.5'.*without fraction",
+    ),
+    "not UTF-8": (SST_HEADER.encode() + b"0\tab\tna\xefve\t1\n", r"rows\.csv.*UTF-8"),
+    "overlong field": (
+        SST_HEADER + f"0\tab\t{'x' * (MAX_FIELD_SIZE + 1)}\t1\n",
+        r"rows\.csv:2: not readable",
+    ),
+    "line number after blank lines": (
+        SST_HEADER + "0\tab\tx\t1\n\n\n1\tcd\ty\tbad\n",
+        r"rows\.csv:5: sentiment",
+    ),
+    "quote never closed": (SST_HEADER + '0\tab\t" x\t1\n1\tcd\ty\t1\n', r"rows\.csv:3: not readable"),
+    "quote closed in a later row": (
+        SST_HEADER + '0\tab\t" x\t1\n1\tcd\ty "\t1\n',
+        r"rows\.csv:3: a quotation mark",
+    ),
+    "too many fields": (SST_HEADER + "0\tab\tx\t1\tmore\n", r"rows\.csv:2: more fields"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file_raises_and_names_the_place(write, case):
+    content, message = BAD_FILES[case]
+    with pytest.raises(UserError, match=message):
+        read_rows(write(content), TASKS["sst"], "train")
+
+
+def test_field_of_the_greatest_size_can_be_read(write):
+    csv.field_size_limit(100)  # a global setting of the csv module, which others may have changed
+    rows = read_rows(write(SST_HEADER + f"0\tab\t{'x' * MAX_FIELD_SIZE}\t1\n"), TASKS["sst"], "train")
+    assert len(rows.texts[0][0]) == MAX_FIELD_SIZE
+
+
+@pytest.mark.parametrize("text", ["-0.1", "5.01", "nan", "-inf", "3,5", "much"])
+def test_bad_similarity_raises(text):
+    with pytest.raises(UserError, match=r"here:7: similarity is .*expected a number from 0 to 5$"):
+        parse_label(text, TASKS["sts"], "here:7")
+
+
+def test_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.csv: no such file; 'make data'"):
+        read_rows(tmp_path / "absent.csv", TASKS["sst"], "train")
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_rows(tmp_path, TASKS["sst"], "train")
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw, clean",
+    [
+        ("  a \t b\u00a0c\r\n", "a b c"),
+        ("", ""),
+        (" \u2003 ", ""),
+        ("`` Conan '' and", '" Conan " and'),
+        ("-LRB- Wow -rrb- -Lrb-", "( Wow ) ("),
+        ("1\\/2 \\*\\*\\*", "1/2 ***"),
+        ('"Is ""this"" so?"', 'Is "this" so?'),
+        ('"""So?"" he said"', '"So?" he said'),
+        ('"Yes" or "no"', '"Yes" or "no"'),  # real quotation marks at both ends stay
+        ('"', '"'),
+        ('""', '""'),
+        ("It 's CASE , kept .", "It 's CASE , kept ."),
+    ],
+)
+def test_clean_text(raw, clean):
+    assert clean_text(raw) == clean
+
+
+@settings(derandomize=True, deadline=None, max_examples=300, database=None)
+@given(text=st.text(st.sampled_from("\"'`\\/* -lrbLRB.a")) | st.text())
+@example(text="`` a \"\" b ''")
+@example(text="\\\\//")
+def test_cleaning_any_text_twice_changes_nothing_more(text):
+    assert clean_text(clean_text(text)) == clean_text(text)
+
+
+WORDS = st.one_of(
+    st.sampled_from(["``", "''", "-lrb-", "-RRB-", "\\/", "\\*", "'s", '"', ".", "1\\/2", "-lrb-x-rrb-"]),
+    st.text(st.characters(categories=["L", "N", "Zs", "Cc"]), max_size=5),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@given(words=st.lists(WORDS, max_size=12), space=st.sampled_from([" ", "\t", "  ", "\u00a0", "\n"]))
+def test_cleaning_tokenized_text_twice_changes_nothing_more(words, space):
+    """For text with spaces around its marks, as the course's files have it."""
+    clean = clean_text(space.join(words))
+    assert clean_text(clean) == clean
+    assert clean == " ".join(clean.split())
+    assert not any(escape in clean.lower() for escape in ("``", "''", "-lrb-", "-rrb-", "\\/", "\\*"))
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCAB = {piece: i for i, piece in enumerate((*SPECIAL_TOKENS, *"abcde"))}
+PAD, _, CLS, SEP, _, A, B, C, D, E = VOCAB.values()
+
+
+@pytest.fixture
+def tokenizer():
+    return BertTokenizer(VOCAB)
+
+
+def make_rows(texts: list[tuple[str, ...]], labels=None) -> Rows:
+    labels = None if labels is None else np.array(labels, dtype=np.float32)
+    return Rows(Path("rows.csv"), [f"id{i}" for i in range(len(texts))], texts, labels, [])
+
+
+def test_pad_by_hand():
+    arrays = TokenArrays.from_encodings(
+        [
+            {"input_ids": [2, 5, 3], "token_type_ids": [1, 0, 0]},  # must not leak into padding
+            {"input_ids": [2, 3], "token_type_ids": [0, 0]},
+            {"input_ids": [2, 6, 3, 7, 3], "token_type_ids": [0, 0, 0, 1, 1]},
+        ]
+    )
+    assert arrays.offsets.tolist() == [0, 3, 5, 10] and arrays.lengths.tolist() == [3, 2, 5]
+    assert arrays.input_ids.dtype == np.int32 and arrays.token_type_ids.dtype == np.int8
+    batch = arrays.pad(np.array([2, 1, 2]), pad_token_id=9)
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        "input_ids": [[2, 6, 3, 7, 3], [2, 3, 9, 9, 9], [2, 6, 3, 7, 3]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]],
+        "token_type_ids": [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]],
+    }
+    assert {str(value.dtype) for value in batch.values()} == {"torch.int64"}
+    assert arrays.pad(np.array([1, 0]), 0)["input_ids"].tolist() == [
+        [2, 3, 0],
+        [2, 5, 3],
+    ]  # as long as these need
+
+
+def sequence(data: TaskData, i: int) -> list[int]:
+    return data.sequences.input_ids[data.sequences.offsets[i] : data.sequences.offsets[i + 1]].tolist()
+
+
+def test_tokenize_encodes_each_distinct_sentence_once(tokenizer):
+    rows = make_rows([("a b", "c"), ("c", "a b"), ("c", "c"), ("d", "a b")])
+    data = tokenize(rows, tokenizer, joint=False, max_length=16)
+    assert len(data) == 4 and data.rows is rows
+    assert [sequence(data, i) for i in range(3)] == [[CLS, A, B, SEP], [CLS, C, SEP], [CLS, D, SEP]]
+    assert len(data.sequences.lengths) == 3
+    assert data.index.tolist() == [[0, 1], [1, 0], [1, 1], [2, 0]]
+    assert data.lengths.tolist() == [4, 4, 3, 4]  # the longer of the two
+    assert not data.sequences.token_type_ids.any()
+
+
+def test_tokenize_joint_pairs_have_segment_ids(tokenizer):
+    rows = make_rows([("a b", "c"), ("c", "a b"), ("a b", "c")])
+    data = tokenize(rows, tokenizer, joint=True, max_length=16)
+    assert [sequence(data, i) for i in range(2)] == [[CLS, A, B, SEP, C, SEP], [CLS, C, SEP, A, B, SEP]]
+    assert data.index.tolist() == [[0], [1], [0]] and len(data.sequences.lengths) == 2
+    assert data.sequences.token_type_ids.reshape(2, 6).tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+
+
+def test_tokenize_single_sentences_and_cut_long_ones(tokenizer):
+    data = tokenize(make_rows([("a b c d e",), ("b",), ("",)]), tokenizer, joint=False, max_length=5)
+    assert [sequence(data, i) for i in range(3)] == [[CLS, A, B, C, SEP], [CLS, B, SEP], [CLS, SEP]]
+    assert data.index.shape == (3, 1) and data.lengths.tolist() == [5, 3, 2]
+
+
+def test_batch_has_all_first_sentences_before_all_second_ones(tokenizer):
+    rows = make_rows([("a", "b c"), ("d", "e"), ("a a a", "d")], labels=[0.5, 1.5, 2.5])
+    batch = tokenize(rows, tokenizer, joint=False, max_length=16).batch(np.array([2, 0]), PAD)
+    assert batch["input_ids"].tolist() == [
+        [CLS, A, A, A, SEP],  # first sentence of example 2
+        [CLS, A, SEP, PAD, PAD],  # first sentence of example 0
+        [CLS, D, SEP, PAD, PAD],  # second sentence of example 2
+        [CLS, B, C, SEP, PAD],  # second sentence of example 0
+    ]
+    assert batch["labels"].tolist() == [2.5, 0.5]
+
+
+def test_batch_of_test_rows_has_no_labels(tokenizer):
+    batch = tokenize(make_rows([("a",), ("b c",)]), tokenizer, joint=False, max_length=16).batch(
+        np.arange(2), PAD
+    )
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_part_keeps_the_chosen_examples_and_only_their_sequences(tokenizer, joint):
+    rows = make_rows([("a", "b"), ("c", "a"), ("d e", "d e"), ("e", "c")], labels=[0, 1, 2, 3])
+    data = tokenize(rows, tokenizer, joint=joint, max_length=16)
+    chosen = np.array([1, 3])
+    part = data.part(chosen)
+    assert len(part) == 2 and part.rows.ids == ["id1", "id3"] and part.rows.texts == [("c", "a"), ("e", "c")]
+    assert len(part.sequences.lengths) == (2 if joint else 3)
+    whole_batch, part_batch = data.batch(chosen, PAD), part.batch(np.arange(2), PAD)
+    assert whole_batch.keys() == part_batch.keys()
+    for key in whole_batch:
+        assert whole_batch[key].tolist() == part_batch[key].tolist(), key
+    assert part.lengths.tolist() == data.lengths[chosen].tolist()
+    assert data.rows.ids == ["id0", "id1", "id2", "id3"]  # the whole is not changed
+    assert (
+        tokenize(make_rows([("a",)]), tokenizer, joint=False, max_length=9).part(np.array([0])).rows.labels
+        is None
+    )
+
+
+# --- the order of batches ----------------------------------------------------------------------------------------
+
+
+def make_lengths(num_examples: int = 1003, seed: int = 0) -> np.ndarray:
+    """Word pieces per sentence as in SST: about 23 on average, a long tail up to 66, at least [CLS] x [SEP]."""
+    lengths = np.random.default_rng(seed).lognormal(mean=3.0, sigma=0.5, size=num_examples)
+    return lengths.astype(int).clip(3, 66)
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1003, 16), (64, 16), (5, 16), (1, 1)])
+def test_each_epoch_visits_every_example_once(num_examples, batch_size):
+    order = BatchOrder(make_lengths(num_examples), batch_size, seed=3, task="sst")
+    assert order.batches_per_epoch == math.ceil(num_examples / batch_size)
+    for epoch in range(3):
+        first = epoch * order.batches_per_epoch
+        batches = [order[i] for i in range(first, first + order.batches_per_epoch)]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(num_examples))
+        sizes = sorted((len(batch) for batch in batches), reverse=True)
+        assert sizes[:-1] == [batch_size] * (len(sizes) - 1)  # at most one is short
+        assert sizes[-1] == (num_examples % batch_size or batch_size)
+
+
+def test_fewer_rows_than_a_batch_make_one_batch_an_epoch():
+    order = BatchOrder(np.array([3, 9, 4]), batch_size=8, seed=0, task="sst")
+    assert order.batches_per_epoch == 1
+    assert [sorted(order[i].tolist()) for i in range(4)] == [[0, 1, 2]] * 4
+
+
+def test_batch_is_a_pure_function_of_seed_task_and_number():
+    """Whatever was asked before: a resumed run asks in the middle of an epoch."""
+    lengths = make_lengths(200)
+    expected = [
+        BatchOrder(lengths, 7, seed=5, task="para")[i].tolist() for i in range(100)
+    ]  # fresh each time
+    order = BatchOrder(lengths, 7, seed=5, task="para")
+    asked = list(range(100)) * 2
+    random.Random(0).shuffle(asked)
+    assert all(order[i].tolist() == expected[i] for i in asked)
+
+
+def test_order_differs_between_epochs_tasks_and_seeds():
+    lengths = make_lengths(200)
+
+    def epoch(number, seed=1, task="sst"):
+        order = BatchOrder(lengths, 7, seed, task)
+        first = number * order.batches_per_epoch
+        return tuple(n for i in range(first, first + order.batches_per_epoch) for n in order[i].tolist())
+
+    orders = {epoch(0), epoch(1), epoch(2), epoch(0, seed=2), epoch(0, task="sts"), epoch(0, task="para")}
+    assert len(orders) == 6
+    assert epoch(0) == epoch(0)
+
+
+def test_order_leaves_the_global_random_state_alone():
+    np.random.seed(0)
+    expected = np.random.random(3).tolist()
+    np.random.seed(0)
+    BatchOrder(make_lengths(50), 7, seed=1, task="sst")[0]
+    assert np.random.random(3).tolist() == expected
+
+
+def test_similar_lengths_share_a_batch():
+    """Padding of single sentences stays below 5 % (DESIGN); without sorting it is about half on this data."""
+    lengths = make_lengths(8544)
+    order = BatchOrder(lengths, 16, seed=0, task="sst")
+    for epoch in range(3):
+        first = epoch * order.batches_per_epoch
+        batches = [lengths[order[i]] for i in range(first, first + order.batches_per_epoch)]
+        padded = sum(len(batch) * batch.max() for batch in batches)
+        assert 1 - lengths.sum() / padded < 0.05
+
+
+def test_batches_of_an_epoch_are_shuffled():
+    """Long and short batches alternate: lengths sorted through the epoch would be a curriculum nobody asked for."""
+    lengths = make_lengths(1600)
+    order = BatchOrder(lengths, 16, seed=0, task="sst")
+    means = [lengths[order[i]].mean() for i in range(100)]
+    # Rank correlation with time is 0 on average with standard error 0.1; sorted groups would give 0.4 to 1.
+    assert abs(np.corrcoef(np.argsort(np.argsort(means)), np.arange(100))[0, 1]) < 0.3
+
+
+# --- samplers ----------------------------------------------------------------------------------------------------
+
+SIZES = np.array([84160, 8544, 6040])  # as unequal as the course's tasks
+
+# The probabilities of the tasks, written out: N ** exponent, divided by the sum. None: not drawn at all.
+EXPONENTS = {
+    "round_robin": None,
+    "proportional": {0.0: 1.0, 1.0: 1.0},  # progress -> exponent
+    "sqrt": {0.0: 0.5, 1.0: 0.5},
+    "annealed": {0.0: 1.0, 0.5: 0.6, 1.0: 0.2},
+}
+
+
+def test_every_sampler_has_its_probabilities():
+    assert set(EXPONENTS) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    "sampler, progress, exponent",
+    [(name, *row) for name, rows in EXPONENTS.items() if rows for row in rows.items()],
+)
+def test_sampler_draws_with_the_stated_probabilities(sampler, progress, exponent):
+    probabilities = SIZES**exponent / (SIZES**exponent).sum()
+    rng, num_steps = np.random.default_rng(0), 3000
+    draws = np.concatenate([SAMPLERS[sampler](SIZES, progress, rng) for _ in range(num_steps)])
+    frequencies = np.bincount(draws, minlength=3) / len(draws)
+    standard_errors = np.sqrt(probabilities * (1 - probabilities) / len(draws))  # binomial
+    assert (np.abs(frequencies - probabilities) < 4 * standard_errors).all()  # fixed seed
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampler_fills_every_slot_with_a_task_in_order(sampler):
+    rng = np.random.default_rng(1)
+    for progress in np.linspace(0, 1, 50):
+        slots = SAMPLERS[sampler](SIZES, float(progress), rng)
+        assert slots.shape == (3,) and set(slots.tolist()) <= {0, 1, 2}
+        assert (np.diff(slots) >= 0).all()
+
+
+def test_round_robin_plan_has_every_task_once_a_step_in_order():
+    assert plan_slots("round_robin", SIZES, total_steps=5, seed=0).tolist() == [[0, 1, 2]] * 5
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_plan_is_reproducible_and_leaves_the_global_random_state_alone(sampler):
+    np.random.seed(0)
+    expected = np.random.random(3).tolist()
+    np.random.seed(0)
+    plan = plan_slots(sampler, SIZES, total_steps=200, seed=4)
+    assert np.random.random(3).tolist() == expected
+    assert plan.shape == (200, 3)
+    assert np.array_equal(plan, plan_slots(sampler, SIZES, total_steps=200, seed=4))
+    other = plan_slots(sampler, SIZES, total_steps=200, seed=5)
+    assert np.array_equal(plan, other) == (sampler == "round_robin")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_longer_run_begins_with_the_same_plan(sampler):
+    """Except where the probabilities follow the progress of the run."""
+    short, long = (plan_slots(sampler, SIZES, total_steps=steps, seed=4) for steps in (300, 900))
+    assert np.array_equal(short, long[:300]) == (sampler != "annealed")
+
+
+def test_annealed_plan_turns_to_the_small_tasks():
+    """By the exponents 1 and 0.2: the largest task has 85 % of the first slots, but only 45 % of the last."""
+    plan = plan_slots("annealed", SIZES, total_steps=3000, seed=0)
+    first, last = (plan[:300] == 0).mean(), (plan[-300:] == 0).mean()
+    # 900 slots each: the standard error is below 0.017, and progress moves by a tenth within them.
+    assert 0.75 < first < 0.90 and 0.40 < last < 0.55
+
+
+@pytest.mark.parametrize("total_steps", [0, 1])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_shortest_plans(sampler, total_steps):
+    assert plan_slots(sampler, [5, 3], total_steps, seed=0).shape == (total_steps, 2)

@@ -1,0 +1,545 @@
+"""Tests of evaluation.py: scores, losses and decoding by hand, prediction files byte for byte, prediction."""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import evaluation
+from bert import BertModel
+from config import TASKS, BertConfig, UserError
+from datasets import Rows, tokenize
+from evaluation import (
+    OVERALLS,
+    PREDICTION_STYLES,
+    TASK_KINDS,
+    check_predictions,
+    class_scores,
+    collapse_warning,
+    correlation_scores,
+    evaluate,
+    format_predictions,
+    majority_floor,
+    pearson,
+    predict,
+    read_predictions,
+    select_score,
+    spearman,
+    summarise,
+    write_text,
+)
+from multitask_bert import MultitaskBERT
+from tokenizer import SPECIAL_TOKENS, BertTokenizer
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_equal_scipy(ties):
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 10, 863):
+        x = rng.normal(size=size)
+        y = 0.5 * x + rng.normal(size=size)
+        if ties:  # labels with one decimal, predictions that repeat
+            x, y = np.round(x), np.round(y, 1)
+            x[:2], y[:2] = [1, 2], [3, 1]  # neither side constant
+        # float64 both; scipy centres and scales in another order
+        assert pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-12)
+        assert spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+
+
+def test_correlations_by_hand():
+    """(1, 2, 3) with (1, 3, 2): centred products 1 + 0 + 0, squares 2 and 2. A monotone curve has rho 1."""
+    assert pearson([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5, abs=1e-12)
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    assert spearman(x, np.exp(x)) == pytest.approx(1, abs=1e-12) and pearson(x, np.exp(x)) < 0.95
+    assert pearson(x, -2 * x + 7) == pytest.approx(-1, abs=1e-12)
+
+
+def test_correlation_does_not_depend_on_scale_or_offset():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(2, 50))
+    assert pearson(1e6 * x - 3, 1e-6 * y + 5) == pytest.approx(pearson(x, y), abs=1e-9)  # digits lost to + 5
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+def test_correlation_with_a_constant_is_zero(correlation):
+    x = np.array([1.0, 2.0, 4.0])
+    assert correlation(np.full(3, 2.5), x) == 0 and correlation(x, np.full(3, 2.5)) == 0
+    assert correlation(np.zeros(3), np.zeros(3)) == 0
+    assert correlation([0.1] * 3, x) == 0 and correlation([0.1] * 3, [0.1] * 3) == 0  # a mean that rounds
+
+
+def test_pearson_does_not_leave_its_range():
+    rng = np.random.default_rng(0)
+    for x in rng.normal(size=(200, 9)):
+        assert pearson(x, 3 * x) <= 1 and pearson(x, -3 * x) >= -1
+
+
+def test_class_scores_by_hand():
+    """Class 0: precision 2/3, recall 1, F1 0.8. Class 1: precision 1, recall 1/3, F1 0.5. Class 2: never right."""
+    scores = class_scores(np.array([0, 0, 0, 1, 2, 1]), np.array([0, 0, 1, 1, 1, 2]))
+    expected_f1 = (0.8 + 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3) + 0) / 3
+    assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": expected_f1}, abs=1e-12)
+
+
+def test_correlation_scores_name_both():
+    scores = correlation_scores(np.array([1.0, 2.0, 30.0]), np.array([0.0, 1.0, 2.0], dtype=np.float32))
+    assert scores["spearman"] == pytest.approx(1, abs=1e-12)
+    assert scores["pearson"] == pytest.approx(29 / math.sqrt(2 * (1 + 4 + 900 - 3 * 11**2)), abs=1e-12)
+
+
+def test_majority_floor_by_hand():
+    assert majority_floor(np.array([1, 0, 1, 2, 1], dtype=np.float32)) == 0.6
+    assert TASK_KINDS["regression"].floor(np.array([1.0, 2.0])) == 0
+
+
+# --- kinds of task -----------------------------------------------------------------------------------------------
+
+# kind -> logits (B, C), labels (B,), the mean loss and the predictions, worked by hand.
+HAND_KINDS = {
+    # Softmax of (0, ln 3): 1/4 and 3/4; of (ln 2, 0): 2/3 and 1/3. Losses -ln 3/4 and -ln 1/3, their mean ln(4) / 2.
+    "classification": ([[0, math.log(3)], [math.log(2), 0]], [1, 1], math.log(4) / 2, [1, 0]),
+    # Sigmoid of ln 3 is 3/4, of -ln 2 is 1/3, of 0 is 1/2: losses -ln 3/4, -ln 2/3, -ln 1/2, in all -ln 1/4.
+    "binary": ([[math.log(3)], [-math.log(2)], [0]], [1, 0, 1], math.log(4) / 3, [1, 0, 0]),
+    # Squared errors 0.25, 4 and 0; the prediction is the logit, also outside of 0 to 5.
+    "regression": ([[2.0], [-1.5], [5.5]], [2.5, 0.5, 5.5], 4.25 / 3, [2.0, -1.5, 5.5]),
+}
+
+
+def test_every_kind_has_a_hand_worked_row():
+    assert set(HAND_KINDS) == set(TASK_KINDS) and {spec.kind for spec in TASKS.values()} <= set(TASK_KINDS)
+
+
+@pytest.mark.parametrize("kind", HAND_KINDS)
+def test_loss_and_decode_by_hand(kind):
+    logits, labels, expected_loss, expected = HAND_KINDS[kind]
+    logits, labels = torch.tensor(logits, dtype=torch.float32), torch.tensor(labels, dtype=torch.float32)
+    loss = TASK_KINDS[kind].loss(logits, labels)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-6)  # float32
+    assert TASK_KINDS[kind].decode(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", HAND_KINDS)
+def test_loss_is_a_mean_over_the_batch(kind):
+    """Twice the batch, the same loss; and a batch of one works."""
+    logits, labels, expected_loss, _ = HAND_KINDS[kind]
+    logits, labels = torch.tensor(logits, dtype=torch.float32), torch.tensor(labels, dtype=torch.float32)
+    loss = TASK_KINDS[kind].loss(torch.cat([logits, logits]), torch.cat([labels, labels]))
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-6)  # float32
+    alone = [TASK_KINDS[kind].loss(logits[i : i + 1], labels[i : i + 1]).item() for i in range(len(labels))]
+    assert sum(alone) / len(alone) == pytest.approx(expected_loss, rel=1e-6)
+
+
+def test_binary_threshold_is_the_one_that_the_loss_trains_for():
+    """The decoded class is the one with the smaller loss; at logit 0 both cost ln 2, and the answer is 0."""
+    kind = TASK_KINDS["binary"]
+    for logit in (-30.0, -1.0, -1e-6, 0.0, 1e-6, 1.0, 30.0):
+        logits = torch.tensor([[logit]])
+        losses = [kind.loss(logits, torch.tensor([float(label)])).item() for label in (0, 1)]
+        assert kind.decode(logits).item() == int(losses[1] < losses[0]), logit
+    assert kind.decode(torch.tensor([[-0.0]])).item() == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_kind_fits_the_tasks_row(task):
+    """As many outputs as classes; every label and every decoded value is legal and can be written."""
+    spec, kind = TASKS[task], TASK_KINDS[TASKS[task].kind]
+    expected = {"sst": 5, "para": 1, "sts": 1, "cfimdb": 2}.get(task, kind.num_outputs(spec))
+    assert kind.num_outputs(spec) == expected
+    logits = torch.randn(13, expected, generator=torch.Generator().manual_seed(0))
+    predictions = kind.decode(logits)
+    assert predictions.shape == (13,) and predictions.is_floating_point() != kind.is_discrete
+    for value in [*predictions.tolist(), *spec.label_range]:
+        assert kind.is_legal(value, spec)
+        assert float(kind.text(value)) == float(kind.handout_text(value)) == value
+    scores = kind.scores(predictions.numpy(), np.arange(13, dtype=np.float32) % 2)
+    assert kind.main_score in scores
+
+
+# --- overall scores ----------------------------------------------------------------------------------------------
+
+POSTER_TASKS = {task: TASKS[task] for task in ("sst", "para", "sts")}
+POSTER_SCORES = {
+    "sst": {"accuracy": 0.513, "macro_f1": 0.4},
+    "para": {"accuracy": 0.776, "macro_f1": 0.7},
+    "sts": {"pearson": 0.655, "spearman": 0.6},
+}
+
+
+def test_both_overalls_on_the_posters_result():
+    summary = summarise(POSTER_SCORES, POSTER_TASKS)
+    assert set(OVERALLS) == {"mean", "mean_2024"}
+    assert summary["tasks"] == POSTER_SCORES
+    assert summary["mean"] == pytest.approx((0.513 + 0.776 + 0.655) / 3, abs=1e-12)
+    assert round(summary["mean"], 3) == 0.648
+    # (0.655 + 1) / 2 = 0.8275; the three add up to 2.1165, a third of it is 0.7055, printed as .706.
+    assert summary["mean_2024"] == pytest.approx(0.7055, abs=1e-12)
+
+
+def test_select_score():
+    summary = summarise(POSTER_SCORES, POSTER_TASKS)
+    chosen = {
+        name: select_score(summary, name, POSTER_TASKS) for name in ("mean", "mean_2024", *POSTER_TASKS)
+    }
+    assert chosen == {
+        "mean": summary["mean"],
+        "mean_2024": summary["mean_2024"],
+        "sst": 0.513,
+        "para": 0.776,
+        "sts": 0.655,
+    }
+
+
+def test_overalls_of_a_single_task():
+    sts = {"sts": TASKS["sts"]}
+    summary = summarise({"sts": {"pearson": -0.5, "spearman": 0.1}}, sts)
+    assert summary["mean"] == -0.5 and summary["mean_2024"] == 0.25
+
+
+# --- prediction files --------------------------------------------------------------------------------------------
+
+# What the course's starter code writes: a tab in the header, commas in the rows, a space on both sides of each and
+# before every line's end; "Similiary" is its own spelling. The handout has plain commas and whole numbers.
+EXPECTED_FILES = {
+    ("sst", "starter"): b"id \t Predicted_Sentiment \nab12 , 3 \ncd34 , 0 \n",
+    ("para", "starter"): b"id \t Predicted_Is_Paraphrase \nab12 , 1.0 \ncd34 , 0.0 \n",
+    ("sts", "starter"): b"id \t Predicted_Similiary \nab12 , 3.25 \ncd34 , -0.5 \n",
+    ("sst", "handout"): b"id,Predicted_Sentiment\nab12,3\ncd34,0\n",
+    ("para", "handout"): b"id,Predicted_Is_Paraphrase\nab12,1\ncd34,0\n",
+    ("sts", "handout"): b"id,Predicted_Similarity\nab12,3.25\ncd34,-0.5\n",
+}
+VALUES = {"sst": [3, 0], "para": [1, 0], "sts": [3.25, -0.5]}
+
+
+@pytest.mark.parametrize("task, style", EXPECTED_FILES)
+def test_prediction_file_byte_for_byte_and_back(tmp_path, task, style):
+    path = tmp_path / "predictions.csv"
+    write_text(path, format_predictions(TASKS[task], ["ab12", "cd34"], VALUES[task], style))
+    assert path.read_bytes() == EXPECTED_FILES[task, style]
+    assert read_predictions(path, TASKS[task]) == dict(zip(["ab12", "cd34"], VALUES[task], strict=True))
+
+
+def test_every_style_has_expected_files():
+    assert {style for _, style in EXPECTED_FILES} == set(PREDICTION_STYLES)
+
+
+def test_numpy_predictions_are_written_like_plain_numbers():
+    text = format_predictions(TASKS["sts"], ["ab"], np.array([0.1], dtype=np.float32), "starter")
+    assert float(text.splitlines()[1].split(",")[1]) == np.float32(0.1)
+    assert "np." not in text
+    assert (
+        format_predictions(TASKS["sst"], ["ab"], np.array([2]), "handout") == "id,Predicted_Sentiment\nab,2\n"
+    )
+
+
+def test_as_many_predictions_as_ids():
+    for style in PREDICTION_STYLES:
+        with pytest.raises(ValueError):
+            format_predictions(TASKS["sst"], ["ab", "cd"], [1], style)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"id \t Predicted_Sentiment \r\nab , 3 \r\ncd , 0 \r\n",  # Windows
+        b"id,Predicted_Sentiment\nab,3.0\ncd,0",  # no line end
+        b"id , Predicted_Sentiment\n ab,3\ncd ,0\n",
+        b"\xef\xbb\xbfid,Predicted_Sentiment\nab,3\ncd,0\n",  # a byte order mark
+    ],
+)
+def test_small_differences_in_form_are_read(tmp_path, content):
+    (tmp_path / "sst.csv").write_bytes(content)
+    assert read_predictions(tmp_path / "sst.csv", TASKS["sst"]) == {"ab": 3, "cd": 0}
+
+
+HEADERS = {
+    "sst": "id \t Predicted_Sentiment \n",
+    "para": "id \t Predicted_Is_Paraphrase \n",
+    "sts": "id \t Predicted_Similiary \n",
+}
+BAD_PREDICTIONS = {
+    "empty": ("sst", "", r"p\.csv:1: header is ''"),
+    "no header": ("sst", "ab , 3 \n", r"p\.csv:1: header is 'ab , 3 '; expected id and Predicted_Sentiment"),
+    "other task's header": ("para", "id,Predicted_Sentiment\nab,1\n", r"p\.csv:1: header is .*Is_Paraphrase"),
+    "three columns": ("sst", "id,Predicted_Sentiment,more\nab,1,2\n", r"p\.csv:1: header"),
+    "id given twice": (
+        "sst",
+        HEADERS["sst"] + "ab , 1 \ncd , 2 \nab , 1 \n",
+        r"p\.csv:4: id ab stands .*second time",
+    ),
+    "fraction of a class": (
+        "sst",
+        HEADERS["sst"] + "ab , 1 \ncd , 3.5 \n",
+        r"p\.csv:3: value is 3\.5; .*from 0 to 4",
+    ),
+    "class too high": ("sst", HEADERS["sst"] + "ab , 7 \n", r"p\.csv:2: value is 7; expected a whole number"),
+    "class too low": ("sst", HEADERS["sst"] + "ab , -1 \n", r"p\.csv:2: value is -1"),
+    "probability": ("para", HEADERS["para"] + "ab , 0.73 \n", r"p\.csv:2: value is 0\.73; .*from 0 to 1"),
+    "class nan": ("sst", HEADERS["sst"] + "ab , nan \n", r"p\.csv:2: value is nan"),
+    "class infinite": ("para", HEADERS["para"] + "ab , inf \n", r"p\.csv:2: value is inf"),
+    "number nan": (
+        "sts",
+        HEADERS["sts"] + "ab , nan \n",
+        r"p\.csv:2: value is nan; expected a finite number",
+    ),
+    "number infinite": ("sts", HEADERS["sts"] + "ab , 1 \ncd , -inf \n", r"p\.csv:3: value is -inf"),
+    "text": (
+        "sts",
+        HEADERS["sts"] + "ab , high \n",
+        r"p\.csv:2: row is 'ab , high '; expected an id, a comma",
+    ),
+    "no value": ("sst", HEADERS["sst"] + "ab\n", r"p\.csv:2: row is 'ab'"),
+    "empty value": ("sst", HEADERS["sst"] + "ab , \n", r"p\.csv:2: row"),
+    "no id": ("sst", HEADERS["sst"] + " , 3 \n", r"p\.csv:2: row"),
+    "too many values": ("sst", HEADERS["sst"] + "ab , 3 , 4 \n", r"p\.csv:2: row"),
+    "blank line": ("sst", HEADERS["sst"] + "ab , 3 \n\ncd , 3 \n", r"p\.csv:3: row"),
+    "not UTF-8": ("sst", b"id,Predicted_Sentiment\nna\xefve,3\n", r"p\.csv: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PREDICTIONS)
+def test_bad_prediction_file_raises_and_names_the_line(tmp_path, case):
+    task, content, message = BAD_PREDICTIONS[case]
+    path = tmp_path / "p.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        read_predictions(path, TASKS[task])
+
+
+def test_missing_prediction_file(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.csv: no such file"):
+        read_predictions(tmp_path / "absent.csv", TASKS["sst"])
+
+
+def test_similarity_may_be_on_any_scale(tmp_path):
+    """Pearson's r has none: a cosine or a logit is as good as a number from 0 to 5."""
+    (tmp_path / "p.csv").write_text(HEADERS["sts"] + "ab , -7.5 \ncd , 1e3 \n")
+    assert read_predictions(tmp_path / "p.csv", TASKS["sts"]) == {"ab": -7.5, "cd": 1000}
+
+
+def test_check_predictions_holds_them_against_the_ids(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(HEADERS["sst"] + "cd , 1 \nab , 3 \n")
+    assert check_predictions(path, TASKS["sst"], ["ab", "cd"]) is None  # the order is free
+    with pytest.raises(UserError, match=r"p\.csv: 2 of 4 ids have no prediction, the first is x1"):
+        check_predictions(path, TASKS["sst"], ["ab", "x1", "cd", "x2"])
+    with pytest.raises(UserError, match=r"p\.csv: 1 ids are not in the data, the first is cd"):
+        check_predictions(path, TASKS["sst"], ["ab"])
+
+
+def test_check_predictions_warns_of_collapse(tmp_path):
+    path, ids = tmp_path / "p.csv", [f"id{i}" for i in range(30)]
+    write_text(path, format_predictions(TASKS["sst"], ids, [3] * 30, "starter"))
+    assert "30 of 30 predictions are 3" in check_predictions(path, TASKS["sst"], ids)
+
+
+def test_collapse_warning():
+    """From 95 % equal predictions on; a single prediction proves nothing."""
+    spec = TASKS["sst"]
+    assert "95 of 100 predictions are 2" in collapse_warning([2] * 95 + [1] * 5, spec)
+    assert collapse_warning([2] * 94 + [1] * 6, spec) is None
+    assert "2 of 2" in collapse_warning([0, 0], spec)
+    assert collapse_warning([0], spec) is None and collapse_warning([], spec) is None
+    assert collapse_warning(np.linspace(0, 5, 40).tolist(), TASKS["sts"]) is None
+    assert "between 2.5 and 2.54" in collapse_warning([2.5, 2.54] * 20, TASKS["sts"])  # 1 % of 0 to 5 is 0.05
+    assert collapse_warning([2.5, 2.56] * 20, TASKS["sts"]) is None
+
+
+def test_write_text_makes_folders_and_keeps_line_ends(tmp_path):
+    path = tmp_path / "new" / "deeper" / "file.csv"
+    write_text(path, "a\nna\u00efve\r\n")
+    assert path.read_bytes() == b"a\nna\xc3\xafve\r\n"
+    assert [file.name for file in path.parent.iterdir()] == ["file.csv"]
+
+
+def test_write_text_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "file.csv"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half of the new \ud800 text")  # a lone surrogate: no UTF-8 can hold it
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_write_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypatch, function):
+    path = tmp_path / "file.csv"
+    write_text(path, "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+# --- prediction --------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmnop"
+HEAD_NAMES = {"sst": "single", "para": "concat", "sts": "diff"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine the threads of tiny products wait for each other far longer than they work."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def tokenizer():
+    return BertTokenizer({piece: i for i, piece in enumerate((*SPECIAL_TOKENS, *LETTERS))})
+
+
+def make_model(tokenizer, head_names=None, pooling: str = "mean", **options) -> MultitaskBERT:
+    """Random weights, larger than BERT's start so that predictions differ clearly; odd sizes catch swapped axes."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=37,
+        max_position_embeddings=24,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.5,  # a forward pass in training mode would be far off
+        attention_probs_dropout_prob=0.5,
+    )
+    head_names = HEAD_NAMES | (head_names or {})
+    specs = {task: TASKS[task] for task in head_names}
+    return MultitaskBERT(BertModel(config), specs, head_names, pooling=pooling, **options)
+
+
+def make_data(tokenizer, task: str, num_examples: int = 13, joint: bool = False):
+    """Sentences of 1 to 18 letters, some of them in several examples."""
+    rng = np.random.default_rng(3)
+    sentences = [
+        " ".join(rng.choice(list(LETTERS), size=rng.integers(1, 9 if joint else 19))) for _ in range(12)
+    ]
+    num_sentences = len(TASKS[task].text_columns)
+    texts = [tuple(sentences[i] for i in rng.integers(12, size=num_sentences)) for _ in range(num_examples)]
+    labels = rng.integers(2, size=num_examples).astype(np.float32)
+    rows = Rows(Path("rows.csv"), [f"id{i}" for i in range(num_examples)], texts, labels, [])
+    return tokenize(rows, tokenizer, joint=joint, max_length=24)
+
+
+SETTINGS = {  # task, head, pooling
+    "single, mean": ("sst", "single", "mean"),
+    "concat, mean": ("para", "concat", "mean"),
+    "diff, mean": ("sts", "diff", "mean"),
+    "diff, cls": ("sts", "diff", "cls"),
+    "diff, pooler": ("sts", "diff", "pooler"),
+    "cosine, mean": ("sts", "cosine", "mean"),
+    "cross, mean": ("sts", "cross", "mean"),
+    "cross, cls": ("sts", "cross", "cls"),
+}
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
+def setting(request, tokenizer, monkeypatch):
+    """(task, model, data) for each kind of head and pooling; `predict` gives the logits, which show more than classes."""
+    task, head, pooling = request.param
+    kind = TASKS[task].kind
+    monkeypatch.setitem(TASK_KINDS, kind, replace(TASK_KINDS[kind], decode=lambda logits: logits))
+    data = make_data(tokenizer, task, joint=head == "cross")
+    return task, make_model(tokenizer, {task: head}, pooling), data
+
+
+def check_close(logits: np.ndarray, expected: np.ndarray) -> None:
+    """To 1e-5, absolute: float32 matrix products of other shapes sum in another order; logits are about 1."""
+    assert expected.std(axis=0).max() > 1e-2  # not all the same, so that the comparison can fail
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_predict_matches_forward_on_padded_batches(setting, tokenizer):
+    task, model, data = setting
+    logits = predict(model, task, data, tokenizer.pad_token_id)
+    model.eval()
+    parts = [data.batch(np.arange(start, min(start + 5, 13)), tokenizer.pad_token_id) for start in (0, 5, 10)]
+    with torch.no_grad():
+        expected = torch.cat([model(task, part) for part in parts]).numpy()
+    check_close(logits, expected)
+
+
+def test_prediction_does_not_depend_on_the_rest_of_the_batch(setting, tokenizer, monkeypatch):
+    """One example alone, all at once, and all in many small forward passes."""
+    task, model, data = setting
+    together = predict(model, task, data, tokenizer.pad_token_id)
+    alone = [predict(model, task, data.part(np.array([i])), tokenizer.pad_token_id) for i in range(13)]
+    check_close(np.concatenate(alone), together)
+    monkeypatch.setattr(evaluation, "EVAL_TOKENS", 30)
+    monkeypatch.setattr(evaluation, "EVAL_EXAMPLES", 4)
+    check_close(predict(model, task, data, tokenizer.pad_token_id), together)
+
+
+@pytest.mark.parametrize("task", HEAD_NAMES)
+def test_predictions_are_decoded(tokenizer, task):
+    model, data = make_model(tokenizer), make_data(tokenizer, task)
+    predictions = predict(model, task, data, tokenizer.pad_token_id)
+    kind = TASK_KINDS[TASKS[task].kind]
+    assert predictions.shape == (13,) and predictions.dtype == (np.int64 if kind.is_discrete else np.float32)
+    assert all(kind.is_legal(value, TASKS[task]) for value in predictions.tolist())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predict_restores_the_mode_and_needs_no_gradient(tokenizer, training):
+    model, data = make_model(tokenizer), make_data(tokenizer, "sts")
+    model.train(training)
+    first = predict(model, "sts", data, tokenizer.pad_token_id)
+    assert all(module.training == training for module in model.modules())
+    # Dropout of 0.5 would change a second result; eval mode does not.
+    assert np.array_equal(predict(model, "sts", data, tokenizer.pad_token_id), first)
+    assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
+
+
+def test_predict_keeps_a_frozen_encoder_in_eval_mode(tokenizer):
+    model, data = make_model(tokenizer, freeze_encoder=True), make_data(tokenizer, "sts")
+    model.train()
+    predict(model, "sts", data, tokenizer.pad_token_id)
+    assert model.training and model.heads.training and not model.bert.training
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 8192])  # the first forces one sentence a forward pass
+def test_each_distinct_sentence_is_encoded_once(tokenizer, monkeypatch, max_tokens):
+    model, data = make_model(tokenizer), make_data(tokenizer, "sts", num_examples=40)
+    monkeypatch.setattr(evaluation, "EVAL_TOKENS", max_tokens)
+    seen, shapes = [], []
+
+    def record(module, inputs):
+        input_ids, attention_mask = inputs[:2]
+        shapes.append(tuple(input_ids.shape))
+        seen.extend(
+            tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)
+        )
+
+    model.bert.register_forward_pre_hook(record)
+    predict(model, "sts", data, tokenizer.pad_token_id)
+    distinct = {sentence for texts in data.rows.texts for sentence in texts}
+    assert len(distinct) < 80  # sentences do come up again
+    assert len(seen) == len(set(seen)) == len(distinct)
+    assert all(rows == 1 or rows * length <= max_tokens for rows, length in shapes)
+    assert len(shapes) == {1: len(distinct), 8192: 1}.get(max_tokens, len(shapes))
+
+
+def test_evaluate_scores_every_task(tokenizer):
+    model = make_model(tokenizer)
+    dev_data = {task: make_data(tokenizer, task) for task in HEAD_NAMES}
+    summary, predictions = evaluate(model, dev_data, tokenizer.pad_token_id)
+    for task, data in dev_data.items():
+        expected = predict(model, task, data, tokenizer.pad_token_id)
+        assert np.array_equal(predictions[task], expected)
+        kind = TASK_KINDS[TASKS[task].kind]
+        assert summary["tasks"][task] == kind.scores(expected, data.rows.labels)
+    accuracies = [float((predictions[task] == dev_data[task].rows.labels).mean()) for task in ("sst", "para")]
+    r = float(np.corrcoef(predictions["sts"], dev_data["sts"].rows.labels)[0, 1])
+    assert summary["mean"] == pytest.approx((sum(accuracies) + r) / 3, abs=1e-6)  # float32 predictions
+    assert summary["mean_2024"] == pytest.approx((sum(accuracies) + (r + 1) / 2) / 3, abs=1e-6)

@@ -1,0 +1,396 @@
+"""Tests of pcgrad.py: inner products and weights against the papers' vector forms, hand-worked cases, properties."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from pcgrad import (
+    BLOCK_SIZE,
+    COSINE_EMA_BETA,
+    GRAD_METHODS,
+    cosine_matrix,
+    gradvac,
+    gram_matrix,
+    pcgrad,
+    update_cosine_ema,
+)
+
+CONFLICT = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # two tasks whose gradients point apart
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_grads(num_tasks: int, num_params: int, seed: int) -> torch.Tensor:
+    """Gradients of different lengths, most pairs with a clear cosine of either sign, (K, P) float64."""
+    generator = seeded(seed)
+    grads = torch.randn(num_tasks, num_params, generator=generator, dtype=torch.float64)
+    return grads * 10 ** torch.empty(num_tasks, 1, dtype=torch.float64).uniform_(-2, 2, generator=generator)
+
+
+def draw_orders(num_tasks: int, seed: int) -> list[list[int]]:
+    """The orders that a generator with this seed gives: one permutation per task, the task itself struck out."""
+    generator = seeded(seed)
+    orders = [torch.randperm(num_tasks, generator=generator).tolist() for _ in range(num_tasks)]
+    return [[j for j in order if j != i] for i, order in enumerate(orders)]
+
+
+def textbook_pcgrad(grads: torch.Tensor, orders: list[list[int]]) -> torch.Tensor:
+    """Algorithm 1 of Yu et al. on the vectors themselves, (K, P) -> (P,)."""
+    total = torch.zeros_like(grads[0])
+    for i, order in enumerate(orders):
+        adjusted = grads[i].clone()
+        for j in order:
+            product = adjusted @ grads[j]
+            if product < 0:
+                adjusted -= product / (grads[j] @ grads[j]) * grads[j]
+        total += adjusted
+    return total
+
+
+def textbook_gradvac(grads: torch.Tensor, orders: list[list[int]], targets: torch.Tensor) -> torch.Tensor:
+    """Algorithm 1 of Wang et al. on the vectors themselves, with fixed targets (K, K)."""
+    total = torch.zeros_like(grads[0])
+    for i, order in enumerate(orders):
+        adjusted = grads[i].clone()
+        for j in order:
+            cosine = adjusted @ grads[j] / (adjusted.norm() * grads[j].norm())
+            target = targets[i, j]
+            if cosine < target:
+                numerator = adjusted.norm() * (
+                    target * (1 - cosine**2).sqrt() - cosine * (1 - target**2).sqrt()
+                )
+                adjusted += numerator / (grads[j].norm() * (1 - target**2).sqrt()) * grads[j]
+        total += adjusted
+    return total
+
+
+# --- inner products ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize(
+    "num_params", [0, 1, 7, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 11]
+)
+def test_gram_matrix_equals_the_product_in_float64(num_tasks, num_params):
+    grads = torch.randn(num_tasks, num_params, generator=seeded(num_params))
+    gram = gram_matrix(grads)
+    exact = grads.double() @ grads.double().T
+    assert gram.shape == (num_tasks, num_tasks) and gram.dtype == torch.float32
+    # Relative to the lengths: float32 has 1.2e-7, and sums over a block add a little to it.
+    scale = float(exact.diagonal().max()) if num_params else 1.0
+    torch.testing.assert_close(gram.double(), exact, rtol=0, atol=1e-5 * scale)
+
+
+def test_gram_matrix_by_hand():
+    expected = torch.tensor([[18.0, -22.0], [-22.0, 38.0]])
+    assert torch.equal(gram_matrix(CONFLICT), expected)  # small whole numbers are exact
+
+
+def test_cosine_matrix_by_hand():
+    """Vectors (3, 4), (4, -3), (-6, -8), 0: right angle, opposite, and a zero gradient."""
+    grads = torch.tensor([[3.0, 4.0], [4.0, -3.0], [-6.0, -8.0], [0.0, 0.0]])
+    expected = torch.tensor([[1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [-1.0, 0.0, 1.0, 0.0], [0.0] * 4])
+    torch.testing.assert_close(cosine_matrix(grads @ grads.T), expected)  # float32 rounding
+    gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]])
+    assert cosine_matrix(gram)[0, 1].item() == pytest.approx(-22 / math.sqrt(18 * 38), rel=1e-6)  # float32
+
+
+def test_cosine_matrix_stays_in_range_and_finite():
+    all_zero = cosine_matrix(torch.zeros(3, 3))
+    assert torch.equal(all_zero, torch.zeros(3, 3))
+    rounded = torch.tensor(
+        [[1.0, 1.0001], [1.0001, 1.0]]
+    )  # inner products that rounding made a bit too large
+    assert cosine_matrix(rounded).max() == 1 and cosine_matrix(-rounded).min() >= -1
+    for scale in (1e-15, 1e15):  # lengths whose squares still fit into float32
+        torch.testing.assert_close(
+            cosine_matrix(gram_matrix(CONFLICT * scale)), cosine_matrix(gram_matrix(CONFLICT))
+        )
+
+
+def test_update_cosine_ema_by_hand():
+    first, second = torch.tensor([[4.0, -2.0], [-2.0, 4.0]]), torch.tensor([[9.0, 4.5], [4.5, 9.0]])
+    assert COSINE_EMA_BETA == 0.01
+    ema = update_cosine_ema(None, first)  # from 0 a hundredth of the way to -0.5
+    torch.testing.assert_close(ema, torch.tensor([[0.01, -0.005], [-0.005, 0.01]]))  # float32 rounding
+    kept = ema.clone()
+    updated = update_cosine_ema(ema, second)  # 0.99 * 0.01 + 0.01 and 0.99 * -0.005 + 0.005
+    torch.testing.assert_close(updated, torch.tensor([[0.0199, 0.00005], [0.00005, 0.0199]]))
+    assert torch.equal(ema, kept)
+    absent = torch.tensor([[9.0, 0.0], [0.0, 0.0]])  # the second task had no batch
+    expected = torch.tensor([[0.99 * 0.01 + 0.01, -0.005], [-0.005, 0.01]])
+    torch.testing.assert_close(update_cosine_ema(ema, absent), expected)
+
+
+# --- PCGrad ------------------------------------------------------------------------------------------------------
+
+
+def test_pcgrad_on_hand_worked_conflict():
+    """g1 = (-4, 1, 1), g2 = (6, 1, 1), g1.g2 = -22, |g1|^2 = 18, |g2|^2 = 38.
+
+    g1 + 22/38 g2 = (-0.5263, 1.5789, 1.5789) and g2 + 22/18 g1 = (1.1111, 2.2222, 2.2222).
+    """
+    weights = pcgrad(gram_matrix(CONFLICT), seeded(0))
+    torch.testing.assert_close(weights, torch.tensor([1 + 22 / 18, 1 + 22 / 38]))  # float32
+    combined = weights @ CONFLICT
+    torch.testing.assert_close(
+        combined, torch.tensor([0.5848, 3.8012, 3.8012]), rtol=0, atol=5e-5
+    )  # 4 decimals
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 4, 5])
+def test_pcgrad_equals_the_vector_form(num_tasks):
+    for seed in range(100):
+        grads = random_grads(num_tasks, 4, seed)  # few dimensions: conflicts are strong and chain
+        weights = pcgrad(grads @ grads.T, seeded(seed))
+        expected = textbook_pcgrad(grads, draw_orders(num_tasks, seed))
+        # float64 on both sides. What remains of a vector after projections may be small beside what was taken
+        # out, so the error is measured against the longest gradient.
+        error = (weights @ grads - expected).norm() / grads.norm(dim=1).max()
+        assert error < 1e-6, seed
+
+
+def test_pcgrad_from_float32_gradients():
+    """The path of a run: float32 rows, blockwise inner products, weights back in float32."""
+    grads = random_grads(3, 2 * BLOCK_SIZE + 5, seed=1)
+    grads[1] -= (
+        5 * grads[0] * grads[1].norm() / grads[0].norm()
+    )  # high-dimensional noise alone hardly conflicts
+    weights = pcgrad(gram_matrix(grads.float()), seeded(1))
+    expected = textbook_pcgrad(grads, draw_orders(3, 1))
+    assert weights.dtype == torch.float32
+    # Weights inherit the inner products' 1e-6 or so.
+    assert (weights.double() @ grads - expected).norm() / grads.norm(dim=1).max() < 1e-4
+
+
+def test_order_is_redrawn_for_each_task():
+    """Three tasks in conflict: 2 orders for each, so 2 ** 3 results; one order for all would give at most 6."""
+    grads = torch.tensor([[1.0, 0.0, 0.2], [-0.7, 0.9, 0.1], [-0.5, -0.8, 0.3]], dtype=torch.float64)
+    gram = grads @ grads.T
+    assert gram[0, 1] < 0 and gram[0, 2] < 0 and gram[1, 2] < 0
+    others = [[1, 2], [0, 2], [0, 1]]
+    all_orders = itertools.product(*(itertools.permutations(rest) for rest in others))
+    expected = {rounded(textbook_pcgrad(grads, orders)) for orders in all_orders}
+    num_draws = 800
+    counts = Counter(rounded(pcgrad(gram, seeded(seed)) @ grads) for seed in range(num_draws))
+    assert len(expected) == 8 and set(counts) == expected
+    # Each comes up with probability 1/8; 5 standard errors of the binomial, and the seeds are fixed.
+    standard_error = math.sqrt(num_draws / 8 * 7 / 8)
+    assert all(abs(count - num_draws / 8) < 5 * standard_error for count in counts.values())
+
+
+def rounded(vector: torch.Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 8) + 0.0 for value in vector.tolist())
+
+
+def test_a_task_never_projects_onto_itself():
+    """Here task 0, projected onto both others, has come to point away from its own original gradient.
+
+    g0 = (1, 0); g1 = (-1, 0.2) and g2 = (-1, -0.2) do not conflict with each other. Each projection of g0 turns
+    it along the other's normal: first (0.04, 0.2) / 1.04, whose product with g2 is -0.08 / 1.04, then
+    (-0.0384, 0.192) / 1.04 ** 2 (or its mirror image). An implementation that walks over the task itself and meets
+    it last would take that negative first part out again.
+    """
+    grads = torch.tensor([[1.0, 0.0], [-1.0, 0.2], [-1.0, -0.2]], dtype=torch.float64)
+    first = -0.0384 / 1.04**2
+    for seed in range(30):
+        orders = draw_orders(3, seed)
+        combined = pcgrad(grads @ grads.T, seeded(seed)) @ grads
+        rest = textbook_pcgrad(grads, [[], orders[1], orders[2]]) - grads[0]  # what tasks 1 and 2 contribute
+        assert combined[0] - rest[0] == pytest.approx(first, rel=1e-9), seed
+
+
+def test_without_conflict_pcgrad_is_the_plain_sum():
+    grads = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0], [1.0, 1.0, 0.5]])  # one pair at a right angle
+    assert torch.equal(pcgrad(gram_matrix(grads), seeded(0)), torch.ones(3))
+
+
+def test_identical_gradients_add_up():
+    assert torch.equal(pcgrad(torch.full((3, 3), 7.0), seeded(0)), torch.ones(3))
+
+
+def test_opposite_gradients_cancel():
+    """g and -2 g: each is projected onto the other, nothing of either is left."""
+    gram = torch.tensor([[1.0, -2.0], [-2.0, 4.0]])
+    combined = pcgrad(gram, seeded(0)) @ torch.tensor([[1.0], [-2.0]])
+    assert combined.item() == pytest.approx(0, abs=1e-6)  # float32 weights
+
+
+def test_zero_gradient_neither_changes_nor_is_changed():
+    grads = torch.cat([CONFLICT, torch.zeros(1, 3)])
+    weights = pcgrad(gram_matrix(grads), seeded(0))
+    torch.testing.assert_close(weights[:2], pcgrad(gram_matrix(CONFLICT), seeded(0)))
+    torch.testing.assert_close(weights @ grads, torch.tensor([0.5848, 3.8012, 3.8012]), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])  # squared lengths still fit into float32
+def test_pcgrad_does_not_depend_on_a_common_scale(scale):
+    weights = pcgrad(gram_matrix(CONFLICT * scale), seeded(0))
+    torch.testing.assert_close(
+        weights, pcgrad(gram_matrix(CONFLICT), seeded(0)), rtol=1e-5, atol=0
+    )  # float32
+
+
+def test_pcgrad_with_gradients_of_very_different_length():
+    """By hand with g1 a million times longer: weights 1 + 22 / 18 / 1e6 and 1 + 22 * 1e6 / 38."""
+    grads = CONFLICT * torch.tensor([[1e6], [1.0]])
+    weights = pcgrad(gram_matrix(grads), seeded(0))
+    torch.testing.assert_close(weights, torch.tensor([1 + 22 / 18e6, 1 + 22e6 / 38]), rtol=1e-5, atol=0)
+
+
+# --- GradVac -----------------------------------------------------------------------------------------------------
+
+
+def random_targets(num_tasks: int, seed: int) -> torch.Tensor:
+    """Running means of cosines, symmetric, of either sign, (K, K) float64."""
+    raw = torch.empty(num_tasks, num_tasks, dtype=torch.float64).uniform_(-0.9, 0.9, generator=seeded(seed))
+    return (raw + raw.T) / 2
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 4])
+def test_gradvac_equals_the_vector_form(num_tasks):
+    for seed in range(100):
+        grads, targets = random_grads(num_tasks, 5, seed), random_targets(num_tasks, 1000 + seed)
+        weights = gradvac(grads @ grads.T, seeded(seed), targets)
+        expected = textbook_gradvac(grads, draw_orders(num_tasks, seed), targets)
+        # As for PCGrad; lifting a short gradient along a long one adds nothing longer than the former.
+        assert (weights @ grads - expected).norm() / grads.norm(dim=1).max() < 1e-6, seed
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 5])
+def test_gradvac_without_a_running_mean_is_pcgrad(num_tasks):
+    for seed in range(20):
+        grads = random_grads(num_tasks, 4, seed)
+        gram = grads @ grads.T
+        assert torch.equal(gradvac(gram, seeded(seed)), pcgrad(gram, seeded(seed)))
+        zero = torch.zeros(num_tasks, num_tasks)
+        assert torch.equal(gradvac(gram, seeded(seed), zero), pcgrad(gram, seeded(seed)))
+
+
+@pytest.mark.parametrize("target", [-0.6, 0.0, 0.3, 0.9])
+def test_gradvac_lifts_the_cosine_exactly_to_the_target(target):
+    """The other task's target is out of reach below, so it keeps its gradient: combined minus it is the lifted one."""
+    grads = CONFLICT.double()
+    assert cosine_matrix(grads @ grads.T)[0, 1] < -0.8  # below every target here
+    targets = torch.tensor([[1.0, target], [-0.98, 1.0]], dtype=torch.float64)
+    lifted = gradvac(grads @ grads.T, seeded(0), targets) @ grads - grads[1]
+    cosine = lifted @ grads[1] / (lifted.norm() * grads[1].norm())
+    assert cosine.item() == pytest.approx(target, abs=1e-12)  # float64
+
+
+def test_gradvac_leaves_cosines_above_their_target():
+    grads = torch.tensor([[1.0, 0.2], [1.0, -0.2]])
+    assert torch.equal(gradvac(gram_matrix(grads), seeded(0), torch.full((2, 2), 0.5)), torch.ones(2))
+    assert torch.equal(gradvac(gram_matrix(CONFLICT), seeded(0), torch.full((2, 2), -0.9)), torch.ones(2))
+
+
+def test_gradvac_target_of_one_stays_finite():
+    """The formula divides by sqrt(1 - target ** 2); the target is capped at 0.99."""
+    grads = CONFLICT.double()
+    weights = gradvac(grads @ grads.T, seeded(0), torch.ones(2, 2))
+    capped = gradvac(grads @ grads.T, seeded(0), torch.full((2, 2), 0.99, dtype=torch.float64))
+    assert weights.isfinite().all() and torch.equal(weights, capped)
+
+
+# --- properties of every method ----------------------------------------------------------------------------------
+
+# By hand on CONFLICT: the combined gradient. GradVac without a running mean is PCGrad.
+HAND_COMBINED = {
+    "sum": [2.0, 2.0, 2.0],
+    "mean": [1.0, 1.0, 1.0],
+    "pcgrad": [0.5848, 3.8012, 3.8012],
+    "gradvac": [0.5848, 3.8012, 3.8012],
+}
+EMA_OPTIONS = {"no running mean": False, "running mean": True}
+
+
+def test_every_method_has_a_hand_worked_row():
+    assert set(HAND_COMBINED) == set(GRAD_METHODS)
+
+
+@pytest.mark.parametrize("method", HAND_COMBINED)
+def test_method_on_hand_worked_conflict(method):
+    combined = GRAD_METHODS[method](gram_matrix(CONFLICT), seeded(0)) @ CONFLICT
+    torch.testing.assert_close(combined, torch.tensor(HAND_COMBINED[method]), rtol=0, atol=5e-5)  # 4 decimals
+
+
+def awkward_grads() -> dict[str, torch.Tensor]:
+    """Gradient matrices that could break a division or a square root."""
+    generator = seeded(7)
+    one, other = torch.randn(2, 9, generator=generator)
+    return {
+        "random": torch.randn(4, 9, generator=generator),
+        "all zero": torch.zeros(3, 9),
+        "one zero": torch.stack([one, torch.zeros(9), -one + 0.1 * other]),
+        "identical": torch.stack([one, one, one]),
+        "opposite": torch.stack([one, -one, one]),
+        "opposite and longer": torch.stack([one, -1000 * one]),
+        "nearly opposite": torch.stack([one, -one + 1e-4 * other, other]),
+        "huge": 1e17 * torch.randn(3, 9, generator=generator),
+        "tiny": 1e-17 * torch.randn(3, 9, generator=generator),
+        "tiny beyond float32": 1e-25 * torch.randn(3, 9, generator=generator),  # the inner products are 0
+        "one square underflows": torch.stack(
+            [1e10 * one, -1e-25 * one]
+        ),  # inner products: large, -1e-15 or so, 0
+        "huge and tiny": torch.stack([1e15 * one, -1e-15 * one, 1e-15 * other]),
+        "single task": one[None],
+    }
+
+
+@pytest.mark.parametrize("with_ema", EMA_OPTIONS.values(), ids=EMA_OPTIONS)
+@pytest.mark.parametrize("case", awkward_grads())
+@pytest.mark.parametrize("method", GRAD_METHODS)
+def test_weights_have_shape_and_type_are_finite_and_inputs_unmodified(method, case, with_ema):
+    gram = gram_matrix(awkward_grads()[case])
+    ema = random_targets(len(gram), 3).float() if with_ema else None
+    kept, kept_ema = gram.clone(), None if ema is None else ema.clone()
+    weights = GRAD_METHODS[method](gram, seeded(0), ema)
+    assert weights.shape == (len(gram),) and weights.dtype == gram.dtype
+    assert weights.isfinite().all()
+    assert torch.equal(gram, kept)
+    assert ema is None or torch.equal(ema, kept_ema)
+
+
+@pytest.mark.parametrize("method", GRAD_METHODS)
+def test_single_task_keeps_its_gradient(method):
+    gram = torch.tensor([[5.0]])
+    assert torch.equal(GRAD_METHODS[method](gram, seeded(0)), torch.ones(1))
+    assert torch.equal(GRAD_METHODS[method](gram, seeded(0), torch.ones(1, 1)), torch.ones(1))
+
+
+@pytest.mark.parametrize("method", GRAD_METHODS)
+def test_methods_work_in_float64(method):
+    grads = random_grads(3, 4, seed=0)
+    assert GRAD_METHODS[method](grads @ grads.T, seeded(0)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", GRAD_METHODS)
+def test_same_seed_gives_the_same_bits_and_global_random_state_is_untouched(method):
+    grads = random_grads(5, 3, seed=11)
+    gram, ema = grads @ grads.T, random_targets(5, 4)
+    state = torch.get_rng_state()
+    weights = GRAD_METHODS[method](gram, seeded(2), ema)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)  # a random call elsewhere changes nothing
+    assert torch.equal(GRAD_METHODS[method](gram, seeded(2), ema), weights)
+    results = {tuple(GRAD_METHODS[method](gram, seeded(seed), ema).tolist()) for seed in range(20)}
+    assert (len(results) > 1) == (method in ("pcgrad", "gradvac"))  # the seed matters where an order is drawn
+
+
+@pytest.mark.parametrize("method", GRAD_METHODS)
+def test_renaming_the_tasks_renames_the_weights(method):
+    """In distribution: the set of results over many orders moves with the tasks, for a drawn order too."""
+    grads = random_grads(3, 2, seed=5)
+    permutation = [2, 0, 1]
+    permuted, ema = grads[permutation], random_targets(3, 6)
+    results, renamed = set(), set()
+    for seed in range(200):  # at most 8 results, each with probability of at least 1/8: all come up
+        results.add(rounded(GRAD_METHODS[method](grads @ grads.T, seeded(seed), ema)[permutation]))
+        moved = ema[permutation][:, permutation]
+        renamed.add(rounded(GRAD_METHODS[method](permuted @ permuted.T, seeded(seed), moved)))
+    assert results == renamed
