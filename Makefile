@@ -28,7 +28,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 
 train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predictions (about two minutes)
 	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
-	  --batch_size 16 --max_steps 200
+	  --batch_size 16 --max_steps 160 --eval_every 40
 
 test: $(VENV)/installed-dev  ## check layout and lint, run the tests
 	$(RUN) -m ruff format --check .

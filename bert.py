@@ -34,7 +34,7 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
         return F.dropout(x, p)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -2**15 .. 2**15 - 1
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)  # p < 1: something is always kept
     keep = (lanes >= dropped - 2**15).to(x.dtype)
     return x * keep.mul_(2**16 / (2**16 - dropped))
 

@@ -5,6 +5,7 @@ from these rows. BERT: https://arxiv.org/abs/1810.04805.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -68,6 +69,17 @@ class BertConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1:
                 raise UserError(f"BertConfig {name} is {value!r}; expected a number in [0, 1)")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise UserError(f"BertConfig {name} is {value!r}; expected a number of at least 0")
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
+            raise UserError(
+                f"BertConfig pad_token_id is {self.pad_token_id!r}; expected a whole number below vocab_size"
+                f" {self.vocab_size}"
+            )
+        if not isinstance(self.hidden_act, str):
+            raise UserError(f"BertConfig hidden_act is {self.hidden_act!r}; expected a name such as 'gelu'")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"BertConfig hidden_size {self.hidden_size} is not a multiple of"

@@ -25,15 +25,25 @@ class BertTokenizer:
 
     Args:
         vocab: word piece -> id, the special tokens included.
-        do_lower_case: lower-case the text and strip its accents (uncased checkpoints).
+        do_lower_case: lower-case the text (uncased checkpoints).
+        strip_accents: None means as `do_lower_case`.
+        tokenize_chinese_chars: each Chinese character is a word.
         max_length: longest sequence in word pieces, special tokens included, when a call names none.
     """
 
-    def __init__(self, vocab: dict[str, int], do_lower_case: bool = True, max_length: int = 512):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        do_lower_case: bool = True,
+        max_length: int = 512,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool = True,
+    ):
         absent = [token for token in SPECIAL_TOKENS if token not in vocab]
         if absent:
             raise UserError(f"vocabulary lacks the special token {absent[0]}")
-        self.do_lower_case = do_lower_case
+        self.do_lower_case, self.strip_accents = do_lower_case, strip_accents
+        self.tokenize_chinese_chars = tokenize_chinese_chars
         self.max_length = max_length
         self.pad_token_id = vocab["[PAD]"]
         self.cls_token_id, self.sep_token_id, self.mask_token_id = (
@@ -43,7 +53,11 @@ class BertTokenizer:
         )
         self._tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-        self._tokenizer.normalizer = BertNormalizer(lowercase=do_lower_case)
+        self._tokenizer.normalizer = BertNormalizer(
+            lowercase=do_lower_case,
+            strip_accents=strip_accents,
+            handle_chinese_chars=tokenize_chinese_chars,
+        )
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
         self._tokenizer.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]",
@@ -67,28 +81,52 @@ class BertTokenizer:
             if (folder / "tokenizer_config.json").is_file()
             else {}
         )
-        do_lower_case = settings.get("do_lower_case", True)
+        normalizer = {}
         if (folder / "vocab.txt").is_file():
             vocab = read_vocab(folder / "vocab.txt")
         elif (folder / "tokenizer.json").is_file():
             stored = read_json(folder / "tokenizer.json")
-            model = stored.get("model") or {}
-            if model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
+            model = stored.get("model")
+            vocab = model.get("vocab") if isinstance(model, dict) else None
+            if (
+                not isinstance(vocab, dict)
+                or model.get("type", "WordPiece") != "WordPiece"
+                or not all(type(index) is int for index in vocab.values())
+            ):
                 raise UserError(f"{folder / 'tokenizer.json'}: not a word-piece vocabulary")
-            vocab = model["vocab"]
-            do_lower_case = (stored.get("normalizer") or {}).get("lowercase", do_lower_case)
+            if isinstance(stored.get("normalizer"), dict):
+                normalizer = stored["normalizer"]
         else:
             raise UserError(f"--pretrained {name}: {folder} holds neither vocab.txt nor tokenizer.json")
-        return cls(vocab, do_lower_case, max_length)
+        choices = {
+            "do_lower_case": settings.get("do_lower_case", normalizer.get("lowercase", True)),
+            "strip_accents": settings.get("strip_accents", normalizer.get("strip_accents")),
+            "tokenize_chinese_chars": settings.get(
+                "tokenize_chinese_chars", normalizer.get("handle_chinese_chars", True)
+            ),
+        }
+        for key, value in choices.items():
+            if not isinstance(value, bool) and not (key == "strip_accents" and value is None):
+                raise UserError(
+                    f"{folder / 'tokenizer_config.json'}: {key} is {value!r}; expected true or false"
+                )
+        return cls(vocab, max_length=max_length, **choices)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `vocab.txt` and `tokenizer_config.json`, which Hugging Face's tokenizer reads too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        lines = "".join(token + "\n" for token in sorted(vocab, key=vocab.get))
-        (folder / "vocab.txt").write_text(lines, encoding="utf-8")
-        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case}
+        lines = [f"[unused id {index}]" for index in range(len(self))]  # a line's number is its piece's id
+        for token, index in vocab.items():
+            lines[index] = token
+        (folder / "vocab.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": self.do_lower_case,
+            "strip_accents": self.strip_accents,
+            "tokenize_chinese_chars": self.tokenize_chinese_chars,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
@@ -136,9 +174,35 @@ class BertTokenizer:
             raise ValueError(
                 f"max_length is {max_length}; the special tokens alone take {num_special_tokens}"
             )
-        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         encodings: list[Encoding] = self._tokenizer.encode_batch_fast(inputs)
-        return [{"input_ids": encoding.ids, "token_type_ids": encoding.type_ids} for encoding in encodings]
+        return [cut(encoding.ids, encoding.type_ids, max_length) for encoding in encodings]
+
+
+def cut(input_ids: list[int], token_type_ids: list[int], max_length: int) -> dict[str, list[int]]:
+    """Shorten one sequence to `max_length`, special tokens kept.
+
+    The library could, but keeps all that it cuts off, and of a pair joins every part of the one rest with every
+    part of the other: minutes and gigabytes for long texts.
+    """
+    if len(input_ids) > max_length:
+        if token_type_ids[-1] == 0:  # [CLS] a [SEP]
+            input_ids = input_ids[: max_length - 1] + input_ids[-1:]
+            token_type_ids = token_type_ids[:max_length]
+        else:  # [CLS] a [SEP] b [SEP]
+            start = token_type_ids.index(1)
+            length_a, length_b = longest_first(start - 2, len(input_ids) - start - 1, max_length - 3)
+            sep = input_ids[-1:]
+            input_ids = input_ids[: 1 + length_a] + sep + input_ids[start : start + length_b] + sep
+            token_type_ids = [0] * (length_a + 2) + [1] * (length_b + 1)
+    return {"input_ids": input_ids, "token_type_ids": token_type_ids}
+
+
+def longest_first(length_a: int, length_b: int, room: int) -> tuple[int, int]:
+    """How much of each of two texts to keep: the longer one is cut first, then both; b gets an odd place."""
+    if length_a + length_b <= room:
+        return length_a, length_b
+    shorter = min(length_a, length_b, room // 2)
+    return (room - shorter, shorter) if length_a > length_b else (shorter, room - shorter)
 
 
 def clean_surrogates(text: str) -> str:

@@ -386,15 +386,6 @@ LETTERS = "abcdefghijklmnop"
 HEAD_NAMES = {"sst": "single", "para": "concat", "sts": "diff"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine the threads of tiny products wait for each other far longer than they work."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def tokenizer():
     return BertTokenizer({piece: i for i, piece in enumerate((*SPECIAL_TOKENS, *LETTERS))})

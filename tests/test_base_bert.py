@@ -1,0 +1,562 @@
+"""Checkpoints: what is read and written, what is refused, and where names lead."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+import base_bert
+from base_bert import encoder_name, find_weights, read_tensors, resolve_pretrained
+from bert import BertModel
+from config import BertConfig, UserError
+
+CONFIG = BertConfig(
+    vocab_size=99,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=37,
+    max_position_embeddings=11,
+)
+NUM_WEIGHTS = 5 + 16 * CONFIG.num_hidden_layers + 2  # embeddings, layers, pooler
+INPUT_IDS = torch.arange(13 * 7).view(13, 7) % CONFIG.vocab_size
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    model = BertModel(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def write_folder(folder, tensors, as_bin=False):
+    folder.mkdir(exist_ok=True)
+    CONFIG.to_json(folder / "config.json")
+    if as_bin:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def same_weights(model, other):
+    mine, theirs = model.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.fixture
+def tensors():
+    return {key: tensor.clone() for key, tensor in make_model().state_dict().items()}
+
+
+@pytest.fixture
+def folder(tmp_path, tensors):
+    return write_folder(tmp_path / "encoder", tensors)
+
+
+# --- initialisation ----------------------------------------------------------------------------------------------
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=1, vocab_size=1000, initializer_range=0.05, pad_token_id=3)
+    model = BertModel(config)
+    assert model.load_report == "random weights"
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            assert (parameter == 1).all()
+        elif name.endswith("bias"):
+            assert (parameter == 0).all()
+        else:  # five standard errors of the mean and of the standard deviation
+            size = parameter.numel()
+            assert abs(parameter.mean()) < 5 * 0.05 / size**0.5, name
+            assert abs(parameter.std() - 0.05) < 5 * 0.05 / (2 * size) ** 0.5 + 0.05 / 1000, name
+    padding_rows = (model.embeddings.word_embeddings.weight == 0).all(1).nonzero().flatten()
+    assert padding_rows.tolist() == [3]
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def old_names(tensors):
+    return {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def prefixed(tensors):
+    return {"bert." + key: tensor for key, tensor in tensors.items()}
+
+
+FORMS = {
+    "plain": lambda tensors: tensors,
+    "prefix": prefixed,
+    "gamma_beta": old_names,
+    "prefix_gamma_beta": lambda tensors: prefixed(old_names(tensors)),
+    "position_ids": lambda tensors: tensors | {"embeddings.position_ids": torch.arange(11)[None]},
+    "bfloat16": lambda tensors: {key: tensor.bfloat16() for key, tensor in tensors.items()},
+    "float64": lambda tensors: {key: tensor.double() for key, tensor in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_reads_every_form(tmp_path, tensors, form, as_bin):
+    folder = write_folder(tmp_path / "encoder", FORMS[form](tensors), as_bin)
+    model = BertModel.from_pretrained(folder)
+    assert not model.training
+    assert model.config == CONFIG
+    assert model.load_report == f"{NUM_WEIGHTS} of {NUM_WEIGHTS} weights loaded from {folder}"
+    rtol = 2**-8 if form == "bfloat16" else 0
+    for key, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, tensors[key], rtol=rtol, atol=0)
+
+
+def test_bin_as_old_as_bert(tmp_path, tensors):
+    folder = write_folder(tmp_path / "encoder", tensors)
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert same_weights(BertModel.from_pretrained(folder), make_model())
+
+
+def test_safetensors_go_first(folder):
+    assert find_weights(folder) == folder / "model.safetensors"
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    assert same_weights(BertModel.from_pretrained(folder), make_model())
+
+
+def test_missing_pooler_is_reported(tmp_path, tensors):
+    pooler = {key: tensors.pop(key) for key in ("pooler.dense.weight", "pooler.dense.bias")}
+    torch.manual_seed(5)
+    model = BertModel.from_pretrained(write_folder(tmp_path / "encoder", tensors))
+    assert f"{NUM_WEIGHTS - 2} of {NUM_WEIGHTS} weights loaded" in model.load_report
+    assert model.load_report.endswith("; new: pooler.dense.weight, pooler.dense.bias")
+    fresh = model.pooler.dense.weight
+    assert abs(fresh.std() - CONFIG.initializer_range) < 0.002  # 1024 numbers: 5 standard errors are 0.0022
+    assert not torch.equal(fresh, pooler["pooler.dense.weight"])
+
+
+def test_unexpected_weights_are_reported(tmp_path, tensors):
+    extra = {f"cls.predictions.{i}": torch.zeros(2) for i in range(5)}
+    model = BertModel.from_pretrained(write_folder(tmp_path / "encoder", tensors | extra))
+    names = ", ".join(f"cls.predictions.{i}" for i in range(4))
+    assert model.load_report.endswith(f"; not used: 5 ({names}, ...)")
+    assert same_weights(model, make_model())
+
+
+def test_overrides(folder):
+    model = BertModel.from_pretrained(folder, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.4)
+    assert model.embeddings.dropout_prob == model.encoder.layer[1].output.dropout_prob == 0.3
+    assert model.encoder.layer[1].attention.self.dropout_prob == 0.4
+    assert same_weights(model, make_model())
+
+
+def test_minilm():
+    model = BertModel.from_pretrained("minilm")
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (6, 384)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 22_713_216
+    assert model.load_report.startswith("103 of 103 weights loaded from")
+    assert "new" not in model.load_report and "not used" not in model.load_report
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("bert.encoder.layer.0.output.LayerNorm.gamma", "encoder.layer.0.output.LayerNorm.weight"),
+        ("embeddings.LayerNorm.beta", "embeddings.LayerNorm.bias"),
+        ("embeddings.LayerNorm.bias", "embeddings.LayerNorm.bias"),
+        ("cls.predictions.bert.bias", "cls.predictions.bert.bias"),
+        ("bert.pooler.dense.weight", "pooler.dense.weight"),
+    ],
+)
+def test_encoder_name(theirs, ours):
+    assert encoder_name(theirs) == ours
+
+
+# --- refusing ----------------------------------------------------------------------------------------------------
+
+
+def change_config(**changes):
+    def change(folder):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | changes))
+
+    return change
+
+
+def change_tensors(change):
+    def rewrite(folder):
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return rewrite
+
+
+def swap_for_bin(contents):
+    """Replace the weights by a `pytorch_model.bin` that holds these bytes, or `torch.save` of anything else."""
+
+    def swap(folder):
+        (folder / "model.safetensors").unlink()
+        if isinstance(contents, bytes):
+            (folder / "pytorch_model.bin").write_bytes(contents)
+        else:
+            torch.save(contents, folder / "pytorch_model.bin")
+
+    return swap
+
+
+def write(name, contents):
+    return lambda folder: (folder / name).write_bytes(contents)
+
+
+KEY = "encoder.layer.1.attention.self.key.weight"
+DAMAGE = {
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "broken_config": (write("config.json", b'{"hidden_size": 32'), "config.json: not a JSON file"),
+    "list_as_config": (write("config.json", b"[1]"), "config.json: expected a JSON object, found list"),
+    "other_model": (change_config(model_type="roberta"), "config.json: model_type is 'roberta'"),
+    "relative_positions": (change_config(position_embedding_type="relative_key"), "'relative_key'"),
+    "other_act": (change_config(hidden_act="swish"), "hidden_act is 'swish'"),
+    "list_as_act": (change_config(hidden_act=["gelu"]), "hidden_act"),
+    "text_as_size": (change_config(hidden_size="32"), "config.json: BertConfig hidden_size is '32'"),
+    "text_as_eps": (change_config(layer_norm_eps="small"), "layer_norm_eps"),
+    "text_as_range": (change_config(initializer_range="x"), "initializer_range"),
+    "padding_outside": (change_config(pad_token_id=99), "pad_token_id"),
+    "no_weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "holds no weights; expected model.s",
+    ),
+    "missing": (
+        change_tensors(lambda tensors: {key: tensors[key] for key in tensors if key != KEY}),
+        f"1 of {NUM_WEIGHTS} encoder weights are missing, the first is {KEY}",
+    ),
+    "empty": (change_tensors(lambda tensors: {}), "encoder weights are missing, the first is embeddings."),
+    "transposed": (
+        change_tensors(
+            lambda tensors: tensors | {"encoder.layer.0.output.dense.weight": torch.zeros(37, 32)}
+        ),
+        "encoder.layer.0.output.dense.weight has shape (37, 32); config.json asks for (32, 37)",
+    ),
+    "too_few_rows": (change_config(vocab_size=100), "word_embeddings.weight has shape (99, 32)"),
+    "integers": (
+        change_tensors(lambda tensors: tensors | {KEY: torch.zeros(32, 32, dtype=torch.int8)}),
+        f"{KEY} has type torch.int8; expected floating point",
+    ),
+    "truncated": (
+        lambda folder: write("model.safetensors", (folder / "model.safetensors").read_bytes()[:-1])(folder),
+        "model.safetensors: not a readable weights file",
+    ),
+    "text_as_safetensors": (write("model.safetensors", b"version https://git-lfs"), "not a readable weights"),
+    "empty_safetensors": (write("model.safetensors", b""), "not a readable weights file"),
+    "empty_bin": (swap_for_bin(b""), "pytorch_model.bin: not a readable weights file"),
+    "text_as_bin": (
+        swap_for_bin(b"version https://git-lfs"),
+        "pytorch_model.bin: not a readable weights file",
+    ),
+    "short_bin": (swap_for_bin(b"\x80\x02."), "pytorch_model.bin: not a readable weights file"),
+    "list_as_bin": (swap_for_bin([torch.zeros(2)]), "expected a dictionary of tensors"),
+    "nested_bin": (swap_for_bin({"state_dict": {"a": torch.zeros(2)}}), "expected a dictionary of tensors"),
+    "numbers_as_names": (swap_for_bin({1: torch.zeros(2)}), "expected a dictionary of tensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folder_is_refused(folder, damage):
+    spoil, message = DAMAGE[damage]
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        BertModel.from_pretrained(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value) or "hidden_act" in message
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_bin_is_refused(folder, tensors):
+    stream = io.BytesIO()
+    torch.save(tensors, stream, _use_new_zipfile_serialization=False)
+    old = stream.getvalue()
+    stream = io.BytesIO()
+    torch.save(tensors, stream)
+    for whole in (old, stream.getvalue()):
+        for length in (1, 2, 3, 10, 50, 100, 500, 3000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+            (folder / "pytorch_model.bin").write_bytes(whole[:length])
+            (folder / "model.safetensors").unlink(missing_ok=True)
+            with pytest.raises(UserError, match="pytorch_model.bin: not a readable weights file"):
+                BertModel.from_pretrained(folder)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["alone", "among tensors", "plain pickle"])
+def test_bin_cannot_run_code(folder, tensors, form):
+    trace = folder / "code was run"
+    path = folder / "pytorch_model.bin"
+    (folder / "model.safetensors").unlink()
+    bomb = Bomb(trace)
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(bomb, protocol=2))
+    else:
+        torch.save(bomb if form == "alone" else tensors | {"pooler.dense.extra": bomb}, path)
+    with pytest.raises(UserError, match="pytorch_model.bin: not a readable weights file"):
+        BertModel.from_pretrained(folder)
+    assert not trace.exists()
+    if form == "plain pickle":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert trace.exists()  # so the bomb was live
+
+
+# --- writing, and Hugging Face -----------------------------------------------------------------------------------
+
+
+def test_save_and_load_are_exact(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "deep" / "encoder")
+    assert {path.name for path in (tmp_path / "deep" / "encoder").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+    again = BertModel.from_pretrained(tmp_path / "deep" / "encoder")
+    assert again.config == model.config
+    assert same_weights(again, model)
+
+
+def test_saves_views_of_one_buffer(tmp_path):
+    model = make_model()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    start = 0
+    for parameter in model.parameters():  # as in training: each parameter is a view of the flat memory
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 4 * len(flat) + 10_000  # the buffer is not written once per view
+    assert same_weights(BertModel.from_pretrained(tmp_path), make_model())
+
+
+REFERENCE = """
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+input_ids = load_file("input_ids.safetensors")["input_ids"]
+
+def run(model):
+    with torch.no_grad():
+        outputs = model.eval()(input_ids)
+    outputs = {"last_hidden_state": outputs.last_hidden_state, "pooler_output": outputs.pooler_output}
+    return {key: value.contiguous() for key, value in outputs.items() if value is not None}
+
+model, info = BertModel.from_pretrained("ours", output_loading_info=True)
+assert not any(info.values()), info
+save_file(run(model), "ours.safetensors")
+size = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+            max_position_embeddings=11, initializer_range=0.3)
+for cls in (BertModel, BertForSequenceClassification, BertForMaskedLM):
+    torch.manual_seed(3)
+    model = cls(BertConfig(**size))
+    model.save_pretrained(cls.__name__)
+    torch.save(model.state_dict(), cls.__name__ + ".bin")
+    save_file(run(getattr(model, "bert", model)), cls.__name__ + ".safetensors")
+"""
+# Class that wrote the folder -> what our report must say at its end.
+WRITERS = {
+    "BertModel": f"{NUM_WEIGHTS} of {NUM_WEIGHTS} weights loaded from",
+    "BertForSequenceClassification": "; not used: 2 (classifier.bias, classifier.weight)",
+    "BertForMaskedLM": "; new: pooler.dense.weight, pooler.dense.bias; not used:",
+}
+
+
+@pytest.fixture(scope="module")
+def exchange(tmp_path_factory, run_transformers):
+    """A folder where Hugging Face has loaded our checkpoint and left its own."""
+    root = tmp_path_factory.mktemp("exchange")
+    make_model().save_pretrained(root / "ours")
+    save_file({"input_ids": INPUT_IDS}, root / "input_ids.safetensors")
+    run_transformers(REFERENCE, root)
+    return root
+
+
+def check_outputs(model, path):
+    expected = load_file(path)
+    with torch.no_grad():
+        outputs = model(INPUT_IDS)
+    for key, tensor in expected.items():  # float32 on both sides, added in another order
+        torch.testing.assert_close(outputs[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_hugging_face_loads_ours(exchange):
+    check_outputs(make_model(), exchange / "ours.safetensors")
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_we_load_theirs(exchange, tmp_path, writer, as_bin):
+    folder = exchange / writer
+    if as_bin:
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        (tmp_path / "pytorch_model.bin").write_bytes((exchange / f"{writer}.bin").read_bytes())
+        folder = tmp_path
+    model = BertModel.from_pretrained(folder)
+    assert WRITERS[writer] in model.load_report
+    check_outputs(model, exchange / f"{writer}.safetensors")
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def fill_cache(hub_cache, repo_id, revision=REVISION, weights=True):
+    """Lay out a repository as the hub's own downloader does."""
+    root = hub_cache / ("models--" + repo_id.replace("/", "--"))
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(revision)
+    make_model().save_pretrained(root / "snapshots" / revision)
+    if not weights:
+        (root / "snapshots" / revision / "model.safetensors").unlink()
+    return root / "snapshots" / revision
+
+
+def test_folder_name(folder, monkeypatch):
+    assert resolve_pretrained(str(folder)) == folder
+    monkeypatch.chdir(folder.parent)
+    assert resolve_pretrained("encoder") == Path("encoder")
+
+
+def test_minilm_is_a_folder_with_everything():
+    folder = resolve_pretrained("minilm")
+    assert all((folder / name).is_file() for name in ("config.json", "model.safetensors", "vocab.txt"))
+
+
+def test_minilm_not_installed(monkeypatch):
+    monkeypatch.setattr(base_bert, "OFFLINE_PACKAGE", "no_such_package_at_all")
+    with pytest.raises(UserError, match="--pretrained minilm: the package that carries it is not installed"):
+        resolve_pretrained("minilm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no/such/folder",
+        "./encoder",
+        "../encoder",
+        "/no/such",
+        "two words",
+        ".hidden",
+        "a/b/",
+        "gs://bucket/bert",
+        "encoder\0",
+        # The hub's own rules for names:
+        "bert--base",
+        "bert..base",
+        "-bert",
+        "owner/bert.git",
+        "bärt",
+        "b" * 97,
+        "b" * 300,
+    ],
+)
+def test_nonsense_name(hub_cache, name):
+    with pytest.raises(UserError) as caught:
+        resolve_pretrained(name)
+    message = str(caught.value)
+    assert message.startswith(f"--pretrained {name}: ")
+    assert "expected a folder, a hub name or 'minilm'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "owner/tiny", f"owner/tiny@{REVISION}", "nonsense"])
+def test_hub_name_without_network_and_cache(hub_cache, name):
+    with pytest.raises(UserError) as caught:
+        resolve_pretrained(name)
+    message = str(caught.value)
+    assert message.startswith(f"--pretrained {name}: not a folder here and not to be had from the hub (")
+    assert message.endswith("expected a folder, a hub name or 'minilm' (works offline)")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["owner/tiny", f"owner/tiny@{REVISION}", "owner/tiny@main"])
+def test_hub_name_in_the_cache(hub_cache, name, capsys):
+    snapshot = fill_cache(hub_cache, "owner/tiny")
+    assert resolve_pretrained(name).samefile(snapshot)
+    assert same_weights(BertModel.from_pretrained(name), make_model())
+    assert capsys.readouterr().out == ""  # nothing was fetched
+
+
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_hub_is_asked_after_the_cache_and_for_one_file_of_weights(monkeypatch, tmp_path, has_safetensors):
+    filenames = ["config.json", "pytorch_model.bin", "vocab.txt"] + ["model.safetensors"] * has_safetensors
+    steps = []
+
+    def snapshot_download(repo_id, revision, allow_patterns, local_files_only=False, dry_run=False):
+        assert (repo_id, revision) == ("owner/tiny", "v1")
+        steps.append("cache" if local_files_only else "list" if dry_run else "fetch")
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
+        if dry_run:
+            return [SimpleNamespace(filename=filename) for filename in filenames]
+        assert ("pytorch_model.bin" in allow_patterns) == (not has_safetensors)
+        assert {"config.json", "model.safetensors", "vocab.txt"} < set(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_pretrained("owner/tiny@v1") == tmp_path
+    assert steps == ["cache", "list", "fetch"]
+
+
+def test_tested_revision_is_the_default(hub_cache):
+    revision = base_bert.HUB_REVISIONS["bert-base-uncased"]
+    assert len(revision) == 40 and int(revision, 16)
+    snapshot = fill_cache(hub_cache, "bert-base-uncased", revision)
+    (snapshot.parent.parent / "refs" / "main").write_text(REVISION)  # the branch has moved on
+    assert resolve_pretrained("bert-base-uncased").samefile(snapshot)
+
+
+def test_other_revision_is_not_taken_for_the_one_asked(hub_cache):
+    fill_cache(hub_cache, "owner/tiny")
+    with pytest.raises(UserError, match="not to be had from the hub"):
+        resolve_pretrained("owner/tiny@" + "f" * 40)
+
+
+def test_interrupted_download_does_not_count(hub_cache):
+    fill_cache(hub_cache, "owner/tiny", weights=False)
+    with pytest.raises(UserError, match="not to be had from the hub"):
+        resolve_pretrained("owner/tiny")
+
+
+def test_read_tensors_keeps_names(tmp_path):
+    save_file({"bert.LayerNorm.gamma": torch.arange(3.0)}, tmp_path / "model.safetensors")
+    tensors = read_tensors(tmp_path)
+    assert {key: tensor.tolist() for key, tensor in tensors.items()} == {
+        "bert.LayerNorm.gamma": [0.0, 1.0, 2.0]
+    }

@@ -1,0 +1,268 @@
+"""Pooling, pair features and task heads, with numbers worked by hand.
+
+Shapes: B examples, R sentences, T padded length, H hidden_size, C outputs.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import heads
+from heads import HEADS, PAIR_HEADS, POOLINGS, TaskHead
+
+B, H = 13, 6
+
+# --- pooling -----------------------------------------------------------------------------------------------------
+
+# Two sentences: the first with padding at the end, the second with padding in the middle. The padding holds
+# numbers that would show (the encoder leaves zeros there, which would not).
+OUTPUTS = {
+    "last_hidden_state": torch.tensor(
+        [[[1.0, 2.0], [3.0, 5.0], [100.0, 100.0]], [[-1.0, 0.0], [100.0, 100.0], [4.0, -6.0]]]
+    ),
+    "pooler_output": torch.tensor([[0.5, -0.5], [0.25, 1.0]]),
+}
+ATTENTION_MASK = torch.tensor([[1, 1, 0], [1, 0, 1]])
+POOLED = {
+    "cls": [[1.0, 2.0], [-1.0, 0.0]],
+    "mean": [[2.0, 3.5], [1.5, -3.0]],
+    "pooler": [[0.5, -0.5], [0.25, 1.0]],
+}
+
+
+def test_every_pooling_has_a_row():
+    assert POOLED.keys() == POOLINGS.keys()
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+@pytest.mark.parametrize("mask_type", [torch.long, torch.bool, torch.float32])
+def test_pooling_by_hand(name, mask_type):
+    assert POOLINGS[name](OUTPUTS, ATTENTION_MASK.to(mask_type)).tolist() == POOLED[name]
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_ignores_padding(name):
+    changed = OUTPUTS["last_hidden_state"].masked_fill(ATTENTION_MASK[:, :, None] == 0, -7.0)
+    longer = F.pad(changed, (0, 0, 0, 4), value=9.0)  # (R, T + 4, H)
+    outputs = OUTPUTS | {"last_hidden_state": longer}
+    assert POOLINGS[name](outputs, F.pad(ATTENTION_MASK, (0, 4))).tolist() == POOLED[name]
+
+
+def test_mean_of_nothing_is_finite():
+    pooled = POOLINGS["mean"](OUTPUTS, torch.zeros(2, 3, dtype=torch.long))
+    assert pooled.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_keeps_bfloat16(name):
+    outputs = {key: value.bfloat16() for key, value in OUTPUTS.items()}
+    pooled = POOLINGS[name](outputs, ATTENTION_MASK)
+    assert pooled.dtype == torch.bfloat16
+    assert pooled.tolist() == POOLED[name]  # these few numbers are exact in bfloat16
+
+
+# --- features ----------------------------------------------------------------------------------------------------
+
+U = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]])
+V = torch.tensor([[4.0, 3.0], [0.0, -2.0], [-1.0, 0.0]])
+FEATURES = {
+    "concat": [[3.0, 4.0, 4.0, 3.0], [1.0, 0.0, 0.0, -2.0], [2.0, 0.0, -1.0, 0.0]],
+    "diff": [
+        [3.0, 4.0, 4.0, 3.0, 1.0, 1.0, 12.0, 12.0],
+        [1.0, 0.0, 0.0, -2.0, 1.0, 2.0, 0.0, 0.0],
+        [2.0, 0.0, -1.0, 0.0, 3.0, 0.0, -2.0, 0.0],
+    ],
+    "cosine": [[24 / 25], [0.0], [-1.0]],
+}
+
+
+def test_every_pair_feature_has_a_row():
+    assert FEATURES.keys() == {name for name, spec in HEADS.items() if spec.features is not None}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_by_hand(name):
+    found = HEADS[name].features(U, V)
+    # The cosine is rounded in float32, the others are exact.
+    torch.testing.assert_close(found, torch.tensor(FEATURES[name]), rtol=0, atol=1e-6 * (name == "cosine"))
+    assert found.shape[-1] == max(1, HEADS[name].vectors * U.shape[-1])
+
+
+def test_cosine_of_bfloat16_is_float32():
+    torch.manual_seed(0)
+    u, v = torch.randn(2, B, 384).bfloat16()
+    found = HEADS["cosine"].features(u, v)
+    assert found.dtype == torch.float32
+    expected = F.cosine_similarity(u.double(), v.double())[:, None].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # bfloat16 arithmetic would be 1e-3 off
+
+
+def test_cosine_with_a_zero_vector_is_finite():
+    u = torch.zeros(1, H, requires_grad=True)
+    cosine = HEADS["cosine"].features(u, torch.ones(1, H))
+    cosine.sum().backward()
+    assert cosine.item() == 0 and u.grad.isfinite().all()
+
+
+# --- heads -------------------------------------------------------------------------------------------------------
+
+# Head -> (inputs of its last dense layer with one layer, vectors it takes, whether the pair is one sequence).
+EXPECTED_HEADS = {
+    "single": (H, 1, False),
+    "concat": (2 * H, 2, False),
+    "cosine": (1, 2, False),
+    "diff": (4 * H, 2, False),
+    "cross": (H, 1, True),
+}
+
+
+def make_vectors(name, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(EXPECTED_HEADS[name][1], B, H).unbind()
+
+
+def test_every_head_has_a_row():
+    assert EXPECTED_HEADS.keys() == HEADS.keys()
+    assert PAIR_HEADS == ("concat", "cosine", "diff", "cross")
+
+
+@pytest.mark.parametrize("num_outputs", [1, 5])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("name", HEADS)
+def test_shapes(name, num_layers, num_outputs):
+    width, num_vectors, joint = EXPECTED_HEADS[name]
+    head = TaskHead(name, H, num_outputs, num_layers)
+    widths = [width] + [H] * (num_layers - 1 if name != "cosine" else 0) + [num_outputs]
+    shapes = [tuple(layer.weight.shape) for layer in head.dense]
+    assert shapes == [(widths[i + 1], widths[i]) for i in range(len(widths) - 1)]
+    assert head.spec.joint is joint
+    assert (head.spec.features is None) == (num_vectors == 1)
+    logits = head(*make_vectors(name))
+    assert logits.shape == (B, num_outputs)
+    logits.square().sum().backward()
+    for parameter in head.parameters():
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_one_layer_by_hand():
+    head = TaskHead("concat", 2, 1).eval()
+    with torch.no_grad():
+        head.dense[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        head.dense[0].bias.fill_(0.5)
+    # (3, 4, 4, 3) -> 3 + 8 + 12 + 12 + 0.5; (1, 0, 0, -2) -> 1 - 8 + 0.5; (2, 0, -1, 0) -> 2 - 3 + 0.5
+    assert head(U, V).tolist() == [[35.5], [-6.5], [-0.5]]
+
+
+def test_two_layers_by_hand():
+    head = TaskHead("single", 2, 1, num_layers=2).eval()
+    with torch.no_grad():
+        head.dense[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+        head.dense[0].bias.copy_(torch.tensor([0.0, 3.0]))
+        head.dense[1].weight.copy_(torch.tensor([[2.0, 10.0]]))
+        head.dense[1].bias.fill_(1.0)
+
+    def gelu(x):
+        return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+    # (3, 4): hidden 3 and -4 + 3 = -1
+    expected = 2 * gelu(3) + 10 * gelu(-1) + 1
+    assert head(U[:1]).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    head = TaskHead("diff", 100, 50, num_layers=2, initializer_range=0.3)
+    for layer in head.dense:
+        size = layer.weight.numel()  # 40,000 and 5,000 numbers: five standard errors
+        assert abs(layer.weight.mean()) < 5 * 0.3 / size**0.5
+        assert abs(layer.weight.std() - 0.3) < 5 * 0.3 / (2 * size) ** 0.5
+        assert (layer.bias == 0).all()
+
+
+@pytest.mark.parametrize("num_outputs", [1, 5])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "cosine"])
+def test_logits_start_in_the_middle(name, num_layers, num_outputs):
+    nothing = [torch.zeros(1, H)] * EXPECTED_HEADS[name][1]  # then the last bias alone speaks
+    head = TaskHead(name, H, num_outputs, num_layers, logit_range=(1, 5)).eval()
+    assert head(*nothing).tolist() == [[3.0] * num_outputs]
+    # Vectors of order 1 through weights of order 0.02 stay near it, and differ.
+    logits = head(*make_vectors(name))
+    assert logits.std() > 0 and (logits - 3).abs().max() < 1
+    head = TaskHead(name, H, num_outputs, num_layers).eval()
+    assert head(*nothing).tolist() == [[0.0] * num_outputs]
+
+
+@pytest.mark.parametrize("num_outputs", [1, 5])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_cosine_starts_at_its_range(num_layers, num_outputs):
+    head = TaskHead("cosine", 2, num_outputs, num_layers, logit_range=(-1, 4))
+    u = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+    v = torch.tensor([[0.0, 5.0], [7.0, 0.0], [0.0, -1.0], [0.5, math.sqrt(0.75)]])
+    expected = torch.tensor([-1.0, 4.0, -6.0, 1.5])  # cosines 0, 1, -1 and a half
+    torch.testing.assert_close(head(u, v), expected[:, None].expand(4, num_outputs), rtol=0, atol=1e-5)
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", HEADS)
+def test_dropout_in_training_only(name, num_layers):
+    head = TaskHead(name, H, 5, num_layers, dropout_prob=0.5)
+    vectors = make_vectors(name)
+    head.eval()
+    plain = head(*vectors)
+    assert torch.equal(head(*vectors), plain)
+    head.train()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(head(*vectors))
+    assert torch.equal(outputs[0], outputs[1])
+    if name == "cosine":  # a single number: dropping it would only be noise
+        assert torch.equal(outputs[0], plain) and torch.equal(outputs[2], plain)
+    else:
+        assert not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], plain)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("name", HEADS)
+def test_dropout_stands_before_every_layer(monkeypatch, name, num_layers):
+    calls = []
+
+    def record(x, p, training):
+        calls.append((tuple(x.shape), p, training))
+        return x
+
+    monkeypatch.setattr(heads, "dropout", record)
+    TaskHead(name, H, 5, num_layers, dropout_prob=0.3)(*make_vectors(name))
+    if name == "cosine":
+        assert calls == [((B, 1), 0.0, True)]
+    else:
+        widths = [EXPECTED_HEADS[name][0]] + [H] * (num_layers - 1)
+        assert calls == [((B, width), 0.3, True) for width in widths]
+
+
+# --- other properties --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_example_is_the_same_alone_and_in_a_batch(name):
+    head = TaskHead(name, H, 5, 2, initializer_range=0.5).eval()
+    vectors = make_vectors(name)
+    together = head(*vectors)
+    for i in range(B):
+        alone = head(*(vector[i : i + 1] for vector in vectors))
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)  # float32, other order of sums
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_inputs_are_not_modified(name):
+    head = TaskHead(name, H, 5, 2, dropout_prob=0.5)
+    vectors = make_vectors(name)
+    before = [vector.clone() for vector in vectors]
+    head(*vectors)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))

@@ -1,0 +1,480 @@
+"""The tokenizer against Hugging Face's, on ordinary and on hostile text, and against pieces worked out by hand."""
+
+import json
+import time
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from base_bert import resolve_pretrained
+from config import UserError
+from tokenizer import SPECIAL_TOKENS, BertTokenizer, clean_surrogates, read_vocab
+
+MAX_LENGTHS = (2, 3, 4, 5, 6, 7, 8, 13, 64, 512)
+LONG_WORD = "antidisestablishmentarianism" * 11  # over 300 characters; BERT gives up on words above 100
+ORDINARY = [
+    "A patient, moving and thoroughly honest film.",
+    "What's the best way to learn Python in 2017?",
+    "Two dogs run -- across a field; one barks!",
+    "U.S. stocks rose 3.5% (to $12,345.67) on Tuesday...",
+    "It's not n't-able: don't, can't, won't.",
+    "café naïve Zürich Ångström façade résumé",
+    "北京 is the capital of 中国",
+    "unbelievably untokenizable supercalifragilisticexpialidocious",
+    "e-mail: first.last+tag@example.com, http://example.com/?q=a&b=c#d",
+]
+HOSTILE = [
+    "",
+    " ",
+    "\t\n\r \u00a0\u2003\u3000",
+    "😀",
+    "a😀b 👩‍👩‍👧‍👦 👍🏽 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "e\u0301 e\u0301\u0301\u0301 n\u0303o \u0301 \u0301a",
+    "Z\u0351\u036b\u0343\u036aA\u0321\u034aL\u0320G\u0321O\u0361",
+    "İstanbul ISSIZ ıI ß ẞ ŉ ǰ ΐ ﬁ ﬀ ǅ Σας ΣΑΣ",
+    "日本語のテキスト 한국어 텍스트 ภาษาไทย",
+    "\U00020000\U0002a6df\uf900\u3400",
+    "a\x00b\x01c\x1fd\x7fe\x80f\x9fg",
+    "\x00",
+    "a\ufffdb",
+    "zero\u200bwidth\u200cnon\u200djoin\u2060er\ufeff",
+    "soft\u00adhyphen",
+    "שלום עולם مرحبا بالعالم \u202eabc\u202c \u200fx",
+    "line\u2028separator\u2029paragraph\x0bvertical\x0cform\x85next",
+    "a [SEP] b [MASK] c [CLS][PAD] d [UNK]",
+    "[sep] [ SEP ] [SEP [[SEP]] [MASK]ing un[MASK]",
+    "[SEP]",
+    "##ing ## #hash ##",
+    "«quotes» “curly” ‘single’ … — – ‐ ¿qué? ¡",
+    "$€£¥ ±×÷ ½ ² ³ ™ © ° № 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟘𝟙",
+    "ｆｕｌｌｗｉｄｔｈ　ＡＢＣ１２３",
+    "\ue000 \U000f0000 \ufdd0 \uffff",
+    "a" * 100,
+    "a" * 101,
+    LONG_WORD,
+    "\u0301" * 300,
+    "!" * 300,
+    "word " * 10_000,
+    "中" * 600,
+]
+# A vocabulary small enough to work with by hand, with both cases and accents.
+PIECES = "the The cat Cat ##s , ! ? é e cafe café É 中 a中 ##a a A un ##want ##ed [ ] ß ss"
+VOCAB = [*SPECIAL_TOKENS, *PIECES.split()]
+SENTENCE = "the The cat Cat s , ! ? é É e café cafe 中 a A unwanted unwanteds [MASK] [SEP] ß"
+
+
+def write_vocab(folder, pieces, end="\n", **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(piece + end for piece in pieces), encoding="utf-8", newline="")
+    if settings:
+        settings = {"tokenizer_class": "BertTokenizer"} | settings
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_tokenizer_json(folder, vocab=None, normalizer=None, **settings):
+    """The `tokenizer.json` of the packaged encoder with other contents, and no `vocab.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = json.loads((resolve_pretrained("minilm") / "tokenizer.json").read_text(encoding="utf-8"))
+    stored["normalizer"] |= normalizer or {}
+    if vocab is not None:
+        stored["model"]["vocab"] = {piece: index for index, piece in enumerate(vocab)}
+        stored["added_tokens"] = [
+            token | {"id": vocab.index(token["content"])} for token in stored["added_tokens"]
+        ]
+        stored["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    if settings:
+        settings = {"tokenizer_class": "BertTokenizer"} | settings
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def made_up_texts():
+    """Texts from hypothesis, the same ones every time: any characters, and words glued to odd characters."""
+    texts = []
+    words = st.sampled_from(
+        SENTENCE.split() + ["film", "play##ing", "don't", "\u0301", "\u200b", "\x00", "😀", "  ", "\n"]
+    )
+
+    @settings(
+        max_examples=300,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.one_of(st.text(max_size=60), st.lists(words, max_size=30).map("".join)))
+    def collect(text):
+        texts.append(text)
+
+    collect()
+    return sorted(set(texts))
+
+
+def pairs_of(texts):
+    """The shortest with the longest and so on, both ways round; neighbours; and every small pair of lengths.
+
+    Never two long texts: Hugging Face cuts the rest of each in pieces and joins every two of them, which takes
+    minutes and gigabytes.
+    """
+    by_length = sorted(texts, key=len)
+    short = [text for text in texts if len(text) < 60]
+    words = ["the " * i for i in range(9)]
+    pairs = [*zip(by_length, reversed(by_length), strict=True), *pairwise(short)]
+    return [list(pair) for pair in pairs + [(a, b) for a in words for b in words]]
+
+
+REFERENCE = """
+import json
+from transformers import BertTokenizer
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+def plain(encoded):
+    return {"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]}
+
+results = {}
+for name, case in json.load(open("cases.json")).items():
+    tokenizer = BertTokenizer.from_pretrained(case["folder"])
+    result = results[name] = {"single": {}, "pair": {}}
+    firsts, seconds = [list(texts) for texts in zip(*case["pairs"])]
+    for max_length in case["max_lengths"]:
+        how = dict(truncation="longest_first", max_length=max_length)
+        result["single"][max_length] = plain(tokenizer(case["texts"], **how))
+        if max_length > 2:
+            result["pair"][max_length] = plain(tokenizer(firsts, seconds, **how))
+    if "ordinary" in case:
+        legacy = BertTokenizerLegacy.from_pretrained(case["folder"])
+        result["legacy"] = [legacy(text)["input_ids"] for text in case["ordinary"]]
+json.dump(results, open("results.json", "w"))
+"""
+
+
+def saved(folder, source):
+    BertTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+# Name -> makes a checkpoint folder at the path it is given, or names another.
+FOLDERS = {
+    "minilm": lambda path: resolve_pretrained("minilm"),
+    "saved": lambda path: saved(path, "minilm"),
+    "cased": lambda path: write_vocab(path, VOCAB, do_lower_case=False),
+    "saved_cased": lambda path: saved(path, write_vocab(path / "from", VOCAB, do_lower_case=False)),
+    "vocab_only": lambda path: write_vocab(path, VOCAB),
+    "windows": lambda path: write_vocab(path, VOCAB, end="\r\n"),
+    "odd_vocab": lambda path: write_vocab(path, [*VOCAB, "cat", "", "dog", "\u2028", "", "film"]),
+    "accents_kept": lambda path: write_vocab(path, VOCAB, do_lower_case=True, strip_accents=False),
+    "accents_cut": lambda path: write_vocab(path, VOCAB, do_lower_case=False, strip_accents=True),
+    "chinese_words": lambda path: write_vocab(path, VOCAB, tokenize_chinese_chars=False),
+    "json_only": lambda path: write_tokenizer_json(path),
+    "json_cased": lambda path: write_tokenizer_json(path, VOCAB, {"lowercase": False}, do_lower_case=False),
+    "settings_go_before_json": lambda path: write_tokenizer_json(path, VOCAB, do_lower_case=False),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory, run_transformers):
+    """Name -> a folder, the texts tried on it, and what Hugging Face's tokenizer in that folder makes of them."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    everything = ORDINARY + HOSTILE + made_up_texts()
+    some = [*ORDINARY, *HOSTILE[:26], SENTENCE, SENTENCE.replace(" ", "")]
+    assert len(everything) > 200
+    cases = {}
+    for name, make in FOLDERS.items():
+        texts = everything if name == "minilm" else some
+        max_lengths = MAX_LENGTHS if name == "minilm" else (5, 512)
+        pairs = pairs_of(texts)
+        folder = make(root / name)
+        cases[name] = {"folder": str(folder), "texts": texts, "pairs": pairs, "max_lengths": max_lengths}
+    cases["minilm"]["ordinary"] = ORDINARY
+    (root / "cases.json").write_text(json.dumps(cases))
+    run_transformers(REFERENCE, root)
+    results = json.loads((root / "results.json").read_text())
+    return {name: case | results[name] for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return BertTokenizer.from_pretrained("minilm")
+
+
+@pytest.fixture
+def small():
+    return BertTokenizer({piece: index for index, piece in enumerate(VOCAB)})
+
+
+# --- against Hugging Face ----------------------------------------------------------------------------------------
+
+
+def same(encodings, expected, inputs):
+    for i, (encoding, text) in enumerate(zip(encodings, inputs, strict=True)):
+        wanted = {key: expected[key][i] for key in ("input_ids", "token_type_ids")}
+        assert encoding == wanted, repr(text)[:200]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_single_sentences_equal_hugging_face(cases, name):
+    case = cases[name]
+    tokenizer = BertTokenizer.from_pretrained(case["folder"])
+    for max_length, expected in case["single"].items():
+        same(tokenizer.encode_batch(case["texts"], int(max_length)), expected, case["texts"])
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_pairs_equal_hugging_face(cases, name):
+    case = cases[name]
+    tokenizer = BertTokenizer.from_pretrained(case["folder"])
+    for max_length, expected in case["pair"].items():
+        same(tokenizer.encode_pair_batch(case["pairs"], int(max_length)), expected, case["pairs"])
+
+
+def test_ordinary_text_equals_the_original_python_tokenizer(cases, minilm):
+    # Hugging Face's present tokenizer is the Rust library too; its old one shares no code with it.
+    for text, expected in zip(ORDINARY, cases["minilm"]["legacy"], strict=True):
+        assert minilm.encode(text)["input_ids"] == expected, text
+
+
+# --- by hand -----------------------------------------------------------------------------------------------------
+
+
+def ids(text):
+    return [VOCAB.index(piece) for piece in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("The cats, unwanted!", "the cat ##s , un ##want ##ed !"),
+        ("CAFÉ café", "cafe cafe"),
+        ("dog the dogs", "[UNK] the [UNK]"),
+        ("a中a", "a 中 a"),
+        ("the[MASK]cat", "the [MASK] cat"),
+        ("the[mask]cat", "the [ [UNK] ] cat"),
+        ("t\x00he \u200bcat", "the cat"),
+        ("", ""),
+    ],
+)
+def test_pieces_by_hand(small, text, pieces):
+    expected = [2, *ids(pieces), 3]
+    assert small.encode(text) == {"input_ids": expected, "token_type_ids": [0] * len(expected)}
+
+
+def test_cased_by_hand():
+    tokenizer = BertTokenizer({piece: index for index, piece in enumerate(VOCAB)}, do_lower_case=False)
+    assert tokenizer.encode("The the Café café É")["input_ids"] == [2, *ids("The the [UNK] café É"), 3]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "pieces", "num_first"),
+    [
+        (8, "[CLS] the cat ##s [SEP] a ! [SEP]", 5),  # as long as it is
+        (7, "[CLS] the cat [SEP] a ! [SEP]", 4),  # the longer one is cut first
+        (5, "[CLS] the [SEP] a [SEP]", 3),
+        (3, "[CLS] [SEP] [SEP]", 2),
+    ],
+)
+def test_pair_by_hand(small, max_length, pieces, num_first):
+    expected = ids(pieces)
+    segments = [0] * num_first + [1] * (len(expected) - num_first)
+    encoding = small.encode_pair("The cats", "a !", max_length)
+    assert encoding == {"input_ids": expected, "token_type_ids": segments}
+
+
+def test_truncation_of_a_sentence_by_hand(small):
+    assert small.encode("the cats !", max_length=4)["input_ids"] == ids("[CLS] the cat [SEP]")
+    assert small.encode("the cats !", max_length=2)["input_ids"] == ids("[CLS] [SEP]")
+
+
+def test_default_max_length():
+    vocab = {piece: index for index, piece in enumerate(VOCAB)}
+    tokenizer = BertTokenizer(vocab, max_length=6)
+    assert len(tokenizer.encode("the " * 9)["input_ids"]) == 6
+    assert len(tokenizer.encode("the " * 9, max_length=8)["input_ids"]) == 8
+    assert len(tokenizer.encode("the " * 9)["input_ids"]) == 6  # one call's length is not the next one's
+    assert len(BertTokenizer(vocab).encode("the " * 999)["input_ids"]) == 512
+    assert len(BertTokenizer.from_pretrained("minilm", max_length=9).encode("the " * 99)["input_ids"]) == 9
+
+
+def test_ids_of_special_tokens(minilm):
+    # bert-base-uncased's vocabulary, which MiniLM shares.
+    assert (minilm.pad_token_id, minilm.cls_token_id, minilm.sep_token_id, minilm.mask_token_id) == (
+        0,
+        101,
+        102,
+        103,
+    )
+    assert len(minilm) == 30522
+    expected = [101, 7592, 2088, 102]
+    assert minilm.encode("Hello world") == {"input_ids": expected, "token_type_ids": [0, 0, 0, 0]}
+
+
+# --- hostile strings and arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "the \ud83d cat \ude00", "\ude00\ud83d 中"])
+def test_lone_surrogates(minilm, text):
+    """Hugging Face's tokenizer raises; ours reads a question mark."""
+    plain = "".join("?" if "\ud800" <= character <= "\udfff" else character for character in text)
+    assert clean_surrogates(text) == plain
+    assert minilm.encode(text) == minilm.encode(plain)
+    assert minilm.encode_pair(text, text) == minilm.encode_pair(plain, plain)
+
+
+def test_two_long_texts_cost_no_more_than_their_length(minilm):
+    start = time.perf_counter()
+    encoding = minilm.encode_pair("word " * 500, "word " * 500, 5)
+    assert encoding == minilm.encode_pair("word", "word")
+    # About a millisecond; many seconds where what is cut off the one text is joined to what is cut off the other.
+    assert time.perf_counter() - start < 0.5
+
+
+def test_clean_surrogates_leaves_text_alone():
+    for text in ORDINARY + HOSTILE:
+        assert clean_surrogates(text) == text
+
+
+@pytest.mark.parametrize("max_length", [1, 0, -1])
+def test_no_room_for_a_sentence(small, max_length):
+    with pytest.raises(ValueError, match=f"max_length is {max_length}; the special tokens alone take 2"):
+        small.encode("the", max_length)
+
+
+@pytest.mark.parametrize("max_length", [2, 1, 0, -1])
+def test_no_room_for_a_pair(small, max_length):
+    with pytest.raises(ValueError, match=f"max_length is {max_length}; the special tokens alone take 3"):
+        small.encode_pair("the", "cat", max_length)
+
+
+# --- forms of a call ---------------------------------------------------------------------------------------------
+
+
+def test_batch_equals_one_by_one(minilm):
+    texts = ORDINARY + HOSTILE
+    pairs = pairs_of(texts)
+    for max_length in (None, 5):
+        assert minilm.encode_batch(texts, max_length) == [minilm.encode(text, max_length) for text in texts]
+        assert minilm.encode_pair_batch(pairs, max_length) == [
+            minilm.encode_pair(a, b, max_length) for a, b in pairs
+        ]
+    assert minilm.encode_batch([]) == minilm.encode_pair_batch([]) == []
+
+
+def test_exactly_two_keys(minilm):
+    for encoding in (minilm.encode("a"), minilm.encode_pair("a", "b")):
+        assert list(encoding) == ["input_ids", "token_type_ids"]
+        assert len(encoding["input_ids"]) == len(encoding["token_type_ids"])
+        assert all(type(value) is int for values in encoding.values() for value in values)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_saved_tokenizer_reads_the_same(cases, tmp_path, name):
+    tokenizer = BertTokenizer.from_pretrained(cases[name]["folder"])
+    tokenizer.save_pretrained(tmp_path)
+    texts = cases[name]["texts"]
+    assert BertTokenizer.from_pretrained(tmp_path).encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+@pytest.mark.parametrize("do_lower_case", [True, False])
+def test_save_and_load(tmp_path, do_lower_case):
+    vocab = {piece: index for index, piece in enumerate([*VOCAB, "\u2028", "\u00a0", "##\u0301"])}
+    tokenizer = BertTokenizer(vocab, do_lower_case)
+    tokenizer.save_pretrained(tmp_path / "new" / "folder")
+    again = BertTokenizer.from_pretrained(tmp_path / "new" / "folder")
+    assert again.do_lower_case is do_lower_case
+    assert read_vocab(tmp_path / "new" / "folder" / "vocab.txt") == vocab
+    assert again.encode(SENTENCE) == tokenizer.encode(SENTENCE)
+
+
+def test_save_keeps_ids_when_some_are_unused(tmp_path):
+    # A line that stands twice, or a tokenizer.json with gaps, leaves ids that no piece has.
+    folder = write_vocab(tmp_path / "a", ["the", *VOCAB, "cat", "dog"])
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    expected = [
+        3,
+        6,
+        len(VOCAB) + 1,
+        len(VOCAB) + 2,
+        4,
+    ]  # [CLS] the cat dog [SEP]; the last of two lines counts
+    assert tokenizer.encode("the cat dog")["input_ids"] == expected
+    tokenizer.save_pretrained(tmp_path / "b")
+    again = BertTokenizer.from_pretrained(tmp_path / "b")
+    assert again.encode("the cat dog")["input_ids"] == expected
+    assert len(again) == len(tokenizer) == len(VOCAB) + 3
+
+
+def test_vocab_txt_goes_before_tokenizer_json(tmp_path):
+    write_tokenizer_json(tmp_path, VOCAB[::-1])
+    write_vocab(tmp_path, VOCAB)
+    assert BertTokenizer.from_pretrained(tmp_path).encode("the cat")["input_ids"] == [2, *ids("the cat"), 3]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_tokenizer_json_alone_tells_its_casing(tmp_path, lowercase):
+    write_tokenizer_json(tmp_path, VOCAB, normalizer={"lowercase": lowercase})
+    assert BertTokenizer.from_pretrained(tmp_path).do_lower_case is lowercase
+
+
+def test_read_vocab(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("a\r\nb\n\u2028\n\nlast".encode())
+    assert read_vocab(tmp_path / "vocab.txt") == {"a": 0, "b": 1, "\u2028": 2, "": 3, "last": 4}
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_missing_special_token(tmp_path, token):
+    write_vocab(tmp_path, [piece for piece in VOCAB if piece != token])
+    with pytest.raises(UserError, match=rf"lacks the special token \[{token[1:-1]}\]"):
+        BertTokenizer.from_pretrained(tmp_path)
+
+
+def write_bytes(name, contents):
+    return lambda folder: (folder / name).write_bytes(contents)
+
+
+DAMAGE = {
+    "nothing": (lambda folder: None, "holds neither vocab.txt nor tokenizer.json"),
+    "latin_1": (write_bytes("vocab.txt", "[PAD]\ncafé\n".encode("latin-1")), "vocab.txt: not UTF-8 text"),
+    "empty": (write_bytes("vocab.txt", b""), "lacks the special token [PAD]"),
+    "broken_json": (write_bytes("tokenizer.json", b"{"), "tokenizer.json: not a JSON file"),
+    "list": (write_bytes("tokenizer.json", b"[]"), "tokenizer.json: expected a JSON object, found list"),
+    "bpe": (write_bytes("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}'), "not a word-piece"),
+    "unigram": (write_bytes("tokenizer.json", b'{"model": {"vocab": [["a", 0.5]]}}'), "not a word-piece"),
+    "no_model": (write_bytes("tokenizer.json", b'{"model": null}'), "not a word-piece vocabulary"),
+    "model_is_text": (
+        write_bytes("tokenizer.json", b'{"model": "WordPiece"}'),
+        "not a word-piece vocabulary",
+    ),
+    "ids_are_text": (
+        write_bytes("tokenizer.json", json.dumps({"model": {"vocab": dict.fromkeys(VOCAB, "0")}}).encode()),
+        "not a word-piece vocabulary",
+    ),
+    "broken_settings": (
+        lambda folder: (write_vocab(folder, VOCAB) / "tokenizer_config.json").write_bytes(b"\xff"),
+        "tokenizer_config.json: not a JSON file",
+    ),
+    "settings_are_text": (
+        lambda folder: write_vocab(folder, VOCAB, do_lower_case="false"),
+        "tokenizer_config.json: do_lower_case is 'false'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folder_is_refused(tmp_path, damage):
+    spoil, message = DAMAGE[damage]
+    spoil(tmp_path)
+    with pytest.raises(UserError) as caught:
+        BertTokenizer.from_pretrained(tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        BertTokenizer.from_pretrained(tmp_path / "missing")
