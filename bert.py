@@ -1,12 +1,12 @@
 """The BERT encoder, written by hand (Devlin et al. 2019, https://arxiv.org/abs/1810.04805).
 
 Parameter names and mathematics are those of Hugging Face's `BertModel`, so checkpoints go both ways. The
-one difference is in how the work is laid out: padding never reaches a matrix product. Embeddings, linear
-layers, LayerNorm and GELU see only the real word pieces of the batch, laid end to end; attention alone
-needs the rectangle of (sentence, position), and gets it back for its own few operations.
+one difference is in how the work is laid out: padding hardly reaches a matrix product. Embeddings, linear
+layers, LayerNorm and GELU see the real word pieces of the batch, laid end to end; attention alone needs
+the rectangle of (sentence, position), and gets it back for its own few operations.
 
-Shapes: B sentences, T padded length in word pieces, M real word pieces in the batch (M = B * T without
-padding), H hidden_size, N attention heads, D = H // N.
+Shapes: B sentences, T padded length in word pieces, M rows of the flat layout (M = B * T without padding),
+H hidden_size, N attention heads, D = H // N.
 """
 
 import math
@@ -18,6 +18,8 @@ from torch import nn
 from base_bert import BertPreTrainedModel
 from config import BertConfig, UserError
 
+# Matrix libraries prepare each shape they have not met before; few different row counts make that rare.
+ROW_MULTIPLE = 64
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
@@ -42,15 +44,22 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 class Padding:
     """Where the real word pieces of a padded batch are; moves hidden states between the two layouts.
 
+    The rows of the flat layout are the real word pieces and, up to a multiple of ROW_MULTIPLE, some padding.
+
     Args:
         attention_mask: (B, T), non-zero for real word pieces.
     """
 
     def __init__(self, attention_mask: torch.Tensor):
-        self.shape = attention_mask.shape
-        mask = attention_mask.bool()
-        self.rows = None if mask.all() else mask.flatten().nonzero().squeeze(1)  # (M,) positions in B * T
-        self.key_mask = None if self.rows is None else mask[:, None, None, :]  # (B, 1, 1, T), True = attend
+        self.mask = attention_mask.bool()
+        self.rows = self.key_mask = None
+        if not self.mask.all():
+            kept = self.mask.flatten().clone()
+            # A sentence without any real word piece has nothing to attend to: its softmax is not a number.
+            spare = (~self.mask & self.mask.any(1, keepdim=True)).flatten().nonzero().squeeze(1)
+            kept[spare[: -int(kept.sum()) % ROW_MULTIPLE]] = True
+            self.rows = kept.nonzero().squeeze(1)  # (M,) positions in B * T
+            self.key_mask = self.mask[:, None, None, :]  # (B, 1, 1, T), True = attend
 
     def remove(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (M, ...)"""
@@ -58,10 +67,10 @@ class Padding:
         return x if self.rows is None else x[self.rows]
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """(M, H) -> (B, T, H), zeros where there is padding."""
+        """(M, H) -> (B, T, H); what stands at padding is of no meaning."""
         if self.rows is not None:
-            x = x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.rows, x)
-        return x.view(*self.shape, -1)
+            x = x.new_zeros(self.mask.numel(), x.shape[-1]).index_copy(0, self.rows, x)
+        return x.view(*self.mask.shape, -1)
 
 
 class BertEmbeddings(nn.Module):
@@ -231,4 +240,5 @@ class BertModel(BertPreTrainedModel):
             padding.remove(input_ids), padding.remove(position_ids), padding.remove(token_type_ids)
         )  # (M, H)
         last_hidden_state = padding.restore(self.encoder(hidden_states, padding))  # (B, T, H)
+        last_hidden_state = last_hidden_state.masked_fill(~padding.mask.unsqueeze(-1), 0.0)
         return {"last_hidden_state": last_hidden_state, "pooler_output": self.pooler(last_hidden_state)}

@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,32 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError
-from evaluation import write_text
+from config import TASKS, UserError
+from evaluation import PREDICTION_STYLES, prediction_name
 from multitask_bert import MultitaskBERT
 from optimizer import AdamW, FlatMemory
 from tokenizer import BertTokenizer
 
 STATE_FILE = "state.json"  # written last: a folder that holds it is complete
+
+
+@contextmanager
+def whole_file(path: Path):
+    """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def save_checkpoint(
@@ -123,22 +143,38 @@ def load_model(folder: Path, model: MultitaskBERT) -> None:
 
 
 def prepare_folder(args: Namespace) -> None:
-    """Make the run folder and write `args.json`; a folder that holds a run is only emptied with --overwrite."""
+    """Make the run folder; one that holds a run is only emptied, of that run's files, with --overwrite."""
     folder = Path(args.output_dir)
     if (folder / "args.json").exists():
         if not args.overwrite:
             raise UserError(
                 f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
             )
-        for name in ("args.json", "metrics.jsonl", "scores.json"):
+        for name in ("last", "best"):
+            for ending in ("", ".old", ".new"):
+                shutil.rmtree(folder / (name + ending), ignore_errors=True)
+        names = [
+            "predictions/" + prediction_name(task, split, style)
+            for task in TASKS
+            for split in ("dev", "test")
+            for style in PREDICTION_STYLES
+        ]
+        for name in [*names, "metrics.jsonl", "scores.json", "curves.png", "args.json"]:
             (folder / name).unlink(missing_ok=True)
-        for name in ("best", "last"):
-            recover(folder / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_args(args: Namespace, facts: dict) -> None:
+    """Write a run's `args.json`: every setting, the commands that the run was started and resumed with, versions.
+
+    Args:
+        facts: what else should be known about the run, as JSON.
+    """
+    path = Path(args.output_dir) / "args.json"
+    commands = json.loads(path.read_text(encoding="utf-8"))["commands"] if path.exists() else []
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    content = {"args": vars(args), "command": sys.argv, "versions": versions}
-    write_text(folder / "args.json", json.dumps(content, indent=2) + "\n")
+    content = {"args": vars(args), "commands": [*commands, sys.argv], "versions": versions, **facts}
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 class Run:
@@ -201,7 +237,14 @@ class Run:
         copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
         log = self.folder / "metrics.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.state["step"]))
+        write_text(log, "".join(line for line in lines if self.is_past(line)))
+
+    def is_past(self, line: str) -> bool:
+        """Whether a line of the log is whole and not from after the checkpoint."""
+        try:
+            return json.loads(line)["step"] <= self.state["step"]
+        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+            return False
 
     def log(self, line: dict) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:

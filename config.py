@@ -29,12 +29,12 @@ def read_json(path: str | Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        UserError: if there is no such file, or it holds something else.
+        UserError: if it cannot be read, or holds something else.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(values, dict):

@@ -9,7 +9,6 @@ Shapes: B examples, C outputs of a task.
 import csv
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -176,7 +175,12 @@ def select_score(summary: dict, select_by: str, tasks: dict[str, TaskSpec]) -> f
 
 # --- prediction files ------------------------------------------------------------------------------------------
 
-PREDICTION_STYLES = ("starter", "handout")
+PREDICTION_STYLES = {"starter": "output", "handout": "out"}  # style -> how its file names end
+
+
+def prediction_name(task: str, split: str, style: str) -> str:
+    """The name of a prediction file."""
+    return f"{task}-{split}-{PREDICTION_STYLES[style]}.csv"
 
 
 def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence[float], style: str) -> str:
@@ -196,21 +200,6 @@ def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence
     return "".join(lines)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: under another name beside it, flushed, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only if something failed
-
-
 def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
     """Read a prediction file of either style.
 
@@ -225,6 +214,8 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     header = [part.strip() for part in lines[0].replace("\t", ",").split(",")] if lines else []
@@ -293,8 +284,8 @@ def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> s
 
 # --- evaluation ------------------------------------------------------------------------------------------------
 
-EVAL_TOKENS = 8192  # padded word pieces per forward pass
-EVAL_EXAMPLES = 4096  # examples per head call, on vectors that are already there
+MAX_EVAL_TOKENS = 8192  # padded word pieces per forward pass
+MAX_EVAL_EXAMPLES = 4096  # examples per head call, on vectors that are already there
 
 
 @torch.no_grad()
@@ -323,7 +314,7 @@ def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> 
             start = 0
             while start < len(order):
                 stop = start + 1
-                while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= EVAL_TOKENS:
+                while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= MAX_EVAL_TOKENS:
                     stop += 1
                 chosen = order[start:stop]
                 batch = {
@@ -334,7 +325,7 @@ def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> 
         index = torch.from_numpy(data.index).to(device)
         logits = [
             model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
-            for rows in index.split(EVAL_EXAMPLES)
+            for rows in index.split(MAX_EVAL_EXAMPLES)
         ]
     finally:
         model.train(was_training)

@@ -4,16 +4,19 @@ The course starter's flags and their defaults stay valid; where we differ, the h
 """
 
 import argparse
-import json
 import math
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from base_bert import OFFLINE_ENCODER
-from config import DEFAULT_TASKS, SPLITS, TASKS, BertConfig, UserError
+from config import DEFAULT_TASKS, SPLITS, TASKS, BertConfig, UserError, read_json
 from datasets import SAMPLERS
-from evaluation import OVERALLS, PREDICTION_STYLES
+from evaluation import OVERALLS, PREDICTION_STYLES, prediction_name
 from heads import PAIR_HEADS, POOLINGS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
@@ -21,10 +24,13 @@ from pcgrad import GRAD_METHODS
 PRECISIONS = ("auto", "fp32", "bf16")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
 OPTIONS = {"pretrain": True, "finetune": False}
-# What a resumed run may change: where things are and how much is said, not what is computed.
-RESUME_MAY_CHANGE = {"max_steps", "patience", "data_dir", "prediction_style", "log_every"} | {
-    f"{task}_{split}{ending}" for task in TASKS for split in SPLITS for ending in ("", "_out")
-}
+# What may change when a run is read again: where things are and how much is said, not what is computed.
+FILES = {f"{task}_{split}{ending}" for task in TASKS for split in SPLITS for ending in ("", "_out")}
+MODES = {"output_dir", "resume", "overwrite", "eval_only", "predict_only"}
+RESUME_MAY_CHANGE = FILES | MODES | {"data_dir", "prediction_style", "max_steps", "patience", "log_every"}
+READING_MAY_CHANGE = (
+    FILES | MODES | {"data_dir", "prediction_style", "device", "use_gpu", "precision", "max_length"}
+)
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
 
@@ -236,7 +242,7 @@ def make_parser() -> argparse.ArgumentParser:
     multitask.add_argument(
         "--grad_reduction",
         choices=("sum", "mean"),
-        help="sum or mean over tasks of what the method gives (default: sum; mean for --grad_method mean)",
+        help="sum or mean over the step's slots (default: sum; mean for --grad_method mean)",
     )
     multitask.add_argument(
         "--sampler",
@@ -319,20 +325,29 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.resume or args.eval_only or args.predict_only:
+    given = given_flags(argv)
+    reading = args.eval_only or args.predict_only
+    if args.resume or reading:
+        mode = "--resume" if args.resume else "--eval_only" if args.eval_only else "--predict_only"
         if not args.output_dir:
-            parser.error("--resume, --eval_only and --predict_only need --output_dir, the run folder to read")
-        stored = read_run_args(args.output_dir)
-        parser.set_defaults(**stored)
-        args = parser.parse_args(argv)
-        changed = [name for name, value in stored.items() if getattr(args, name) != value]
-        changed = [name for name in changed if name not in RESUME_MAY_CHANGE]
-        if args.resume and changed:
-            name = changed[0]
-            parser.error(
-                f"--resume: --{name} {getattr(args, name)} would make it another run, it was started with"
-                f" {stored[name]}" + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
-            )
+            parser.error(f"{mode} needs --output_dir, the run folder to read")
+        if args.overwrite or (args.resume and reading):
+            parser.error("--resume, --overwrite and --eval_only or --predict_only contradict each other")
+        stored, first_given = read_run(args.output_dir)
+        may_change = RESUME_MAY_CHANGE if args.resume else READING_MAY_CHANGE
+        for name in sorted(set(given) - may_change):
+            # The command that started the run may be repeated word for word, with "auto" and the like.
+            if given[name] not in (stored[name], first_given.get(name, parser.get_default(name))):
+                parser.error(
+                    f"{mode}: --{name} {given[name]} does not fit the run, which was started with {stored[name]}"
+                )
+        kept = {name: value for name, value in stored.items() if name not in given or name not in may_change}
+        if reading:
+            kept.pop("device", None)  # may be read on another machine
+            kept.pop("use_gpu", None)
+        vars(args).update({name: value for name, value in kept.items() if name not in MODES})
+        given = first_given | {name: value for name, value in given.items() if name in may_change - MODES}
+    args.given = given
     frozen = {
         args.option and OPTIONS[args.option],
         args.fine_tune_mode and FINE_TUNE_MODES[args.fine_tune_mode],
@@ -354,26 +369,38 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--task_weights is 0 for every task; nothing would be trained")
     if args.grad_method == "mean" and args.grad_reduction == "sum":
         parser.error("--grad_method mean and --grad_reduction sum contradict each other")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite contradict each other")
-    if (args.eval_only or args.predict_only) and (args.resume or args.overwrite):
-        parser.error("--eval_only and --predict_only read a finished run; leave out --resume and --overwrite")
+    if args.output_dir == "":
+        parser.error("--output_dir is empty; expected a folder")
     return args
 
 
-def read_run_args(output_dir: str) -> dict:
-    """The flags that a run was started with, dependent defaults resolved, from its `args.json`."""
+def given_flags(argv: list[str] | None) -> dict:
+    """The flags that stand on the command line, without any default."""
+    parser = make_parser()
+    absent = object()  # argparse keeps what it finds in the namespace where it would put a default
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), absent)))
+    return {name: value for name, value in vars(args).items() if value is not absent}
+
+
+def read_run(output_dir: str) -> tuple[dict, dict]:
+    """A run's settings from its `args.json`: all of them with dependent defaults resolved, and those that were given.
+
+    Raises:
+        UserError: if there is no run, or the file is damaged.
+    """
     path = Path(output_dir) / "args.json"
+    if not path.is_file():
+        raise UserError(f"--output_dir {output_dir}: no run there (no args.json)")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["args"]
-        stored["tasks"] = tuple(stored["tasks"])
-    except FileNotFoundError:
-        raise UserError(f"--output_dir {output_dir}: no run there (no args.json)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r})") from None
-    known = vars(make_parser().parse_args([]))
-    modes = ("output_dir", "resume", "overwrite", "eval_only", "predict_only")
-    return {name: value for name, value in stored.items() if name in known and name not in modes}
+        stored = read_json(path)["args"]
+        known = vars(make_parser().parse_args([]))
+        given = stored.pop("given")
+        for settings in (stored, given):
+            if "tasks" in settings:
+                settings["tasks"] = tuple(settings["tasks"])
+        return {name: stored[name] for name in known}, {name: given[name] for name in given if name in known}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, or from another version ({error!r})") from None
 
 
 def data_file(args: argparse.Namespace, task: str, split: str) -> Path:
@@ -383,8 +410,7 @@ def data_file(args: argparse.Namespace, task: str, split: str) -> Path:
 
 def prediction_file(args: argparse.Namespace, task: str, split: str) -> Path:
     """Where a task's predictions go."""
-    ending = "output" if args.prediction_style == "starter" else "out"
-    default = Path(args.output_dir) / "predictions" / f"{task}-{split}-{ending}.csv"
+    default = Path(args.output_dir) / "predictions" / prediction_name(task, split, args.prediction_style)
     return Path(getattr(args, f"{task}_{split}_out") or default)
 
 
@@ -392,8 +418,10 @@ def head_name(args: argparse.Namespace, task: str) -> str:
     return getattr(args, f"{task}_head") if TASKS[task].is_pair else "single"
 
 
-def is_bf16_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+def is_bf16_fast(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware (CPU: AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     return any(
         getattr(torch.cpu, name, lambda: False)()
         for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -411,6 +439,35 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[str]:
+    """Fit --max_length to the encoder, and --device and --precision to this machine, in place.
+
+    Returns:
+        lines that say what was chosen.
+
+    Raises:
+        UserError: if the device is not to be had, or a pair cannot be encoded as one sequence.
+    """
+    chosen = []
+    if args.max_length > bert_config.max_position_embeddings:
+        args.max_length = bert_config.max_position_embeddings
+        chosen.append(f"max_length {args.max_length} (the encoder's max_position_embeddings)")
+    device = resolve_device("cuda" if args.use_gpu else args.device)
+    if args.device != str(device):
+        args.device = str(device)
+        chosen.append(f"device {device}")
+    if args.precision == "auto":
+        fast = is_bf16_fast(device)
+        args.precision = "bf16" if fast else "fp32"
+        chosen.append(
+            f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
+        )
+    for task in args.tasks:
+        if head_name(args, task) == "cross" and bert_config.type_vocab_size < 2:
+            raise UserError(f"--{task}_head cross needs segment ids, and this encoder's type_vocab_size is 1")
+    return chosen
+
+
 def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[str, int]) -> list[str]:
     """Fill in every default that depends on other flags, in place.
 
@@ -419,35 +476,18 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
         sizes: task -> training examples.
 
     Returns:
-        lines that say what was chosen and why, and which flags given have no effect.
+        lines that say what was chosen and why.
 
     Raises:
         UserError: if a flag does not fit the encoder or this machine.
     """
-    chosen = []
+    chosen = resolve_machine(args, bert_config)
 
     def choose(name: str, value, why: str):
         if getattr(args, name) is None:
             setattr(args, name, value)
             chosen.append(f"{name} {value} ({why})")
 
-    if args.max_length > bert_config.max_position_embeddings:
-        args.max_length = bert_config.max_position_embeddings
-        chosen.append(f"max_length {args.max_length} (the encoder's max_position_embeddings)")
-    device = resolve_device("cuda" if args.use_gpu else args.device)
-    if args.device == "auto" or args.use_gpu:
-        chosen.append(f"device {device}")
-    args.device = str(device)
-    if args.precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else is_bf16_fast()
-        )
-        args.precision = "bf16" if fast else "fp32"
-        chosen.append(
-            f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
-        )
     small = bert_config.hidden_size < 768
     choose("lr", 5e-5 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
@@ -471,17 +511,77 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
     name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
     choose("output_dir", str(Path("runs") / name), "made of the settings")
-    chosen += [f"no effect: {reason}" for reason in idle_flags(args)]
     return chosen
 
 
 def idle_flags(args: argparse.Namespace) -> list[str]:
-    """Settings that this run ignores, each with the reason."""
-    idle = []
-    if args.freeze_encoder and len(args.tasks) > 1:
-        idle.append(f"--grad_method {args.grad_method}: with a frozen encoder the tasks share no gradient")
-    if len(args.tasks) == 1 and args.grad_method in ("pcgrad", "gradvac"):
-        idle.append(f"--grad_method {args.grad_method}: one task has no conflict")
-    if args.head_layers > 1 and any(head_name(args, task) == "cosine" for task in args.tasks):
-        idle.append(f"--head_layers {args.head_layers} on the cosine heads: they have one number to scale")
-    return idle
+    """The flags given on the command line that this run ignores, each with the reason."""
+    reasons = {}
+    if "max_steps" in args.given:
+        reasons["epochs"] = "--max_steps says how long the run is"
+    if "warmup_steps" in args.given:
+        reasons["warmup_ratio"] = "--warmup_steps says how long the warm-up is"
+    if len(args.tasks) == 1:
+        for name in ("grad_method", "grad_reduction", "sampler"):
+            reasons[name] = "there is one task"
+    if args.freeze_encoder:
+        for name in ("grad_method", "grad_reduction"):
+            reasons[name] = "with a frozen encoder the tasks share no gradient"
+        reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
+    if all(head_name(args, task) == "cosine" for task in args.tasks):
+        reasons["head_layers"] = "a cosine head has one number to scale"
+    for task in set(TASKS) - set(args.tasks):
+        for name in args.given:
+            if name.startswith(f"{task}_"):
+                reasons[name] = f"{task} is not among --tasks"
+    return [
+        f"--{name} {args.given[name]}: {reason}" for name, reason in reasons.items() if name in args.given
+    ]
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Make sure, before anything is trained, that what a run writes has places to go.
+
+    Raises:
+        UserError: if a path is taken by a folder or a file where the other is needed, or by two outputs.
+    """
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UserError(f"--output_dir {args.output_dir}: is a file; expected a folder")
+    taken = {}
+    for task in args.tasks:
+        for split in ("dev", "test"):
+            flag, path = f"--{task}_{split}_out", prediction_file(args, task, split)
+            if path.is_dir():
+                raise UserError(f"{flag} {path}: is a folder; expected a file")
+            if path.absolute() in taken:
+                raise UserError(f"{flag} {path}: already taken by {taken[path.absolute()]}")
+            taken[path.absolute()] = flag
+
+
+def run_script(prog: str, work: Callable[[], None]) -> int:
+    """Run a script's work and turn what the user can mend into one line.
+
+    Returns:
+        the exit code: 0; 2 for an error; 130 after Ctrl-C; 141 when the reader of a pipe is gone.
+    """
+    try:
+        work()
+        return 0
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that Python's last flush is silent
+        return 141
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # disk full, no permission
+        message = f"{error.filename or 'writing'}: {error.strerror or error}"
+    except SafetensorError as error:  # the same, while tensors are written
+        message = f"a checkpoint could not be written ({error})"
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory; try a smaller --batch_size with a larger --grad_accum ({str(error).splitlines()[0]})"
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return 2

@@ -14,6 +14,7 @@ import math
 import signal
 import sys
 import time
+import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from bert import BertModel
-from checkpoint import Run, load_model, load_state, prepare_folder
+from checkpoint import Run, load_model, load_state, prepare_folder, write_args, write_text
 from config import TASKS, TaskSpec, UserError
 from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, tokenize
 from evaluation import (
@@ -37,9 +38,19 @@ from evaluation import (
     format_predictions,
     predict,
     select_score,
-    write_text,
 )
-from flags import HEAD_DROPOUT_PROB, data_file, get_args, head_name, prediction_file, resolve_args
+from flags import (
+    HEAD_DROPOUT_PROB,
+    check_outputs,
+    data_file,
+    get_args,
+    head_name,
+    idle_flags,
+    prediction_file,
+    resolve_args,
+    resolve_machine,
+    run_script,
+)
 from heads import HEADS
 from multitask_bert import MultitaskBERT
 from optimizer import FlatMemory, lr_factor
@@ -52,7 +63,9 @@ MAX_BAD_STEPS = 20  # steps in a row without a finite loss and gradient before a
 
 def make_seed(*numbers: int) -> int:
     """One 63-bit seed out of several numbers; any change in one gives an unrelated seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    # Without their count, SeedSequence takes (1, 2) and (1, 2, 0) for the same.
+    sequence = np.random.SeedSequence((len(numbers), *numbers))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass
@@ -60,7 +73,7 @@ class StepResult:
     """What one update did. K is the number of tasks; tasks without a batch have loss nan and a zero row."""
 
     losses: torch.Tensor  # (K,) mean over the step's batches, before task weights
-    gram: torch.Tensor  # (K, K) inner products of the task gradients, after task weights
+    gram: torch.Tensor  # (K, K) inner products of the task gradients, each weighted and summed over its slots
     weights: torch.Tensor  # (K,) of the task gradients in the combined one, before clipping
     grad_norm: float  # of the combined gradient, encoder and heads, before clipping
     num_tokens: int  # real word pieces
@@ -92,8 +105,8 @@ def train_step(
         autocast: makes the context for mixed precision.
     """
     tasks = memory.tasks
-    losses, num_batches, num_tokens = torch.zeros(len(tasks)), torch.zeros(len(tasks)), 0
     memory.zero_grad()
+    done = []  # (task number, loss, word pieces) of each batch; read at the end, so that a GPU need not wait
     for slot, (task, batches) in enumerate(slots):
         memory.point_grads(task)
         weight = (task_weights or {}).get(task, 1.0)
@@ -102,10 +115,12 @@ def train_step(
             with autocast():
                 loss = model.loss(task, batch)
             (loss * (weight / len(batches))).backward()  # adds to this task's row and head; frees its graph
-            losses[tasks.index(task)] += loss.detach().cpu()
-            num_batches[tasks.index(task)] += 1
-            num_tokens += int(batch["attention_mask"].sum())
+            done.append((tasks.index(task), loss.detach(), batch["attention_mask"].sum()))
+    numbers = torch.tensor([number for number, _, _ in done])
+    num_batches = numbers.bincount(minlength=len(tasks))
+    losses = torch.zeros(len(tasks)).index_add(0, numbers, torch.stack([loss for _, loss, _ in done]).cpu())
     losses = losses / num_batches
+    num_tokens = int(torch.stack([tokens for _, _, tokens in done]).sum())
 
     present = num_batches.nonzero().flatten()  # tasks that had a batch
     present_tasks = {tasks[k] for k in present}
@@ -116,11 +131,10 @@ def train_step(
         generator = torch.Generator().manual_seed(make_seed(seed, step))
         seen = None if cosine_ema is None else cosine_ema[present][:, present]
         weights[present] = GRAD_METHODS[grad_method](gram[present][:, present], generator, seen)
-        if grad_reduction == "mean" and grad_method != "mean":
-            weights /= len(present)
-    shared_square = float(
-        weights @ gram @ weights
-    )  # the combined gradient's length, without another pass over it
+        if grad_reduction == "mean":  # over slots: a task that was drawn twice counts twice
+            weights *= (len(present) if grad_method == "mean" else 1) / len(slots)
+    # The combined gradient's length follows from the gram matrix, without another pass over memory.
+    shared_square = float(weights @ gram @ weights)
     head_square = sum(float(memory.head_grad(task).square().sum()) for task in present_tasks)
     grad_norm = math.sqrt(max(0.0, shared_square) + head_square) if finite else math.nan
     applied = finite and math.isfinite(grad_norm)
@@ -129,7 +143,7 @@ def train_step(
         memory.combine((weights * scale).to(memory.task_grads.device))
         if scale < 1:
             memory.grad[memory.num_shared :] *= scale
-        memory.present_grads(present_tasks)
+        memory.show_grads(present_tasks)
         optimizer.step()
     return StepResult(losses, gram, weights, grad_norm, num_tokens, applied)
 
@@ -281,12 +295,12 @@ def train(
     def out_of_patience():
         return args.patience and state["evals_without_gain"] >= args.patience
 
-    interactive = sys.stderr.isatty()
+    interactive = sys.stdout.isatty() and sys.stderr.isatty()
     bar = tqdm(
         total=args.max_steps, initial=state["step"], unit="step", disable=not interactive, dynamic_ncols=True
     )
     model.train()
-    seconds, tokens = 0.0, 0  # of training, since the last line of the log
+    seconds, steps, tokens = 0.0, 0, 0  # of training, since the last line of the log
     while state["step"] < args.max_steps and not out_of_patience():
         started, step = time.perf_counter(), state["step"]
         slots = []
@@ -333,23 +347,24 @@ def train(
                     f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; try a smaller --lr"
                 )
         state["tokens"] += result.num_tokens
-        tokens += result.num_tokens
+        tokens, steps = tokens + result.num_tokens, steps + 1
         seconds += time.perf_counter() - started
 
         bar.update()
         if state["window"] and (step % args.log_every == 0 or step == args.max_steps):
-            rate = round(tokens / seconds)
+            tokens_per_second = round(tokens / seconds)
             line = {"step": step, "lr": args.lr * factor, "head_lr": args.head_lr * factor}
-            line |= average(state["window"]) | {"tokens": state["tokens"], "tokens_per_second": rate}
+            line |= average(state["window"])
+            line |= {"tokens": state["tokens"], "tokens_per_second": tokens_per_second}
             run.log(line)
             losses = " ".join(f"{task} {loss:.3f}" for task, loss in line["loss"].items())
-            text = f"loss {losses}  lr {line['lr']:.2e}  {rate} tokens/s"
+            text = f"loss {losses}  lr {line['lr']:.2e}  {tokens_per_second} tokens/s"
             if interactive:
                 bar.set_postfix_str(text, refresh=False)
             else:
-                left = (args.max_steps - step) * seconds / len(state["window"])
+                left = (args.max_steps - step) * seconds / steps
                 print(f"step {step}/{args.max_steps}  {text}  {left:.0f} s left", flush=True)
-            state["window"], seconds, tokens = [], 0.0, 0
+            state["window"], seconds, steps, tokens = [], 0.0, 0, 0
 
         last = step == args.max_steps
         if step % args.eval_every == 0 or last:
@@ -366,7 +381,7 @@ def train(
             else:
                 state["evals_without_gain"] += 1
             run.save_last()
-        if signals and not last:
+        if signals:
             run.save_last()
             bar.close()
             print(
@@ -374,6 +389,8 @@ def train(
             )
             sys.exit(128 + signals[0])
     bar.close()
+    if state["step"] > args.max_steps:
+        print(f"nothing to train: the run is at step {state['step']}, beyond --max_steps {args.max_steps}")
     if out_of_patience():
         print(
             f"stopped at step {state['step']}: {args.patience} evaluations without a better {args.select_by}"
@@ -403,15 +420,25 @@ def finish(
     model: MultitaskBERT,
     tokenizer: BertTokenizer,
     dev_data: dict[str, TaskData],
+    *,
     write: bool,
+    own_data: bool = True,
 ) -> None:
-    """Evaluate the best checkpoint on all of dev, write predictions and plots, and print what there is."""
+    """Evaluate the best checkpoint on all of dev, and print what there is.
+
+    Args:
+        write: write prediction files.
+        own_data: the dev data are the run's own, so that its `scores.json` may be written.
+    """
     folder = Path(args.output_dir)
     best = load_state(folder / "best")
     load_model(folder / "best", model)
     autocast = make_autocast(args.device, args.precision)
     summary, predictions = evaluate(model, dev_data, tokenizer.pad_token_id, autocast)
-    write_text(folder / "scores.json", json.dumps({"step": best["step"], "dev": summary}, indent=2) + "\n")
+    if own_data:
+        write_text(
+            folder / "scores.json", json.dumps({"step": best["step"], "dev": summary}, indent=2) + "\n"
+        )
     print(f"\ndev scores of the best checkpoint by {args.select_by}, step {best['step']}")
     for task, scores in summary["tasks"].items():
         spec, labels = TASKS[task], dev_data[task].rows.labels
@@ -428,8 +455,6 @@ def finish(
     print(f"  overall, similarity as (r + 1) / 2 (class of 2024): {summary['mean_2024']:.4f}")
     if write:
         write_predictions(args, model, tokenizer, dev_data, predictions)
-    plot = plot_run(folder)
-    print(f"run folder: {folder}" + (f"  (curves: {plot})" if plot else ""))
 
 
 def write_predictions(
@@ -441,7 +466,7 @@ def write_predictions(
 ) -> None:
     """Write the prediction files of both splits of every task."""
     present = [task for task in args.tasks if data_file(args, task, "test").exists()]
-    for task in set(args.tasks) - set(present):
+    for task in (task for task in args.tasks if task not in present):
         print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
     test_data = tokenize_split(args, read_split(args, "test", present), tokenizer)
     autocast = make_autocast(args.device, args.precision)
@@ -460,17 +485,14 @@ def write_predictions(
             print(f"  {path}  ({len(data)} rows)")
 
 
-def run_main(args: Namespace) -> None:
-    reading = args.eval_only or args.predict_only
-    source = (
-        Path(args.output_dir) / ("best" if reading else "last") if reading or args.resume else args.pretrained
-    )
-    if source != args.pretrained:
-        load_state(source)  # there is a checkpoint at all
-    for task in args.tasks:
-        for split in ("train", "dev"):
-            if not data_file(args, task, split).exists() and not (reading and split == "train"):
-                read_rows(data_file(args, task, split), TASKS[task], split)  # says what is missing
+def fingerprint(rows: Rows) -> str:
+    """A short name for the content of a data file: equal for equal ids, texts and labels."""
+    labels = None if rows.labels is None else rows.labels.tolist()
+    return f"{zlib.crc32(repr((rows.ids, rows.texts, labels)).encode('utf-8', 'replace')):08x}"
+
+
+def load_encoder(args: Namespace, source: str | Path) -> tuple[BertModel, BertTokenizer]:
+    """The encoder and tokenizer to start from, or those of a checkpoint."""
     tokenizer = BertTokenizer.from_pretrained(source)
     overrides = {} if args.hidden_dropout_prob is None else {"hidden_dropout_prob": args.hidden_dropout_prob}
     bert = BertModel.from_pretrained(source, **overrides)
@@ -478,19 +500,52 @@ def run_main(args: Namespace) -> None:
         raise UserError(
             f"--pretrained {source}: vocabulary of {len(tokenizer)} word pieces, embeddings for {bert.config.vocab_size}"
         )
-    print(f"encoder {source}: {bert.load_report}")
+    return bert, tokenizer
+
+
+def read_again(args: Namespace) -> None:
+    """--eval_only and --predict_only: the best checkpoint of a run, on its own or other data."""
+    folder = Path(args.output_dir)
+    load_state(folder / "best")  # says so if there is none
     dev_rows = read_split(args, "dev", args.tasks)
-    if reading:
-        dev_data = tokenize_split(args, dev_rows, tokenizer)
-        finish(args, make_model(args, bert), tokenizer, dev_data, write=args.predict_only)
-        return
-    train_rows = read_split(args, "train", args.tasks)
-    warn_overlap(train_rows, dev_rows)
-    for line in resolve_args(args, bert.config, {task: len(rows.ids) for task, rows in train_rows.items()}):
+    bert, tokenizer = load_encoder(args, folder / "best")
+    for line in resolve_machine(args, bert.config):
         print(f"chosen: {line}")
-    if not args.resume:
+    check_outputs(args)
+    dev_data = tokenize_split(args, dev_rows, tokenizer)
+    own_data = json.loads((folder / "args.json").read_text(encoding="utf-8"))["data"]["dev"] == {
+        task: fingerprint(rows) for task, rows in dev_rows.items()
+    }
+    finish(args, make_model(args, bert), tokenizer, dev_data, write=args.predict_only, own_data=own_data)
+
+
+def start(args: Namespace) -> None:
+    """Train from --pretrained, or go on from where --resume finds the run; then evaluate and predict."""
+    folder = Path(args.output_dir or "")
+    if args.resume:
+        load_state(folder / "last")  # says so if there is none
+    rows = {split: read_split(args, split, args.tasks) for split in ("train", "dev")}
+    data = {split: {task: fingerprint(found) for task, found in rows[split].items()} for split in rows}
+    warn_overlap(rows["train"], rows["dev"])
+    bert, tokenizer = load_encoder(args, folder / "last" if args.resume else args.pretrained)
+    for line in resolve_args(
+        args, bert.config, {task: len(found.ids) for task, found in rows["train"].items()}
+    ):
+        print(f"chosen: {line}")
+    for line in idle_flags(args):
+        print(f"no effect: {line}")
+    check_outputs(args)
+    if args.resume:
+        stored = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        if stored["data"] != data:
+            raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
+        facts = {"data": data, "encoder": stored["encoder"]}
+    else:
         prepare_folder(args)
-    train_data, dev_data = (tokenize_split(args, rows, tokenizer) for rows in (train_rows, dev_rows))
+        facts = {"data": data, "encoder": bert.load_report}
+        print(f"encoder {args.pretrained}: {bert.load_report}")
+    write_args(args, facts)
+    train_data, dev_data = (tokenize_split(args, rows[split], tokenizer) for split in ("train", "dev"))
     run = Run(args, make_model(args, bert), tokenizer)
     if args.resume:
         run.load_last()
@@ -498,15 +553,17 @@ def run_main(args: Namespace) -> None:
     with catch_signals() as signals:
         train(args, run, train_data, dev_data, signals)
     finish(args, run.model, tokenizer, dev_data, write=True)
+    plot = plot_run(run.folder)
+    print(f"run folder: {run.folder}" + (f"  (curves: {plot})" if plot else ""))
+
+
+def work(argv: list[str] | None) -> None:
+    args = get_args(argv)
+    read_again(args) if args.eval_only or args.predict_only else start(args)
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run_main(get_args(argv))
-    except UserError as error:
-        print(f"multitask_classifier.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script("multitask_classifier.py", partial(work, argv))
 
 
 if __name__ == "__main__":

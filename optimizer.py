@@ -252,7 +252,7 @@ class FlatMemory:
             home = row if owner == "shared" else self.grad
             param.grad = home[start : start + param.numel()].view_as(param)
 
-    def present_grads(self, tasks: set[str]) -> None:
+    def show_grads(self, tasks: set[str]) -> None:
         """Show the optimizer the gradients of the encoder and of these tasks' heads; other heads are left alone."""
         for (owner, decays), param in self.flat_params.items():
             param.grad = (

@@ -2,23 +2,24 @@
 
     python prepare_submit.py runs/NAME --data_dir data
 
-Every id of each dev and test file must have exactly one prediction of a legal value. A prediction that is
+Every id of each dev and test file must have exactly one prediction of a legal value (dev rows without a label have
+none). A prediction that is
 (nearly) the same for every row is warned about. The zip holds the prediction files and the project's top-level Python
 files, as the course asks for, and nothing else.
 """
 
-import os
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
+from checkpoint import whole_file
 from config import DEFAULT_TASKS, TASKS, UserError
 from datasets import read_rows
-from evaluation import check_predictions
-from flags import OneLineParser, task_list
+from evaluation import PREDICTION_STYLES, check_predictions, prediction_name
+from flags import OneLineParser, run_script, task_list
 
 ZIP_NAME = "cs224n_default_final_project_submission.zip"
-ENDINGS = ("output", "out")  # of file names: the starter's, the handout's
 
 
 def find_prediction_file(folder: Path, task: str, split: str) -> Path:
@@ -27,7 +28,7 @@ def find_prediction_file(folder: Path, task: str, split: str) -> Path:
     Raises:
         UserError: if there is none, or both are there.
     """
-    names = [f"{task}-{split}-{ending}.csv" for ending in ENDINGS]
+    names = [prediction_name(task, split, style) for style in PREDICTION_STYLES]
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) != 1:
         raise UserError(
@@ -67,20 +68,14 @@ def check_folder(
 
 def write_zip(path: Path, predictions: list[Path], code: list[Path]) -> None:
     """Write the zip whole or not at all; names inside are fixed, whatever the folders are called."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in code:
-                archive.write(file, file.name)
-            for file in predictions:
-                archive.write(file, f"predictions/{file.name}")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in code:
+            archive.write(file, file.name)
+        for file in predictions:
+            archive.write(file, f"predictions/{file.name}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def submit(argv: list[str] | None) -> None:
     parser = OneLineParser(
         prog="prepare_submit.py", description="Check prediction files and zip them.", allow_abbrev=False
     )
@@ -95,23 +90,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check_only", action="store_true", help="check, write no zip")
     args = parser.parse_args(argv)
     folder = args.run_dir / "predictions" if (args.run_dir / "predictions").is_dir() else args.run_dir
-    try:
-        files, errors, warnings = check_folder(folder, args.data_dir, args.tasks)
-        for warning in warnings:
-            print(f"warning: {warning}")
-        for error in errors[:-1]:
-            print(f"prepare_submit.py: error: {error}", file=sys.stderr)
-        if errors:
-            raise UserError(errors[-1])
-        print(f"{len(files)} prediction files are complete and legal")
-        if not args.check_only:
-            code = sorted(Path(__file__).parent.glob("*.py"))
-            write_zip(args.output, files, code)
-            print(f"wrote {args.output}: {len(files)} prediction files, {len(code)} Python files")
-    except UserError as error:
+    files, errors, warnings = check_folder(folder, args.data_dir, args.tasks)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    for error in errors[:-1]:
         print(f"prepare_submit.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if errors:
+        raise UserError(errors[-1])
+    print(f"{len(files)} prediction files are complete and legal")
+    if not args.check_only:
+        code = sorted(Path(__file__).parent.glob("*.py"))
+        write_zip(args.output, files, code)
+        print(f"wrote {args.output}: {len(files)} prediction files, {len(code)} Python files")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("prepare_submit.py", partial(submit, argv))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 python report.py runs/NAME
 """
 
-import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from config import TASKS, UserError
 from evaluation import TASK_KINDS
+from flags import OneLineParser, run_script
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -85,16 +86,14 @@ def plot_run(run_dir: Path) -> Path | None:
     return path
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw the curves of a run.", allow_abbrev=False)
+def report(argv: list[str] | None) -> None:
+    parser = OneLineParser(prog="report.py", description="Draw the curves of a run.", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="run folder")
-    try:
-        path = plot_run(parser.parse_args(argv).run_dir)
-    except UserError as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
-    print(path or "nothing was logged")
-    return 0
+    print(plot_run(parser.parse_args(argv).run_dir) or "nothing was logged")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("report.py", partial(report, argv))
 
 
 if __name__ == "__main__":

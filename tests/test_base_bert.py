@@ -223,7 +223,7 @@ def write(name, contents):
 
 KEY = "encoder.layer.1.attention.self.key.weight"
 DAMAGE = {
-    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "broken_config": (write("config.json", b'{"hidden_size": 32'), "config.json: not a JSON file"),
     "list_as_config": (write("config.json", b"[1]"), "config.json: expected a JSON object, found list"),
     "other_model": (change_config(model_type="roberta"), "config.json: model_type is 'roberta'"),
@@ -539,6 +539,18 @@ def test_tested_revision_is_the_default(hub_cache):
     assert len(revision) == 40 and int(revision, 16)
     snapshot = fill_cache(hub_cache, "bert-base-uncased", revision)
     (snapshot.parent.parent / "refs" / "main").write_text(REVISION)  # the branch has moved on
+    assert resolve_pretrained("bert-base-uncased").samefile(snapshot)
+
+
+def test_cache_without_the_bin_that_the_hub_also_has(hub_cache):
+    """The first download leaves `pytorch_model.bin` out; the hub's own list of files must not make that a gap."""
+    revision = base_bert.HUB_REVISIONS["bert-base-uncased"]
+    snapshot = fill_cache(hub_cache, "bert-base-uncased", revision)
+    files = [*(path.name for path in snapshot.iterdir()), "pytorch_model.bin"]
+    listing = {name: {"size": 1, "blob_id": "0" * 40} for name in files}
+    trees = snapshot.parent.parent / "trees"
+    trees.mkdir()
+    (trees / f"{revision}.json").write_text(json.dumps({"format_version": 1, "files": listing}))
     assert resolve_pretrained("bert-base-uncased").samefile(snapshot)
 
 

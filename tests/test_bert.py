@@ -231,8 +231,8 @@ def test_layer_equals_torch_encoder_layer():
     ours_in = torch.randn(B, T, config.hidden_size).requires_grad_()
     theirs_in = ours_in.detach().clone().requires_grad_()
     padding = Padding(mask)
-    ours_out = ours(padding.remove(ours_in), padding)  # (M, H)
-    theirs_out = theirs(theirs_in, src_key_padding_mask=~mask)[mask]  # (M, H)
+    ours_out = padding.restore(ours(padding.remove(ours_in), padding))[mask]  # (real word pieces, H)
+    theirs_out = theirs(theirs_in, src_key_padding_mask=~mask)[mask]  # (real word pieces, H)
     torch.testing.assert_close(ours_out, theirs_out, **FLOAT32)
     weigh = torch.randn(ours_out.shape)
     (ours_out * weigh).sum().backward()
@@ -309,7 +309,8 @@ def test_any_type_of_mask(dtype):
     assert torch.equal(model(**inputs)["last_hidden_state"], expected)
 
 
-def test_padding_moves_between_layouts():
+def test_padding_moves_between_layouts(monkeypatch):
+    monkeypatch.setattr(bert, "ROW_MULTIPLE", 1)
     padding = Padding(torch.tensor([[1, 0, 1], [0, 1, 0]]))
     x = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
     assert padding.remove(x).tolist() == [[1.0], [3.0], [5.0]]
@@ -317,6 +318,32 @@ def test_padding_moves_between_layouts():
     full = Padding(torch.ones(2, 3))
     assert full.key_mask is None
     assert torch.equal(full.restore(full.remove(x)), x)
+
+
+@pytest.mark.parametrize(("multiple", "num_rows"), [(1, 9), (4, 12), (8, 16), (16, 16), (64, 16)])
+def test_rows_are_filled_up_with_padding(monkeypatch, multiple, num_rows):
+    """9 real word pieces and 7 of padding; 16 is all there is beside the sentence without any."""
+    monkeypatch.setattr(bert, "ROW_MULTIPLE", multiple)
+    mask = torch.tensor([[1] * 8, [1] + [0] * 7, [0] * 8])
+    rows = Padding(mask).rows
+    assert len(rows) == num_rows and rows.tolist() == sorted(set(rows.tolist()))
+    assert set(mask.flatten().nonzero().flatten().tolist()) <= set(rows.tolist())
+    assert rows.max() < 16
+
+
+def test_filling_up_changes_no_result_and_no_gradient(monkeypatch):
+    outcomes = []
+    for multiple in (1, 64):
+        monkeypatch.setattr(bert, "ROW_MULTIPLE", multiple)
+        model = make_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        inputs = make_inputs(model.config)
+        outputs = model(**inputs)["last_hidden_state"]
+        outputs.square().mean().backward()
+        outcomes.append(
+            [outputs, *(param.grad for name, param in model.named_parameters() if "pooler" not in name)]
+        )
+    for plain, filled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(filled, plain, atol=1e-6, rtol=1e-4)  # float32 sums in another order
 
 
 # --- limits ------------------------------------------------------------------------------------------------------
@@ -484,7 +511,7 @@ def test_dropout_stands_where_bert_has_it(monkeypatch, training):
     model = make_model(num_hidden_layers=1, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
     inputs = make_inputs(model.config)
     model.train(training)(**inputs)
-    hidden = ((int(inputs["attention_mask"].sum()), 32), 0.2, training)
+    hidden = ((len(Padding(inputs["attention_mask"]).rows), 32), 0.2, training)
     probs = ((B, 4, T, T), 0.3 if training else 0.0, training)
     assert calls == [hidden, probs, hidden, hidden]  # embeddings, attention, attention output, feed-forward
 

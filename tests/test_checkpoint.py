@@ -128,9 +128,22 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "args.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "predictions").mkdir()
+    for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
+        (tmp_path / "predictions" / name).write_text("")
     with pytest.raises(UserError, match="holds a run already"):
         checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
     checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=True))
-    assert {path.name for path in tmp_path.iterdir()} == {"args.json", "mine", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt", "predictions"}
+    assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["mine.csv"]
+
+
+def test_write_args_keeps_every_command(tmp_path, monkeypatch):
+    args = Namespace(output_dir=str(tmp_path), seed=5)
+    for command in (["start"], ["go on"]):
+        monkeypatch.setattr(checkpoint.sys, "argv", command)
+        checkpoint.write_args(args, {"data": "facts"})
     stored = json.loads((tmp_path / "args.json").read_text())
-    assert stored["args"]["overwrite"] and stored["versions"]["torch"] == torch.__version__
+    assert stored["commands"] == [["start"], ["go on"]]
+    assert stored["args"]["seed"] == 5 and stored["data"] == "facts"
+    assert stored["versions"]["torch"] == torch.__version__

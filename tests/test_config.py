@@ -176,7 +176,7 @@ def test_json_that_is_refused(tmp_path, contents, message):
 
 
 def test_json_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="config.json: no such file"):
+    with pytest.raises(UserError, match="config.json: cannot be read"):
         BertConfig.from_json(tmp_path / "config.json")
 
 

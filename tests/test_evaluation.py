@@ -12,6 +12,7 @@ import torch
 
 import evaluation
 from bert import BertModel
+from checkpoint import write_text
 from config import TASKS, BertConfig, UserError
 from datasets import Rows, tokenize
 from evaluation import (
@@ -31,7 +32,6 @@ from evaluation import (
     select_score,
     spearman,
     summarise,
-    write_text,
 )
 from multitask_bert import MultitaskBERT
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
@@ -467,8 +467,8 @@ def test_prediction_does_not_depend_on_the_rest_of_the_batch(setting, tokenizer,
     together = predict(model, task, data, tokenizer.pad_token_id)
     alone = [predict(model, task, data.part(np.array([i])), tokenizer.pad_token_id) for i in range(13)]
     check_close(np.concatenate(alone), together)
-    monkeypatch.setattr(evaluation, "EVAL_TOKENS", 30)
-    monkeypatch.setattr(evaluation, "EVAL_EXAMPLES", 4)
+    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", 30)
+    monkeypatch.setattr(evaluation, "MAX_EVAL_EXAMPLES", 4)
     check_close(predict(model, task, data, tokenizer.pad_token_id), together)
 
 
@@ -502,7 +502,7 @@ def test_predict_keeps_a_frozen_encoder_in_eval_mode(tokenizer):
 @pytest.mark.parametrize("max_tokens", [1, 30, 8192])  # the first forces one sentence a forward pass
 def test_each_distinct_sentence_is_encoded_once(tokenizer, monkeypatch, max_tokens):
     model, data = make_model(tokenizer), make_data(tokenizer, "sts", num_examples=40)
-    monkeypatch.setattr(evaluation, "EVAL_TOKENS", max_tokens)
+    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", max_tokens)
     seen, shapes = [], []
 
     def record(module, inputs):

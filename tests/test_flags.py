@@ -5,11 +5,12 @@ import shlex
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import multitask_classifier
 from config import TASKS, BertConfig, UserError
-from flags import get_args, idle_flags, make_parser, resolve_args
+from flags import get_args, idle_flags, make_parser, resolve_args, run_script
 from tests.tiny import make_data, make_encoder
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu --head_lr 0.01 --lr 0.01"
@@ -94,7 +95,7 @@ TRAINING = {
     "clip_norm": ("", "--clip_norm 0.001"),
     "grad_method": ("", "--grad_method mean"),
     "grad_reduction": ("", "--grad_reduction mean"),
-    "sampler": ("", "--sampler proportional --seed 3"),
+    "sampler": ("--seed 3", "--sampler proportional --seed 3"),
     "task_weights": ("", "--task_weights sts=0.1"),
     **{
         f"{task}_train": (
@@ -200,7 +201,7 @@ def test_select_by(run, select_by):
 
 
 def test_patience(run):
-    folder = run("--eval_every 1 --patience 1 --lr 1e-9 --head_lr 1e-9 --max_steps 9")
+    folder = run("--eval_every 1 --patience 1 --select_by sst --lr 1e-9 --head_lr 1e-9 --max_steps 9")
     assert [line["step"] for line in lines(folder, "dev")] == [
         1,
         2,
@@ -283,15 +284,14 @@ def test_every_flag_has_a_test():
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
         ("--resume --overwrite --output_dir x", "contradict"),
+        ("--eval_only --overwrite --output_dir x", "contradict"),
         ("--eval_only", "--output_dir"),
+        ("--output_dir=", "--output_dir is empty"),
         ("--batch 3", "unrecognized arguments: --batch 3"),
         ("--max_length 2", "--max_length"),
     ],
 )
-def test_bad_flags_end_in_one_line(flags, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "args.json").write_text(json.dumps({"args": {"tasks": ["sst", "para", "sts"]}}))
+def test_bad_flags_end_in_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         get_args(flags.split())
     assert end.value.code == 2
@@ -301,24 +301,79 @@ def test_bad_flags_end_in_one_line(flags, message, capsys, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--output_dir nowhere --resume", "no run there"), ("--output_dir broken --eval_only", "damaged")],
+    [
+        ("--output_dir nowhere --resume", "no run there"),
+        ("--output_dir broken --eval_only", "not a JSON file"),
+        ("--output_dir old --predict_only", "damaged, or from another version"),
+        ("--output_dir file --resume", "no run there"),
+    ],
 )
 def test_runs_that_cannot_be_read(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "args.json").write_text("{")
+    for name, text in (("broken", "{"), ("old", '{"args": {"seed": 1}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(text)
+    (tmp_path / "file").write_text("")
     assert multitask_classifier.main(flags.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
 
 
-def test_resume_refuses_to_become_another_run(run, capsys):
-    folder = run()
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
+def test_a_run_read_again_may_not_become_another_run(run, mode, capsys):
     with pytest.raises(SystemExit) as end:
-        get_args(["--output_dir", str(folder), "--resume", "--seed", "5", "--sts_head", "concat"])
+        get_args(["--output_dir", str(run()), mode, "--sts_head", "concat"])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert "--sts_head concat" in error and "seed" in error and "11711" not in error.split("started with")[0]
+    assert f"{mode}: --sts_head concat" in error and "started with diff" in error
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--task_weights sts=2 --max_length 500 --device auto --precision auto --option finetune"]
+)
+def test_command_of_a_run_may_be_repeated_with_resume(place, run, flags):
+    folder = run(flags)
+    command = (
+        f"{BASE} --pretrained {place}/encoder --data_dir {place}/data --output_dir {folder} {flags} --resume"
+    )
+    before = stored_args(folder)
+    assert multitask_classifier.main(shlex.split(command)) == 0
+    assert stored_args(folder) == before | {"resume": True}
+
+
+def test_resume_with_other_data_is_refused(place, run, capsys):
+    folder = run("--seed 21")
+    assert (
+        multitask_classifier.main(
+            ["--output_dir", str(folder), "--resume", "--data_dir", f"{place}/other_data"]
+        )
+        == 2
+    )
+    assert "not those" in capsys.readouterr().err
+
+
+def test_resume_with_more_steps_is_remembered(place, run):
+    folder = run("--seed 22")
+    assert multitask_classifier.main(["--output_dir", str(folder), "--resume", "--max_steps", "5"]) == 0
+    assert stored_args(folder)["max_steps"] == 5
+    assert len(json.loads((folder / "args.json").read_text())["commands"]) == 2
+
+
+def test_run_from_another_machine_can_be_evaluated(run):
+    folder = run("--seed 23")
+    path = folder / "args.json"
+    stored = json.loads(path.read_text())
+    stored["args"]["device"] = "cuda:7"
+    path.write_text(json.dumps(stored))
+    assert multitask_classifier.main(["--output_dir", str(folder), "--eval_only", "--device", "cpu"]) == 0
+
+
+def test_evaluation_on_other_data_leaves_the_runs_scores(place, run):
+    folder = run("--seed 24")
+    before = (folder / "scores.json").read_text()
+    command = ["--output_dir", str(folder), "--eval_only", "--data_dir", f"{place}/other_data"]
+    assert multitask_classifier.main(command) == 0
+    assert (folder / "scores.json").read_text() == before
 
 
 def test_the_courses_defaults_stay_valid():
@@ -336,11 +391,69 @@ def test_the_courses_defaults_stay_valid():
     assert not args.freeze_encoder and args.warmup_steps > 0
 
 
-def test_idle_flags_are_named():
-    args = get_args(["--freeze_encoder", "--head_layers", "2", "--sts_head", "cosine"])
-    assert len(idle_flags(args)) == 2
-    assert idle_flags(get_args(["--tasks", "sst", "--grad_method", "pcgrad"]))
-    assert not idle_flags(get_args([]))
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ("", []),
+        ("--epochs 3", []),
+        ("--epochs 3 --max_steps 9", ["epochs"]),
+        ("--warmup_ratio 0.2 --warmup_steps 9", ["warmup_ratio"]),
+        ("--tasks sst --grad_method pcgrad --sampler sqrt", ["grad_method", "sampler"]),
+        ("--tasks sst --sts_head cosine --sts_train x", ["sts_head", "sts_train"]),
+        ("--freeze_encoder --grad_method sum --lr 1", ["grad_method", "lr"]),
+        ("--head_layers 2 --tasks sts --sts_head cosine", ["head_layers"]),
+        ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
+    ],
+)
+def test_flags_without_effect_are_named(flags, idle):
+    assert sorted(line.split()[0] for line in idle_flags(get_args(flags.split()))) == [
+        f"--{name}" for name in idle
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--output_dir {place}/file", "is a file"),
+        ("--output_dir {place}/new --sst_dev_out {place}", "--sst_dev_out {place}: is a folder"),
+        (
+            "--output_dir {place}/new --sst_dev_out {place}/a --sts_dev_out {place}/a",
+            "already taken by --sst_dev_out",
+        ),
+        ("--output_dir {place}/file/below", "Not a directory"),
+    ],
+)
+def test_outputs_without_a_place_are_refused_before_training(place, flags, message, capsys):
+    (place / "file").write_text("")
+    command = f"{BASE} --pretrained {place}/encoder --data_dir {place}/data " + flags.format(place=place)
+    assert multitask_classifier.main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and message.format(place=place) in captured.err
+    assert "step 1/" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("mend it"), 2, "x: error: mend it\n"),
+        (OSError(28, "No space left on device", "a/b"), 2, "x: error: a/b: No space left on device\n"),
+        (SafetensorError("I/O error"), 2, "x: error: a checkpoint could not be written (I/O error)\n"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "--batch_size"),
+        (KeyboardInterrupt(), 130, "x: interrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line(error, code, message, capsys):
+    def work():
+        raise error
+
+    assert run_script("x", work) == code
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script("x", lambda: 1 / 0)
 
 
 def test_help_names_every_flag_and_its_default():

@@ -479,7 +479,7 @@ def test_whole_step_equals_plain_training_with_summed_losses():
             memory.point_grads(task)
             task_loss(model, task, step).backward()
         memory.combine(torch.ones(2))
-        memory.present_grads(set(HEAD_OUTPUTS))
+        memory.show_grads(set(HEAD_OUTPUTS))
         optimizer.step()
         reference.zero_grad()
         sum(task_loss(plain, task, step) for task in HEAD_OUTPUTS).backward()
@@ -502,7 +502,7 @@ def test_head_without_a_batch_gets_no_update_and_keeps_its_step_count():
             memory.point_grads(task)
             task_loss(model, task).backward()
         memory.combine(torch.ones(2))
-        memory.present_grads(set(tasks))
+        memory.show_grads(set(tasks))
         optimizer.step()
 
     step(["first", "second"])  # so that there is momentum that could move the absent head
@@ -521,7 +521,7 @@ def test_biases_and_layernorm_do_not_decay():
     memory = make_memory(model)
     memory.data.fill_(1.0)
     groups = memory.param_groups(lr=0.5, head_lr=0.25, weight_decay=0.1)
-    memory.present_grads(set(HEAD_OUTPUTS))
+    memory.show_grads(set(HEAD_OUTPUTS))
     AdamW(groups).step()
     values = {name: p.unique().item() for name, p in model.named_parameters()}
     assert values == pytest.approx(
@@ -575,7 +575,7 @@ def test_frozen_encoder_trains_heads_only():
         memory.point_grads(task)
         task_loss(model, task).backward()
     memory.combine(torch.ones(2))
-    memory.present_grads(set(HEAD_OUTPUTS))
+    memory.show_grads(set(HEAD_OUTPUTS))
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("encoder."), name
