@@ -33,7 +33,7 @@ train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predi
 test: $(VENV)/installed-dev  ## check layout and lint, run the tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest
 
 data: $(VENV)/installed  ## download the course's data into data/
 	$(RUN) data/download.py

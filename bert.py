@@ -86,9 +86,8 @@ class BertEmbeddings(nn.Module):
         )
 
     def forward(self, input_ids, position_ids, token_type_ids):
-        embeddings = F.embedding(
-            input_ids, self.word_embeddings.weight, sparse=self.sparse_grad
-        )  # (M,) -> (M, H)
+        word_embeddings = self.word_embeddings.weight
+        embeddings = F.embedding(input_ids, word_embeddings, sparse=self.sparse_grad)  # (M,) -> (M, H)
         embeddings = embeddings + self.position_embeddings(position_ids)
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         return dropout(self.LayerNorm(embeddings), self.dropout_prob, self.training)

@@ -91,15 +91,15 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
                     raise UserError(
                         f"{place}: a quotation mark in an earlier line has swallowed the rows up to here"
                     )
-                id = (row["id"] or "").strip().lower()
+                row_id = (row["id"] or "").strip().lower()
                 sentences = tuple(clean_text(row[column] or "") for column in spec.text_columns)
-                if not id:
+                if not row_id:
                     raise UserError(f"{place}: the row has no id")
-                if id in seen:
+                if row_id in seen:
                     raise UserError(
-                        f"{place}: id {id} stands here for the second time, first in line {seen[id]}"
+                        f"{place}: id {row_id} stands here for the second time, first in line {seen[row_id]}"
                     )
-                seen[id] = reader.reader.line_num
+                seen[row_id] = reader.reader.line_num
                 if split != "test":
                     label = (row[spec.label_column] or "").strip()
                     if not label or not all(sentences):
@@ -108,7 +108,7 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
                     labels.append(parse_label(label, spec, place))
                 elif not all(sentences):
                     skipped.append(f"{place}: an empty sentence (kept: a test row needs a prediction)")
-                ids.append(id)
+                ids.append(row_id)
                 texts.append(sentences)
     except FileNotFoundError:
         raise UserError(

@@ -193,10 +193,12 @@ def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence
     kind = TASK_KINDS[spec.kind]
     if style == "starter":
         lines = [f"id \t {spec.prediction_column} \n"]
-        lines += [f"{id} , {kind.text(value)} \n" for id, value in zip(ids, predictions, strict=True)]
+        lines += [f"{row_id} , {kind.text(value)} \n" for row_id, value in zip(ids, predictions, strict=True)]
     else:
         lines = [f"id,{spec.handout_column}\n"]
-        lines += [f"{id},{kind.handout_text(value)}\n" for id, value in zip(ids, predictions, strict=True)]
+        lines += [
+            f"{row_id},{kind.handout_text(value)}\n" for row_id, value in zip(ids, predictions, strict=True)
+        ]
     return "".join(lines)
 
 
@@ -227,20 +229,20 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
     for number, row in enumerate(csv.reader(io.StringIO("\n".join(lines[1:]))), start=2):
         fields = [field.strip() for field in row]
         try:
-            id, value = fields[0], float(fields[1])
+            row_id, value = fields[0], float(fields[1])
         except (IndexError, ValueError):
             raise UserError(
                 f"{path}:{number}: row is {','.join(row)!r}; expected an id, a comma, a number"
             ) from None
-        if len(fields) != 2 or not id:
+        if len(fields) != 2 or not row_id:
             raise UserError(f"{path}:{number}: row is {','.join(row)!r}; expected an id, a comma, a number")
-        if id in predictions:
-            raise UserError(f"{path}:{number}: id {id} stands here for the second time")
+        if row_id in predictions:
+            raise UserError(f"{path}:{number}: id {row_id} stands here for the second time")
         if not math.isfinite(value) or not kind.is_legal(value, spec):
             low, high = spec.label_range
             expected = f"a whole number from {low:g} to {high:g}" if kind.is_discrete else "a finite number"
             raise UserError(f"{path}:{number}: value is {fields[1]}; expected {expected}")
-        predictions[id] = value
+        predictions[row_id] = value
     return predictions
 
 
@@ -271,7 +273,7 @@ def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> s
         UserError: if the file is malformed, or an id is missing or unknown.
     """
     predictions = read_predictions(path, spec)
-    missing = [id for id in ids if id not in predictions]
+    missing = [row_id for row_id in ids if row_id not in predictions]
     unknown = set(predictions) - set(ids)
     if missing:
         raise UserError(

@@ -150,7 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--hidden_dropout_prob",
         type=PROBABILITY,
-        help="dropout in the encoder and before the heads, in [0, 1) (default: the checkpoint's own in the encoder,"
+        help="dropout of hidden states in the encoder and before the heads, in [0, 1) (default: the checkpoint's own in the encoder,"
         f" {HEAD_DROPOUT_PROB} before the heads)",
     )
     model.add_argument("--freeze_encoder", action="store_true", help="train the heads only")
@@ -326,27 +326,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     given = given_flags(argv)
-    reading = args.eval_only or args.predict_only
-    if args.resume or reading:
-        mode = "--resume" if args.resume else "--eval_only" if args.eval_only else "--predict_only"
-        if not args.output_dir:
-            parser.error(f"{mode} needs --output_dir, the run folder to read")
-        if args.overwrite or (args.resume and reading):
-            parser.error("--resume, --overwrite and --eval_only or --predict_only contradict each other")
-        stored, first_given = read_run(args.output_dir)
-        may_change = RESUME_MAY_CHANGE if args.resume else READING_MAY_CHANGE
-        for name in sorted(set(given) - may_change):
-            # The command that started the run may be repeated word for word, with "auto" and the like.
-            if given[name] not in (stored[name], first_given.get(name, parser.get_default(name))):
-                parser.error(
-                    f"{mode}: --{name} {given[name]} does not fit the run, which was started with {stored[name]}"
-                )
-        kept = {name: value for name, value in stored.items() if name not in given or name not in may_change}
-        if reading:
-            kept.pop("device", None)  # may be read on another machine
-            kept.pop("use_gpu", None)
-        vars(args).update({name: value for name, value in kept.items() if name not in MODES})
-        given = first_given | {name: value for name, value in given.items() if name in may_change - MODES}
+    if args.resume or args.eval_only or args.predict_only:
+        given = take_settings_of_run(parser, args, given)
     args.given = given
     frozen = {
         args.option and OPTIONS[args.option],
@@ -372,6 +353,32 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.output_dir == "":
         parser.error("--output_dir is empty; expected a folder")
     return args
+
+
+def take_settings_of_run(parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict) -> dict:
+    """Put the settings of the run in --output_dir into `args`, in place of defaults; refuse flags that contradict it.
+
+    Returns:
+        the flags given, now or when the run was started.
+    """
+    reading = args.eval_only or args.predict_only
+    mode = "--resume" if args.resume else "--eval_only" if args.eval_only else "--predict_only"
+    if not args.output_dir:
+        parser.error(f"{mode} needs --output_dir, the run folder to read")
+    if args.overwrite or (args.resume and reading):
+        parser.error("--resume, --overwrite and --eval_only or --predict_only contradict each other")
+    stored, first_given = read_run(args.output_dir)
+    may_change = RESUME_MAY_CHANGE if args.resume else READING_MAY_CHANGE
+    for name in sorted(set(given) - may_change):
+        # The command that started the run may be repeated word for word, with "auto" and the like.
+        if given[name] not in (stored[name], first_given.get(name, parser.get_default(name))):
+            parser.error(
+                f"{mode}: --{name} {given[name]} does not fit the run, which was started with {stored[name]}"
+            )
+    changed = {name: value for name, value in given.items() if name in may_change - MODES}
+    elsewhere = {"device", "use_gpu"} if reading else set()  # a run may be read on another machine
+    vars(args).update({name: stored[name] for name in set(stored) - MODES - elsewhere - set(changed)})
+    return first_given | changed
 
 
 def given_flags(argv: list[str] | None) -> dict:
@@ -571,9 +578,8 @@ def run_script(prog: str, work: Callable[[], None]) -> int:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # so that Python's last flush is silent
+        # Python flushes once more at its end; let that go nowhere instead of failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:
         message = str(error)

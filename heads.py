@@ -106,9 +106,8 @@ class TaskHead(nn.Module):
     ):
         super().__init__()
         self.spec = HEADS[name]
-        self.dropout_prob = (
-            dropout_prob if self.spec.vectors else 0.0
-        )  # dropping a single number would only be noise
+        # Dropping the cosine head's single number would only be noise.
+        self.dropout_prob = dropout_prob if self.spec.vectors else 0.0
         width = max(1, self.spec.vectors * hidden_size)
         widths = [width, *[hidden_size] * (num_layers - 1 if self.spec.vectors else 0), num_outputs]
         self.dense = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(widths))

@@ -21,8 +21,8 @@ class AdamW(torch.optim.Optimizer):
 
     Three deliberate differences from `torch.optim.AdamW`, all as in the course's reference: `eps` is added
     before the bias correction of the second moment, not after it; the decay uses the updated parameter;
-    bias correction can be switched off. Large tensors are updated block by block, so that each block is
-    read from memory once, whatever the number of operations.
+    bias correction can be switched off. On the CPU, large tensors are updated block by block, so that each
+    block is read from memory once, whatever the number of operations.
 
     Args:
         params: parameters, or dicts of parameters and options, as for any torch optimizer.

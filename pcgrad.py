@@ -24,9 +24,8 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
     """
     num_params = task_grads.shape[1]
     whole = num_params - num_params % BLOCK_SIZE
-    blocks = (
-        task_grads[:, :whole].unflatten(1, (whole // BLOCK_SIZE, BLOCK_SIZE)).transpose(0, 1)
-    )  # (blocks, K, BLOCK_SIZE)
+    blocks = task_grads[:, :whole].unflatten(1, (whole // BLOCK_SIZE, BLOCK_SIZE))
+    blocks = blocks.transpose(0, 1)  # (blocks, K, BLOCK_SIZE)
     rest = task_grads[:, whole:]
     return torch.bmm(blocks, blocks.transpose(1, 2)).sum(0) + rest @ rest.T
 

@@ -213,9 +213,8 @@ def clean_surrogates(text: str) -> str:
 def read_vocab(path: Path) -> dict[str, int]:
     """Read `vocab.txt`: one word piece a line, its id is the line's number from 0."""
     try:
-        lines = (
-            path.read_bytes().decode("utf-8").split("\n")
-        )  # only \n ends a line: some pieces are odd spaces
+        # Only \n ends a line: some pieces are odd spaces that splitlines would take for line ends.
+        lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     if lines[-1] == "":
