@@ -19,7 +19,7 @@ from base_bert import BertPreTrainedModel
 from config import BertConfig, UserError
 
 # Matrix libraries prepare each shape they have not met before; few different row counts make that rare.
-ROW_MULTIPLE = 64
+ROW_MULTIPLE = 32
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
