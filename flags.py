@@ -196,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     optimizer.add_argument(
         "--lr",
         type=POSITIVE,
-        help="learning rate of the encoder (default: 1e-5, the course's, at bert-base size; 5e-5 for smaller encoders)",
+        help="learning rate of the encoder (default: 1e-5, the course's, at bert-base size; 1e-4 for narrower encoders)",
     )
     optimizer.add_argument(
         "--head_lr",
@@ -496,7 +496,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
             chosen.append(f"{name} {value} ({why})")
 
     small = bert_config.hidden_size < 768
-    choose("lr", 5e-5 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
+    choose("lr", 1e-4 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
     choose(
         "grad_reduction", "mean" if args.grad_method == "mean" else "sum", f"grad_method {args.grad_method}"
