@@ -47,7 +47,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_checkpoint(
-    folder: Path, model, tokenizer, optimizer_tensors: dict[str, torch.Tensor], state: dict
+    folder: Path,
+    model: MultitaskBERT,
+    tokenizer: BertTokenizer,
+    optimizer_tensors: dict[str, torch.Tensor],
+    state: dict,
 ) -> None:
     """Write a checkpoint folder so that a kill at any moment leaves the previous one or the new one.
 
@@ -143,10 +147,14 @@ def load_model(folder: Path, model: MultitaskBERT) -> None:
 
 
 def prepare_folder(args: Namespace) -> None:
-    """Make the run folder; one that holds a run is only emptied, of that run's files, with --overwrite."""
+    """Make the run folder; one that holds a checkpoint is only emptied, of its run's files, with --overwrite.
+
+    A run that ended before its first checkpoint has nothing to lose: its command can simply be given again.
+    """
     folder = Path(args.output_dir)
     if (folder / "args.json").exists():
-        if not args.overwrite:
+        started = any((folder / name).exists() for name in ("last", "last.old", "best", "best.old"))
+        if started and not args.overwrite:
             raise UserError(
                 f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
             )

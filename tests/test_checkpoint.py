@@ -138,6 +138,13 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["mine.csv"]
 
 
+def test_run_that_ended_before_its_first_checkpoint_may_be_started_again(tmp_path):
+    for name in ("args.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
+    assert not list(tmp_path.iterdir())  # lines of its log would otherwise stand in the new one
+
+
 def test_write_args_keeps_every_command(tmp_path, monkeypatch):
     args = Namespace(output_dir=str(tmp_path), seed=5)
     for command in (["start"], ["go on"]):

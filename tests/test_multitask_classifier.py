@@ -17,7 +17,8 @@ import torch
 import multitask_classifier
 from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
-from evaluation import TASK_KINDS
+from datasets import read_rows
+from evaluation import TASK_KINDS, read_predictions
 from heads import HEADS, PAIR_HEADS
 from multitask_bert import MultitaskBERT
 from multitask_classifier import average, main, make_seed, train_step
@@ -413,6 +414,28 @@ def test_predictions_do_not_depend_on_what_else_is_in_the_file(place, tmp_path, 
     one = out.read_text().splitlines()[1].split(" , ")
     same = next(line for line in whole if line.startswith(one[0])).split(" , ")
     assert float(one[1]) == pytest.approx(float(same[1]), abs=1e-5)  # float32 rounding
+
+
+@pytest.mark.parametrize("head", PAIR_HEADS)
+def test_prediction_files_hold_the_predictions_that_were_scored(place, no_plot, head):
+    """Scores counted again from the files; and dev given as test too, where each id must get the same prediction."""
+    data = place / "data"
+    flags = [f"--{task}_test {data / TASKS[task].files['dev']}" for task in DEFAULT_TASKS]
+    settings = f"--max_steps 3 --precision fp32 --para_head {head} --sts_head {head} {' '.join(flags)}"
+    assert main(command(place, f"files_{head}", settings)) == 0
+    folder = place / f"files_{head}"
+    scores = json.loads((folder / "scores.json").read_text())["dev"]["tasks"]
+    for task in DEFAULT_TASKS:
+        spec = TASKS[task]
+        rows = read_rows(data / spec.files["dev"], spec, "dev")
+        dev, test = (
+            read_predictions(folder / "predictions" / f"{task}-{split}-output.csv", spec)
+            for split in ("dev", "test")
+        )
+        predictions = np.array([dev[row_id] for row_id in rows.ids])
+        assert TASK_KINDS[spec.kind].scores(predictions, rows.labels) == pytest.approx(scores[task], abs=1e-6)
+        # The test file has rows without a label too, so batches differ: float32 rounding.
+        assert [test[row_id] for row_id in rows.ids] == pytest.approx(list(predictions), abs=1e-5)
 
 
 def test_autocast_is_only_made_for_bf16():
