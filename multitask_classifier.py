@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from bert import BertModel
 from checkpoint import Run, load_model, load_state, prepare_folder, write_args, write_text
+from command_line import run_script
 from config import TASKS, TaskSpec, UserError
 from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, tokenize
 from evaluation import (
@@ -49,7 +50,6 @@ from flags import (
     prediction_file,
     resolve_args,
     resolve_machine,
-    run_script,
 )
 from heads import HEADS
 from multitask_bert import MultitaskBERT

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from checkpoint import whole_file
+from command_line import OneLineParser, run_script
 from config import DEFAULT_TASKS, TASKS, UserError
 from datasets import read_rows
 from evaluation import PREDICTION_STYLES, check_predictions, prediction_name
-from flags import OneLineParser, run_script, task_list
+from flags import task_list
 
 ZIP_NAME = "cs224n_default_final_project_submission.zip"
 

@@ -8,9 +8,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from command_line import OneLineParser, run_script
 from config import TASKS, UserError
 from evaluation import TASK_KINDS
-from flags import OneLineParser, run_script
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

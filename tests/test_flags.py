@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import multitask_classifier
+from command_line import run_script
 from config import TASKS, BertConfig, UserError
-from flags import get_args, idle_flags, make_parser, resolve_args, run_script
+from flags import get_args, idle_flags, make_parser, resolve_args
 from tests.tiny import make_data, make_encoder
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu --head_lr 0.01 --lr 0.01"
