@@ -167,13 +167,35 @@ def prepare_folder(args: Namespace) -> None:
             for split in ("dev", "test")
             for style in PREDICTION_STYLES
         ]
-        for name in [*names, "metrics.jsonl", "scores.json", "curves.png", "args.json"]:
-            (folder / name).unlink(missing_ok=True)
+        page = [
+            *folder.glob("report/*.png"),
+            folder / "curves.png",
+            folder / "report.md",
+            folder / "report.html",
+        ]
+        for path in [
+            *page,
+            *(folder / name for name in (*names, "metrics.jsonl", "scores.json", "args.json")),
+        ]:
+            path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def describe_machine(device: str) -> dict:
+    """What a run's time depends on: processor, cores, threads of tensor operations, GPU."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() says little or nothing there
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+    machine = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.device(device).type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
 def write_args(args: Namespace, facts: dict) -> None:
-    """Write a run's `args.json`: every setting, the commands that the run was started and resumed with, versions.
+    """Write a run's `args.json`: every setting, the commands that started and resumed it, versions, the machine.
 
     Args:
         facts: what else should be known about the run, as JSON.
@@ -181,7 +203,8 @@ def write_args(args: Namespace, facts: dict) -> None:
     path = Path(args.output_dir) / "args.json"
     commands = json.loads(path.read_text(encoding="utf-8"))["commands"] if path.exists() else []
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    content = {"args": vars(args), "commands": [*commands, sys.argv], "versions": versions, **facts}
+    content = {"args": vars(args), "commands": [*commands, sys.argv], "versions": versions}
+    content |= {"machine": describe_machine(args.device), **facts}
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 

@@ -185,3 +185,132 @@ TASKS = {
     ),
 }
 DEFAULT_TASKS = ("sst", "para", "sts")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Additional training rows for a task, from a data set of another form (`--extra_data`).
+
+    Labels become the task's own by `labels`: what a cell says -> the task's label (rows with any other cell are left
+    out), or (low, high), a scale that is stretched to the task's, or None, when they are the task's already.
+    """
+
+    task: str  # whose training rows it adds to
+    files: tuple[str, ...]  # under --data_dir
+    form: str  # row of extra_data.FORMS
+    text_columns: tuple[str, ...]
+    label_column: str
+    labels: dict[str, float] | tuple[float, float] | None = None
+    columns: tuple[str, ...] | None = None  # of files without a header
+    max_examples: int | None = None  # as many are taken, at random; None: all
+
+
+NLI_LABELS = {"entailment": 1.0, "contradiction": 0.0}  # neutral pairs say nothing about paraphrase
+POLARITY_LABELS = {
+    "0": 1.0,
+    "1": 3.0,
+}  # the most frequent SST label of either side's sentences in Movie Review
+
+EXTRA_SOURCES = {
+    "sick": SourceSpec(
+        task="sts",
+        files=("extra/sick/SICK.txt",),
+        form="plain",
+        text_columns=("sentence_A", "sentence_B"),
+        label_column="relatedness_score",
+        labels=(1, 5),
+    ),
+    "mrpc": SourceSpec(
+        task="para",
+        files=("extra/mrpc/msr_paraphrase_train.txt", "extra/mrpc/msr_paraphrase_test.txt"),
+        form="plain",
+        text_columns=("#1 String", "#2 String"),
+        label_column="Quality",
+    ),
+    "paws_wiki": SourceSpec(
+        task="para",
+        files=("extra/paws_wiki/dev.tsv", "extra/paws_wiki/test.tsv"),
+        form="plain",
+        text_columns=("sentence1", "sentence2"),
+        label_column="label",
+        columns=("id", "sentence1", "sentence2", "label"),
+    ),
+    "paws_qqp": SourceSpec(
+        task="para",
+        files=("extra/paws_qqp/dev_and_test.tsv",),
+        form="byte_literals",
+        text_columns=("sentence1", "sentence2"),
+        label_column="label",
+    ),
+    "quora_positives": SourceSpec(
+        task="para",
+        files=("extra/quora_positives/quora-positives.tsv",),
+        form="quoted",
+        text_columns=("sentence1", "sentence2"),
+        label_column="is_duplicate",
+        max_examples=10_000,  # all of them would turn the majority of the training labels
+    ),
+    "snli": SourceSpec(
+        task="para",
+        files=("extra/snli_sample/train.tsv", "extra/snli_sample/dev.tsv"),
+        form="quoted",
+        text_columns=("text_a", "text_b"),
+        label_column="label",
+        labels=NLI_LABELS,
+    ),
+    "mnli": SourceSpec(
+        task="para",
+        files=("extra/mnli_sample/train.tsv", "extra/mnli_sample/dev.tsv"),
+        form="quoted",
+        text_columns=("text_a", "text_b"),
+        label_column="label",
+        labels=NLI_LABELS,
+    ),
+    "nli_triplets": SourceSpec(
+        task="para",
+        files=("extra/nli_triplets/nli_for_simcse-dev.csv",),
+        form="triplets",
+        text_columns=("sentence1", "sentence2"),
+        label_column="label",
+        labels=NLI_LABELS,
+        max_examples=20_000,
+    ),
+    "sst_trees": SourceSpec(
+        task="sst",
+        files=("extra/sst_trees/train.txt",),
+        form="trees",
+        text_columns=("phrase",),
+        label_column="label",
+        max_examples=20_000,
+    ),
+    "movie_review": SourceSpec(
+        task="sst",
+        files=("extra/rotten_tomatoes_mr/rt-polarity.tsv",),
+        form="quoted",
+        text_columns=("sentence",),
+        label_column="label",
+        labels=POLARITY_LABELS,
+    ),
+    "rotten_tomatoes": SourceSpec(
+        task="sst",
+        files=("extra/rotten_tomatoes_5class/rotten15k.csv",),
+        form="quoted",
+        text_columns=("sentence",),
+        label_column="sentiment",
+    ),
+    "kindle": SourceSpec(
+        task="sst",
+        files=("extra/kindle_5class/kindle15k.csv",),
+        form="quoted",
+        text_columns=("sentence",),
+        label_column="sentiment",
+    ),
+    "cfimdb": SourceSpec(
+        task="sst",
+        files=("ids-cfimdb-train.csv",),
+        form="quoted",
+        text_columns=("sentence",),
+        label_column="sentiment",
+        labels=POLARITY_LABELS,
+    ),
+}

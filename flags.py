@@ -11,7 +11,7 @@ import torch
 
 from base_bert import OFFLINE_ENCODER
 from command_line import OneLineParser, number
-from config import DEFAULT_TASKS, SPLITS, TASKS, BertConfig, UserError, read_json
+from config import DEFAULT_TASKS, EXTRA_SOURCES, SPLITS, TASKS, BertConfig, UserError, read_json
 from datasets import SAMPLERS
 from evaluation import OVERALLS, PREDICTION_STYLES, prediction_name
 from heads import PAIR_HEADS, POOLINGS
@@ -24,9 +24,13 @@ OPTIONS = {"pretrain": True, "finetune": False}
 # What may change when a run is read again: where things are and how much is said, not what is computed.
 FILES = {f"{task}_{split}{ending}" for task in TASKS for split in SPLITS for ending in ("", "_out")}
 MODES = {"output_dir", "resume", "overwrite", "eval_only", "predict_only"}
-RESUME_MAY_CHANGE = FILES | MODES | {"data_dir", "prediction_style", "max_steps", "patience", "log_every"}
+RESUME_MAY_CHANGE = (
+    FILES | MODES | {"data_dir", "predict_splits", "prediction_style", "max_steps", "patience", "log_every"}
+)
 READING_MAY_CHANGE = (
-    FILES | MODES | {"data_dir", "prediction_style", "device", "use_gpu", "precision", "max_length"}
+    FILES
+    | MODES
+    | {"data_dir", "predict_splits", "prediction_style", "device", "use_gpu", "precision", "max_length"}
 )
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
@@ -59,6 +63,25 @@ def weight_list(text: str) -> dict[str, float]:
     return weights
 
 
+def source_list(text: str) -> dict[str, int | None]:
+    sources = {}
+    for part in text.split(","):
+        name, _, count = part.strip().partition("=")
+        if name not in EXTRA_SOURCES or name in sources or (count and not count.isdecimal()) or count == "0":
+            raise argparse.ArgumentTypeError(
+                f"value is {text!r}; expected NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once"
+            )
+        sources[name] = int(count) if count else None
+    return sources
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    splits = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not splits or not set(splits) <= {"dev", "test"} or len(set(splits)) < len(splits):
+        raise argparse.ArgumentTypeError(f"value is {text!r}; expected dev, test or dev,test")
+    return splits
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="multitask_classifier.py",
@@ -83,6 +106,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(int, 3),
         default=512,
         help="longest sequence, in word pieces (default: 512)",
+    )
+    data.add_argument(
+        "--extra_data",
+        type=source_list,
+        default={},
+        metavar="NAME[=COUNT],...",
+        help=f"additional training rows, out of {','.join(EXTRA_SOURCES)}; COUNT: as many, drawn at random (default: none)",
     )
     for task, spec in TASKS.items():
         for split, name in spec.files.items():
@@ -206,6 +236,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="how task gradients are combined (default: pcgrad)",
     )
     multitask.add_argument(
+        "--surgery_tasks",
+        type=task_list,
+        metavar="TASK,...",
+        help="tasks whose gradients pcgrad or gradvac may change; the others keep theirs (default: all)",
+    )
+    multitask.add_argument(
         "--grad_reduction",
         choices=("sum", "mean"),
         help="sum or mean over the step's slots (default: sum; mean for --grad_method mean)",
@@ -266,6 +302,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="write prediction files from the best checkpoint in --output_dir",
     )
     output.add_argument(
+        "--predict_splits",
+        type=split_list,
+        default=("dev", "test"),
+        metavar="SPLIT,...",
+        help="splits to write prediction files for at the end (default: dev,test)",
+    )
+    output.add_argument(
         "--prediction_style",
         choices=PREDICTION_STYLES,
         default="starter",
@@ -312,8 +355,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     stray = sorted(set(args.task_weights) - set(args.tasks))
     if stray:
         parser.error(f"--task_weights names {stray[0]}, which is not among --tasks {','.join(args.tasks)}")
+    stray = sorted(set(args.surgery_tasks or ()) - set(args.tasks))
+    if stray:
+        parser.error(f"--surgery_tasks names {stray[0]}, which is not among --tasks {','.join(args.tasks)}")
     if not any(args.task_weights.get(task, 1.0) for task in args.tasks):
         parser.error("--task_weights is 0 for every task; nothing would be trained")
+    stray = [name for name in args.extra_data if EXTRA_SOURCES[name].task not in args.tasks]
+    if stray:
+        parser.error(
+            f"--extra_data {stray[0]} feeds {EXTRA_SOURCES[stray[0]].task}, which is not among --tasks"
+            f" {','.join(args.tasks)}"
+        )
     if args.grad_method == "mean" and args.grad_reduction == "sum":
         parser.error("--grad_method mean and --grad_reduction sum contradict each other")
     if args.output_dir == "":
@@ -369,8 +421,9 @@ def read_run(output_dir: str) -> tuple[dict, dict]:
         known = vars(make_parser().parse_args([]))
         given = stored.pop("given")
         for settings in (stored, given):
-            if "tasks" in settings:
-                settings["tasks"] = tuple(settings["tasks"])
+            for name in ("tasks", "surgery_tasks", "predict_splits"):
+                if settings.get(name):
+                    settings[name] = tuple(settings[name])
         return {name: stored[name] for name in known}, {name: given[name] for name in given if name in known}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or from another version ({error!r})") from None
@@ -495,10 +548,12 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     if "warmup_steps" in args.given:
         reasons["warmup_ratio"] = "--warmup_steps says how long the warm-up is"
     if len(args.tasks) == 1:
-        for name in ("grad_method", "grad_reduction", "sampler"):
+        for name in ("grad_method", "grad_reduction", "surgery_tasks", "sampler"):
             reasons[name] = "there is one task"
+    if args.grad_method in ("sum", "mean"):
+        reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"
     if args.freeze_encoder:
-        for name in ("grad_method", "grad_reduction"):
+        for name in ("grad_method", "grad_reduction", "surgery_tasks"):
             reasons[name] = "with a frozen encoder the tasks share no gradient"
         reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
     if all(head_name(args, task) == "cosine" for task in args.tasks):

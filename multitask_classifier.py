@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bert import BertModel
 from checkpoint import Run, load_model, load_state, prepare_folder, write_args, write_text
 from command_line import run_script
-from config import TASKS, TaskSpec, UserError
+from config import EXTRA_SOURCES, TASKS, TaskSpec, UserError
 from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, tokenize
 from evaluation import (
     OVERALLS,
@@ -40,6 +40,7 @@ from evaluation import (
     predict,
     select_score,
 )
+from extra_data import add_sources, held_out_keys
 from flags import (
     HEAD_DROPOUT_PROB,
     check_outputs,
@@ -54,7 +55,7 @@ from flags import (
 from heads import HEADS
 from multitask_bert import MultitaskBERT
 from optimizer import FlatMemory, lr_factor
-from pcgrad import GRAD_METHODS, cosine_matrix, gram_matrix, update_cosine_ema
+from pcgrad import GRAD_METHODS, cosine_matrix, gram_by_part, update_cosine_ema
 from report import plot_run
 from tokenizer import BertTokenizer
 
@@ -74,6 +75,7 @@ class StepResult:
 
     losses: torch.Tensor  # (K,) mean over the step's batches, before task weights
     gram: torch.Tensor  # (K, K) inner products of the task gradients, each weighted and summed over its slots
+    part_grams: torch.Tensor  # (parts of the encoder, K, K) the same within each part, as in `memory.parts`
     weights: torch.Tensor  # (K,) of the task gradients in the combined one, before clipping
     grad_norm: float  # of the combined gradient, encoder and heads, before clipping
     num_tokens: int  # real word pieces
@@ -92,6 +94,7 @@ def train_step(
     grad_reduction: str = "sum",
     task_weights: dict[str, float] | None = None,
     clip_norm: float = 0.0,
+    surgery_tasks: Sequence[str] | None = None,
     cosine_ema: torch.Tensor | None = None,
     autocast=nullcontext,
 ) -> StepResult:
@@ -101,6 +104,7 @@ def train_step(
         slots: for each slot its task and its batches; several batches are accumulated (mean of their losses).
         step: updates already made; with `seed` it fixes dropout and the order in gradient surgery.
         clip_norm: longest gradient, encoder and heads together; 0 means no clipping.
+        surgery_tasks: whose gradients the method may change; None means all.
         cosine_ema: (K, K) running mean of the cosines, for methods that aim at it.
         autocast: makes the context for mixed precision.
     """
@@ -124,13 +128,15 @@ def train_step(
 
     present = num_batches.nonzero().flatten()  # tasks that had a batch
     present_tasks = {tasks[k] for k in present}
-    gram = gram_matrix(memory.task_grads).cpu()  # (K, K)
+    part_grams = gram_by_part(memory.task_grads, memory.parts.values()).cpu()  # (parts, K, K)
+    gram = part_grams.sum(0)
     weights = torch.zeros(len(tasks))
     finite = bool(losses[present].isfinite().all() and gram.isfinite().all())
     if finite:
         generator = torch.Generator().manual_seed(make_seed(seed, step))
         seen = None if cosine_ema is None else cosine_ema[present][:, present]
-        weights[present] = GRAD_METHODS[grad_method](gram[present][:, present], generator, seen)
+        adjusted = [surgery_tasks is None or tasks[k] in surgery_tasks for k in present]
+        weights[present] = GRAD_METHODS[grad_method](gram[present][:, present], generator, seen, adjusted)
         if grad_reduction == "mean":  # over slots: a task that was drawn twice counts twice
             weights *= (len(present) if grad_method == "mean" else 1) / len(slots)
     # The combined gradient's length follows from the gram matrix, without another pass over memory.
@@ -145,7 +151,7 @@ def train_step(
             memory.grad[memory.num_shared :] *= scale
         memory.show_grads(present_tasks)
         optimizer.step()
-    return StepResult(losses, gram, weights, grad_norm, num_tokens, applied)
+    return StepResult(losses, gram, part_grams, weights, grad_norm, num_tokens, applied)
 
 
 # --- a run -------------------------------------------------------------------------------------------------------
@@ -169,6 +175,25 @@ def read_split(args: Namespace, split: str, tasks: Iterable[str]) -> dict[str, R
         if len(rows.skipped) > 5:
             print(f"       and {len(rows.skipped) - 5} more such rows")
     return split_rows
+
+
+def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> dict[str, Rows]:
+    """Training rows with those of --extra_data after them; says what was taken and what was dropped."""
+    if not args.extra_data:
+        return train_rows
+    files = [
+        (data_file(args, task, split), spec, split)
+        for task, spec in TASKS.items()
+        for split in ("dev", "test")
+    ]
+    held_out = held_out_keys([file for file in files if file[0].exists()])
+    extended = {}
+    for task, rows in train_rows.items():
+        sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
+        extended[task], lines = add_sources(rows, sources, args.data_dir, held_out)
+        for line in lines:
+            print(f"{task:6s} extra {line}")
+    return extended
 
 
 def tokenize_split(
@@ -215,16 +240,22 @@ def pair_values(matrix: torch.Tensor, tasks: tuple[str, ...]) -> dict[str, float
     return {f"{a}-{b}": values[i][j] for i, a in enumerate(tasks) for j, b in enumerate(tasks) if i < j}
 
 
-def step_record(result: StepResult, tasks: tuple[str, ...]) -> dict:
+def step_record(result: StepResult, memory: FlatMemory) -> dict:
     """A `StepResult` as plain numbers; tasks without a batch are left out."""
+    tasks = memory.tasks
     present = [k for k, loss in enumerate(result.losses.tolist()) if not math.isnan(loss)]
     names = tuple(tasks[k] for k in present)
     gram = result.gram[present][:, present]
+    part_cosines = cosine_matrix(result.part_grams[:, present][:, :, present])
     return {
         "loss": dict(zip(names, result.losses[present].tolist(), strict=True)),
         "task_grad_norm": dict(zip(names, gram.diagonal().clamp(min=0).sqrt().tolist(), strict=True)),
         "grad_weight": dict(zip(names, result.weights[present].tolist(), strict=True)),
         "cosine": pair_values(cosine_matrix(gram), names),
+        "layer_cosine": {
+            part: pair_values(cosines, names)
+            for part, cosines in zip(memory.parts, part_cosines, strict=True)
+        },
         "grad_norm": result.grad_norm,
     }
 
@@ -236,14 +267,22 @@ def average(records: list[dict]) -> dict:
         values = [value for value in values if value is not None]
         return sum(values) / len(values)
 
+    def mean_of_each(dicts):
+        names = dict.fromkeys(name for values in dicts for name in values)
+        return {name: mean(values.get(name) for values in dicts) for name in names}
+
+    def share_below_zero(dicts):
+        return mean_of_each([{name: float(value < 0) for name, value in values.items()} for values in dicts])
+
     averaged = {"grad_norm": mean(record["grad_norm"] for record in records)}
     for key in ("loss", "task_grad_norm", "grad_weight", "cosine"):
-        names = list(dict.fromkeys(name for record in records for name in record[key]))
-        averaged[key] = {name: mean(record[key].get(name) for record in records) for name in names}
-    averaged["conflict"] = {
-        pair: mean(float(record["cosine"][pair] < 0) for record in records if pair in record["cosine"])
-        for pair in averaged["cosine"]
+        averaged[key] = mean_of_each([record[key] for record in records])
+    averaged["conflict"] = share_below_zero([record["cosine"] for record in records])
+    layers = {
+        part: [record["layer_cosine"][part] for record in records] for part in records[0]["layer_cosine"]
     }
+    averaged["layer_cosine"] = {part: mean_of_each(cosines) for part, cosines in layers.items()}
+    averaged["layer_conflict"] = {part: share_below_zero(cosines) for part, cosines in layers.items()}
     return averaged
 
 
@@ -328,13 +367,14 @@ def train(
             grad_reduction=args.grad_reduction,
             task_weights=args.task_weights,
             clip_norm=args.clip_norm,
+            surgery_tasks=args.surgery_tasks,
             cosine_ema=ema,
             autocast=autocast,
         )
         state["step"] = step = step + 1
         if result.applied:
             state["bad_steps"] = 0
-            state["window"].append(step_record(result, memory.tasks))
+            state["window"].append(step_record(result, memory))
             state["cosine_ema"] = update_cosine_ema(ema, result.gram).tolist()
         else:
             state["bad_steps"] += 1
@@ -464,15 +504,16 @@ def write_predictions(
     dev_data: dict[str, TaskData],
     dev_predictions: dict[str, np.ndarray],
 ) -> None:
-    """Write the prediction files of both splits of every task."""
-    present = [task for task in args.tasks if data_file(args, task, "test").exists()]
-    for task in (task for task in args.tasks if task not in present):
+    """Write the prediction files of every task and of each of --predict_splits."""
+    asked = args.tasks if "test" in args.predict_splits else ()
+    present = [task for task in asked if data_file(args, task, "test").exists()]
+    for task in (task for task in asked if task not in present):
         print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
     test_data = tokenize_split(args, read_split(args, "test", present), tokenizer)
     autocast = make_autocast(args.device, args.precision)
     print("predictions")
     for task in args.tasks:
-        outputs = {"dev": (dev_data[task], dev_predictions[task])}
+        outputs = {"dev": (dev_data[task], dev_predictions[task])} if "dev" in args.predict_splits else {}
         if task in test_data:
             outputs["test"] = (
                 test_data[task],
@@ -525,6 +566,7 @@ def start(args: Namespace) -> None:
     if args.resume:
         load_state(folder / "last")  # says so if there is none
     rows = {split: read_split(args, split, args.tasks) for split in ("train", "dev")}
+    rows["train"] = add_extra_data(args, rows["train"])
     data = {split: {task: fingerprint(found) for task, found in rows[split].items()} for split in rows}
     warn_overlap(rows["train"], rows["dev"])
     bert, tokenizer = load_encoder(args, folder / "last" if args.resume else args.pretrained)

@@ -8,6 +8,7 @@ Shapes: K tasks, P parameters shared by all tasks.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -178,6 +179,12 @@ def has_weight_decay(param: nn.Parameter) -> bool:
     return param.ndim >= 2
 
 
+def part_name(name: str) -> str:
+    """The part of the encoder that a parameter is in: `embeddings`, `layer.0`, `layer.1`, ..., `pooler`."""
+    layer = re.match(r"encoder\.(layer\.\d+)\.", name)
+    return layer[1] if layer else name.partition(".")[0]
+
+
 class FlatMemory:
     """The trainable parameters of a multitask model in one buffer, and a gradient row for each task.
 
@@ -206,13 +213,16 @@ class FlatMemory:
         self.tasks = tuple(head_params)
         self.slices: dict[tuple[str, bool], slice] = {}  # (owner, decays) -> where in the buffers
         self.views: list[tuple[str, nn.Parameter, int]] = []  # (owner, parameter, offset)
+        self.parts: dict[str, list[slice]] = {}  # part of the encoder -> its columns of `task_grads`
         offset = 0
         for owner, params in owners:
             for decays in (True, False):
                 start = offset
-                for param in params.values():
+                for name, param in params.items():
                     if param.requires_grad and has_weight_decay(param) == decays:
                         self.views.append((owner, param, offset))
+                        if owner == "shared":
+                            self._add_to_part(part_name(name), offset, offset + param.numel())
                         offset += param.numel()
                 self.slices[owner, decays] = slice(start, offset)
         if not self.views:
@@ -231,6 +241,12 @@ class FlatMemory:
             for key, where in self.slices.items()
             if where.start < where.stop
         }
+
+    def _add_to_part(self, part: str, start: int, stop: int) -> None:
+        ranges = self.parts.setdefault(part, [])
+        if ranges and ranges[-1].stop == start:  # parameters of a part that lie side by side are one range
+            start = ranges.pop().start
+        ranges.append(slice(start, stop))
 
     def param_groups(self, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
         """Groups for AdamW, one flat parameter each."""

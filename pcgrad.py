@@ -9,7 +9,7 @@ Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -30,10 +30,25 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
     return torch.bmm(blocks, blocks.transpose(1, 2)).sum(0) + rest @ rest.T
 
 
+def gram_by_part(task_grads: torch.Tensor, parts: Iterable[list[slice]]) -> torch.Tensor:
+    """Inner products within each part of the encoder; their sum is the whole gram matrix.
+
+    Args:
+        task_grads: (K, P).
+        parts: for each part its columns.
+
+    Returns:
+        (number of parts, K, K); no part, as with a frozen encoder, gives (0, K, K).
+    """
+    num_tasks = len(task_grads)
+    grams = [sum(gram_matrix(task_grads[:, where]) for where in ranges) for ranges in parts]
+    return torch.stack(grams) if grams else task_grads.new_zeros(0, num_tasks, num_tasks)
+
+
 def cosine_matrix(gram: torch.Tensor) -> torch.Tensor:
-    """Cosines between the task gradients, (K, K); 0 where a gradient is zero."""
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    product = norms[:, None] * norms
+    """Cosines between the task gradients, (..., K, K) -> (..., K, K); 0 where a gradient is zero."""
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    product = norms[..., :, None] * norms[..., None, :]
     return torch.where(product > 0, gram / product.clamp(min=torch.finfo(gram.dtype).tiny), 0.0).clamp(-1, 1)
 
 
@@ -44,29 +59,37 @@ def update_cosine_ema(ema: torch.Tensor | None, gram: torch.Tensor) -> torch.Ten
     return torch.where(present[:, None] & present, ema + COSINE_EMA_BETA * (cosine_matrix(gram) - ema), ema)
 
 
-# --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None) -> weights (K,) ------------------------
+# --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None, adjusted or None) -> weights (K,) --------
 # The combined gradient is weights @ G. `cosine_ema` is the running mean of the cosine matrix over the steps so far
-# (None at the first); the training loop keeps it for its log, and GradVac aims at it.
+# (None at the first); the training loop keeps it for its log, and GradVac aims at it. `adjusted` says of each task
+# whether its gradient may be changed (None: all may).
 
 
-def sum_grads(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+def sum_grads(
+    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
+) -> torch.Tensor:
     """Plain sum: the gradient of the summed losses."""
     return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def mean_grads(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+def mean_grads(
+    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
+) -> torch.Tensor:
     """Plain mean: the gradient of the averaged losses."""
     return sum_grads(gram) / len(gram)
 
 
 def project(
-    gram: torch.Tensor, generator: torch.Generator | None, target: Callable[[int, int], float]
+    gram: torch.Tensor,
+    generator: torch.Generator | None,
+    target: Callable[[int, int], float],
+    adjusted: Sequence[bool] | None,
 ) -> torch.Tensor:
     """Shared walk of PCGrad and GradVac; `target(i, j)` is the least cosine that task i must keep with task j.
 
-    For each task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i has a
+    For each adjusted task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i has a
     cosine with the original gradient of j below the target, add the multiple of gradient j that lifts it to the
-    target. A zero gradient meets nobody. Returns the sum over tasks of the adjusted gradients, as weights (K,).
+    target. A zero gradient meets nobody; a task that is not adjusted keeps its gradient. Returns the sum over tasks of the adjusted gradients, as weights (K,).
     """
     inner = gram.double().cpu()
     num_tasks = len(inner)
@@ -74,7 +97,8 @@ def project(
     for i in range(num_tasks):
         coefficients = torch.zeros(num_tasks, dtype=torch.float64)  # of task i's gradient, over the originals
         coefficients[i] = 1.0
-        for j in torch.randperm(num_tasks, generator=generator).tolist():
+        order = torch.randperm(num_tasks, generator=generator).tolist()
+        for j in order if adjusted is None or adjusted[i] else ():
             if i == j or inner[j, j] <= 0 or inner[i, i] <= 0:
                 continue
             product = float(coefficients @ inner[j])
@@ -92,16 +116,20 @@ def project(
     return combined.to(gram)
 
 
-def pcgrad(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+def pcgrad(
+    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
+) -> torch.Tensor:
     """PCGrad, Algorithm 1: take out of each task's gradient what conflicts with the others, then sum.
 
     The order of the others is redrawn for each task, the task itself is left out, and projections use the others'
     original gradients.
     """
-    return project(gram, generator, target=lambda i, j: 0.0)
+    return project(gram, generator, lambda i, j: 0.0, adjusted)
 
 
-def gradvac(gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None) -> torch.Tensor:
+def gradvac(
+    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
+) -> torch.Tensor:
     """GradVac (Wang et al. 2021, https://arxiv.org/abs/2010.05874): lift each cosine to its running mean.
 
     Two differences from the paper: the running mean is that of the cosines between the original gradients, not
@@ -109,9 +137,9 @@ def gradvac(gram: torch.Tensor, generator: torch.Generator | None = None, cosine
     which the formula divides by almost nothing. Without a running mean yet, the target is 0, which is PCGrad.
     """
     if cosine_ema is None:
-        return pcgrad(gram, generator)
+        return pcgrad(gram, generator, adjusted=adjusted)
     aims = cosine_ema.double().clamp(-0.99, 0.99).tolist()
-    return project(gram, generator, target=lambda i, j: aims[i][j])
+    return project(gram, generator, lambda i, j: aims[i][j], adjusted)
 
 
 GRAD_METHODS: dict[str, Callable[..., torch.Tensor]] = {

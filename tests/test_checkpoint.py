@@ -124,9 +124,10 @@ def test_copy_tensors_keeps_views(tmp_path):
 
 
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
-    for name in ("best", "last", "mine"):
+    for name in ("best", "last", "mine", "report"):
         (tmp_path / name).mkdir()
-    (tmp_path / "args.json").write_text("{}")
+    for name in ("args.json", "report.md", "report.html", "report/sst.png"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "predictions").mkdir()
     for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
@@ -134,7 +135,8 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
     checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=True))
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt", "predictions"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt", "predictions", "report"}
+    assert not list((tmp_path / "report").iterdir())
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["mine.csv"]
 
 
@@ -146,7 +148,7 @@ def test_run_that_ended_before_its_first_checkpoint_may_be_started_again(tmp_pat
 
 
 def test_write_args_keeps_every_command(tmp_path, monkeypatch):
-    args = Namespace(output_dir=str(tmp_path), seed=5)
+    args = Namespace(output_dir=str(tmp_path), seed=5, device="cpu")
     for command in (["start"], ["go on"]):
         monkeypatch.setattr(checkpoint.sys, "argv", command)
         checkpoint.write_args(args, {"data": "facts"})
@@ -154,3 +156,4 @@ def test_write_args_keeps_every_command(tmp_path, monkeypatch):
     assert stored["commands"] == [["start"], ["go on"]]
     assert stored["args"]["seed"] == 5 and stored["data"] == "facts"
     assert stored["versions"]["torch"] == torch.__version__
+    assert stored["machine"]["threads"] == torch.get_num_threads() and stored["machine"]["processor"]

@@ -95,7 +95,9 @@ TRAINING = {
     "rectify": ("", "--rectify"),
     "clip_norm": ("", "--clip_norm 0.001"),
     "grad_method": ("", "--grad_method mean"),
+    "surgery_tasks": ("", "--surgery_tasks sts"),
     "grad_reduction": ("", "--grad_reduction mean"),
+    "extra_data": ("", "--extra_data sick"),
     "sampler": ("--seed 3", "--sampler proportional --seed 3"),
     "task_weights": ("", "--task_weights sts=0.1"),
     **{
@@ -255,7 +257,16 @@ def test_device_that_is_not_there(flags):
 
 # Flags whose test is not a row of TRAINING.
 OTHERS = {
-    *("epochs", "prediction_style", "eval_every", "log_every", "eval_max_examples", "select_by", "patience"),
+    *(
+        "epochs",
+        "prediction_style",
+        "predict_splits",
+        "eval_every",
+        "log_every",
+        "eval_max_examples",
+        "select_by",
+        "patience",
+    ),
     *("output_dir", "resume", "overwrite", "eval_only", "predict_only", "device", "use_gpu"),
     *(f"{task}_{split}" for task in TASKS for split in ("dev", "test")),
     *(f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")),
@@ -280,6 +291,14 @@ def test_every_flag_has_a_test():
         ("--tasks sst --task_weights sts=2", "--task_weights names sts"),
         ("--tasks sst --task_weights sst=0", "nothing would be trained"),
         ("--tasks sst --select_by sts", "--select_by sts"),
+        ("--tasks sst,sts --surgery_tasks para", "--surgery_tasks names para"),
+        ("--extra_data yelp", "--extra_data: value is 'yelp'; expected NAME or NAME=COUNT"),
+        ("--extra_data sick,sick", "each once"),
+        ("--extra_data sick=0", "--extra_data: value is 'sick=0'"),
+        ("--extra_data sick=many", "--extra_data: value is 'sick=many'"),
+        ("--tasks sst --extra_data sick", "--extra_data sick feeds sts"),
+        ("--predict_splits train", "--predict_splits: value is 'train'; expected dev, test or dev,test"),
+        ("--predict_splits dev,dev", "--predict_splits"),
         ("--option pretrain --fine-tune-mode full-model", "contradict"),
         ("--option finetune --freeze_encoder", "contradict"),
         ("--use_gpu --device cpu", "contradict"),

@@ -23,6 +23,7 @@ from heads import HEADS, PAIR_HEADS
 from multitask_bert import MultitaskBERT
 from multitask_classifier import average, main, make_seed, train_step
 from optimizer import AdamW, FlatMemory
+from pcgrad import cosine_matrix
 from tests.tiny import make_config, make_data, make_encoder
 
 PROJECT = Path(multitask_classifier.__file__).parent
@@ -265,6 +266,7 @@ def test_average_by_hand():
             "task_grad_norm": {"a": 1.0, "b": 1.0},
             "grad_weight": {"a": 1.0, "b": 1.0},
             "cosine": {"a-b": -0.5},
+            "layer_cosine": {"embeddings": {"a-b": -0.5}, "layer.0": {"a-b": 0.25}},
             "grad_norm": 2.0,
         },
         {
@@ -272,13 +274,65 @@ def test_average_by_hand():
             "task_grad_norm": {"a": 3.0},
             "grad_weight": {"a": 1.0},
             "cosine": {},
+            "layer_cosine": {"embeddings": {}, "layer.0": {}},
             "grad_norm": 4.0,
+        },
+        {
+            "loss": {"a": 2.0, "b": 2.0},
+            "task_grad_norm": {"a": 2.0, "b": 1.0},
+            "grad_weight": {"a": 1.0, "b": 1.0},
+            "cosine": {"a-b": -0.5},
+            "layer_cosine": {"embeddings": {"a-b": 0.0}, "layer.0": {"a-b": -0.75}},
+            "grad_norm": 3.0,
         },
     ]
     averaged = average(records)
     assert averaged["loss"] == {"a": 2.0, "b": 2.0}
     assert averaged["grad_norm"] == 3.0
     assert averaged["cosine"] == {"a-b": -0.5} and averaged["conflict"] == {"a-b": 1.0}
+    assert averaged["layer_cosine"] == {"embeddings": {"a-b": -0.25}, "layer.0": {"a-b": -0.25}}
+    assert averaged["layer_conflict"] == {"embeddings": {"a-b": 0.5}, "layer.0": {"a-b": 0.5}}
+
+
+def test_grams_of_the_parts_add_up_and_are_those_of_their_parameters():
+    model = make_model()
+    memory, optimizer = make_training(model)
+    result = train_step(model, memory, optimizer, make_slots(), step=0, seed=1)
+    assert list(memory.parts) == ["embeddings", "layer.0", "layer.1"]  # the pooler is not trained
+    expected = torch.zeros(2, 3, 3, dtype=torch.float64)
+    for owner, param, start in memory.views:
+        for number in range(2):
+            if owner == "shared" and any(param is p for p in model.bert.encoder.layer[number].parameters()):
+                grads = memory.task_grads[:, start : start + param.numel()].double()
+                expected[number] += grads @ grads.T
+    # float32 sums of some thousand products
+    torch.testing.assert_close(result.part_grams[1:].double(), expected, rtol=1e-5, atol=1e-6)
+    grads = memory.task_grads.double()
+    torch.testing.assert_close(result.gram.double(), grads @ grads.T, rtol=1e-5, atol=1e-6)
+
+
+def test_surgery_on_chosen_tasks_changes_their_gradients_only():
+    def weights(surgery_tasks):
+        model = make_model()
+        memory, optimizer = make_training(model)
+        slots = [(task, [make_batch(task, seed=number)]) for number, task in enumerate(DEFAULT_TASKS)]
+        slots[1][1][0]["labels"] = 1 - slots[1][1][0]["labels"]
+        result = train_step(
+            model, memory, optimizer, slots, step=0, seed=1, surgery_tasks=surgery_tasks, grad_method="pcgrad"
+        )
+        return result.weights, cosine_matrix(result.gram)
+
+    everything, cosines = weights(None)
+    assert (cosines < 0).any()  # or else there is nothing to see
+    assert torch.equal(weights(DEFAULT_TASKS)[0], everything)
+    none, _ = weights(())
+    assert torch.equal(none, torch.ones(3))
+    # What each task's adjustment adds to the weights adds up: they are adjusted independently, in the same orders.
+    alone = torch.stack([weights((task,))[0] - 1 for task in DEFAULT_TASKS])
+    torch.testing.assert_close(1 + alone.sum(0), everything)
+    assert all(
+        alone[k, k] == 0 for k in range(3)
+    )  # its own gradient stays whole; others are taken away from it
 
 
 def command(place, name, extra=""):

@@ -422,6 +422,30 @@ def test_layout_is_encoder_first_and_each_element_has_one_owner():
     assert [owner for owner, _ in memory.slices] == ["shared"] * 2 + ["first"] * 2 + ["second"] * 2
 
 
+def test_parts_of_the_encoder_are_its_columns():
+    names = [
+        "embeddings.word",
+        "encoder.layer.0.a.weight",
+        "encoder.layer.0.a.bias",
+        "encoder.layer.0.b.weight",
+    ]
+    names += ["encoder.layer.10.a.weight", "pooler.dense.weight"]
+    shared = {
+        name: nn.Parameter(torch.zeros(*(3,) if name.endswith("bias") else (2, n + 1)))
+        for n, name in enumerate(names)
+    }
+    shared["pooler.dense.weight"].requires_grad_(False)
+    memory = FlatMemory(shared, {"a": {"weight": nn.Parameter(torch.zeros(1, 1))}})
+    assert memory.parts == {
+        "embeddings": [slice(0, 2)],
+        "layer.0": [
+            slice(2, 14),
+            slice(24, 27),
+        ],  # two matrices side by side; the bias stands with what does not decay
+        "layer.10": [slice(14, 24)],
+    }
+
+
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])  # two backward passes add up: gradient accumulation
 def test_task_gradients_land_in_their_rows_and_equal_autograd(seeds):
     model = make_two_heads()

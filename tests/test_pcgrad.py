@@ -13,6 +13,7 @@ from pcgrad import (
     GRAD_METHODS,
     cosine_matrix,
     gradvac,
+    gram_by_part,
     gram_matrix,
     pcgrad,
     update_cosine_ema,
@@ -89,6 +90,39 @@ def test_gram_matrix_equals_the_product_in_float64(num_tasks, num_params):
 def test_gram_matrix_by_hand():
     expected = torch.tensor([[18.0, -22.0], [-22.0, 38.0]])
     assert torch.equal(gram_matrix(CONFLICT), expected)  # small whole numbers are exact
+
+
+def test_gram_by_part_by_hand():
+    grads = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    parts = [[slice(0, 1), slice(2, 3)], [slice(1, 2)]]
+    expected = torch.tensor([[[10.0, 22.0], [22.0, 52.0]], [[4.0, 10.0], [10.0, 25.0]]])
+    assert torch.equal(gram_by_part(grads, parts), expected)
+    assert torch.equal(gram_by_part(grads, parts).sum(0), gram_matrix(grads))
+    assert gram_by_part(grads, []).shape == (0, 2, 2)
+
+
+def test_cosine_matrix_of_several_grams():
+    grams = torch.stack([gram_matrix(random_grads(3, 50, seed)) for seed in range(4)])
+    each = torch.stack([cosine_matrix(gram) for gram in grams])
+    torch.testing.assert_close(cosine_matrix(grams), each, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac"])
+def test_only_adjusted_tasks_change(method):
+    grads = random_grads(4, 6, seed=0)
+    gram = grads @ grads.T
+    assert (gram < 0).any()
+    ema = torch.full((4, 4), 0.3, dtype=torch.float64) if method == "gradvac" else None
+
+    def combine(*adjusted):
+        flags = [i in adjusted for i in range(4)]
+        return GRAD_METHODS[method](gram, seeded(3), ema, flags)
+
+    assert torch.equal(combine(), torch.ones(4, dtype=torch.float64))
+    everything = GRAD_METHODS[method](gram, seeded(3), ema)
+    assert torch.equal(combine(0, 1, 2, 3), everything)
+    # Tasks are adjusted independently of each other, so their changes add up (float64).
+    torch.testing.assert_close(1 + sum(combine(i) - 1 for i in range(4)), everything)
 
 
 def test_cosine_matrix_by_hand():

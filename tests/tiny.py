@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bert import BertModel
-from config import TASKS, BertConfig
+from config import EXTRA_SOURCES, TASKS, BertConfig
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
@@ -32,7 +32,10 @@ def make_encoder(folder: Path, seed: int = 0, **changes) -> Path:
 
 
 def make_data(folder: Path, start: int = 0) -> Path:
-    """Copy a few rows of each file of the embedded sample, from row `start` on; CFIMDB gets rows of SST, halved."""
+    """Copy a few rows of each file of the embedded sample, from row `start` on.
+
+    CFIMDB gets rows of SST, halved; SICK, an additional source, later rows of STS.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for task, spec in TASKS.items():
         for split, name in spec.files.items():
@@ -44,4 +47,12 @@ def make_data(folder: Path, start: int = 0) -> Path:
                 rows = [[*row[:-1], str(int(row[-1]) // 3)] for row in rows]
             with open(folder / name, "w", encoding="utf-8", newline="") as file:
                 csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
+    with open(SAMPLE / TASKS["sts"].files["train"], encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))[start + 100 : start + 110]
+    path = folder / EXTRA_SOURCES["sick"].files[0]
+    path.parent.mkdir(parents=True)
+    lines = [
+        f"{row['sentence1']}\t{row['sentence2']}\t{1 + float(row['similarity']) * 0.8:.2f}" for row in rows
+    ]
+    path.write_text("\n".join(["sentence_A\tsentence_B\trelatedness_score", *lines]) + "\n", encoding="utf-8")
     return folder

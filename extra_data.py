@@ -1,0 +1,219 @@
+"""Additional training rows from data sets of other forms (`--extra_data`), without what would leak.
+
+`config.EXTRA_SOURCES` says of each source which task it feeds and how its labels become that task's. Rows that occur
+in any dev or test file of ours are dropped, since the public releases of STS-B, Quora and SST overlap the class's
+splits; so are rows that the training data have already, whatever label the source gives them.
+"""
+
+import ast
+import csv
+import re
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from config import EXTRA_SOURCES, TASKS, SourceSpec, TaskSpec, UserError
+from datasets import MAX_FIELD_SIZE, Rows, clean_text, parse_label, read_rows
+
+TREE_TOKEN = re.compile(r"\(|\)|[^\s()]+")
+
+
+def text_key(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """What makes two examples the same: letters and digits only, no case, no accents, either order of a pair."""
+    folded = (unicodedata.normalize("NFKD", text).casefold() for text in texts)
+    return tuple(sorted("".join(filter(str.isalnum, text)) for text in folded))
+
+
+# --- forms: (lines of a file, its columns if it has no header) -> the cells of each row by column ------------------
+
+
+def read_table(lines: Iterable[str], columns, **dialect) -> Iterator[dict]:
+    for row in csv.DictReader(lines, fieldnames=columns, strict=True, **dialect):
+        if None in row:
+            raise ValueError("more fields than the header has columns")
+        yield row
+
+
+def quoted(lines: Iterable[str], columns=None) -> Iterator[dict]:
+    """Tab-separated, fields with tabs or quotation marks in quotation marks: the course's form."""
+    return read_table(lines, columns, delimiter="\t")
+
+
+def plain(lines: Iterable[str], columns=None) -> Iterator[dict]:
+    """Tab-separated; a quotation mark is text like any other."""
+    return read_table(lines, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def byte_literals(lines: Iterable[str], columns=None) -> Iterator[dict]:
+    """As `plain`, each sentence written as a Python bytes literal (PAWS-QQP)."""
+    for row in plain(lines, columns):
+        yield {
+            column: ast.literal_eval(cell).decode("utf-8") if cell and cell[:2] in ("b'", 'b"') else cell
+            for column, cell in row.items()
+        }
+
+
+def triplets(lines: Iterable[str], columns=None) -> Iterator[dict]:
+    """Comma-separated premise, entailed and contradicting sentence (SimCSE's NLI file): two pairs a line."""
+    for row in read_table(lines, columns, delimiter=","):
+        for column, label in (("sent1", "entailment"), ("hard_neg", "contradiction")):
+            yield {"sentence1": row["sent0"], "sentence2": row[column], "label": label}
+
+
+def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
+    """One bracketed tree a line, `(3 (2 word) ...)`, a label on each node (SST): each node is a row."""
+    for line in lines:
+        words, opened = [], []  # opened: (label, number of words before) of the nodes not yet closed
+        tokens = iter(TREE_TOKEN.findall(line))
+        for token in tokens:
+            if token == "(":
+                opened.append((next(tokens, ""), len(words)))
+            elif token == ")":
+                label, start = opened.pop()
+                yield {"phrase": " ".join(words[start:]), "label": label}
+            else:
+                words.append(token)
+        if opened:
+            raise ValueError(f"{len(opened)} brackets are not closed")
+
+
+FORMS: dict[str, Callable[..., Iterator[dict]]] = {
+    "quoted": quoted,
+    "plain": plain,
+    "byte_literals": byte_literals,
+    "triplets": triplets,
+    "trees": trees,
+}
+
+
+# --- reading and choosing ----------------------------------------------------------------------------------------
+
+
+def map_label(cell: str, source: SourceSpec, place: str) -> float | None:
+    """A source's label as its task's; None if the source leaves such rows out."""
+    task = TASKS[source.task]
+    if isinstance(source.labels, dict):
+        return source.labels.get(cell)
+    scale = source.labels or task.label_range
+    kind = "regression" if source.labels else task.kind
+    label = parse_label(
+        cell, replace(task, label_range=scale, kind=kind, label_column=source.label_column), place
+    )
+    (low, high), (task_low, task_high) = scale, task.label_range
+    return task_low + (label - low) * (task_high - task_low) / (high - low)
+
+
+class CountedLines:
+    """The lines of a file; `number` is that of the last one read."""
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines, self.number = lines, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            self.number += 1
+            yield line
+
+
+def read_source(name: str, data_dir: str | Path) -> tuple[list[tuple[tuple[str, ...], float]], int]:
+    """Read all files of a source.
+
+    Returns:
+        texts and label of each usable row, and the number of rows that have no usable label or an empty sentence.
+
+    Raises:
+        UserError: for a missing or unreadable file, a missing column, a bad label; naming file:line where there is one.
+    """
+    source = EXTRA_SOURCES[name]
+    found, unusable = [], 0
+    for file_name in source.files:
+        for texts, label in read_file(Path(data_dir) / file_name, source):
+            if label is None or not all(texts):
+                unusable += 1
+            else:
+                found.append((texts, label))
+    return found, unusable
+
+
+def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...], float | None]]:
+    """Texts and label of each row of a source's file; None for a label that the source leaves out or lacks."""
+    wanted = [*source.text_columns, source.label_column]
+    lines = CountedLines(())
+    csv.field_size_limit(MAX_FIELD_SIZE)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = CountedLines(file)
+            for row in FORMS[source.form](lines, source.columns):
+                absent = [column for column in wanted if column not in row]
+                if absent:
+                    raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
+                cell = (row[source.label_column] or "").strip()
+                label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
+                yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+    except UserError:  # a ValueError too, but says already where
+        raise
+    except OSError as error:
+        raise UserError(f"--extra_data: {path}: cannot be read ({error.strerror})") from None
+    except (
+        csv.Error,
+        ValueError,
+        SyntaxError,
+        IndexError,
+        KeyError,
+    ) as error:  # what a form cannot take apart
+        reason = f"no column {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}:{lines.number}: not readable as {source.form} ({reason})") from None
+
+
+def held_out_keys(files: Iterable[tuple[Path, TaskSpec, str]]) -> set[tuple[str, ...]]:
+    """Keys of all examples of dev and test files.
+
+    Args:
+        files: path, task and split of each file.
+    """
+    return {text_key(texts) for path, spec, split in files for texts in read_rows(path, spec, split).texts}
+
+
+def add_sources(
+    rows: Rows, sources: Mapping[str, int | None], data_dir: str | Path, held_out: set[tuple[str, ...]]
+) -> tuple[Rows, list[str]]:
+    """Training rows of a task and, after them, those of its additional sources.
+
+    Args:
+        sources: name -> how many examples to take, None for the source's own `max_examples`. Which ones are taken
+            depends on the name only, so that seeds of a run see the same data.
+        held_out: keys of what must not be trained on.
+
+    Returns:
+        the rows, and a line for each source that says what was taken and what was dropped.
+    """
+    ids, texts, labels, lines = list(rows.ids), list(rows.texts), rows.labels.tolist(), []
+    taken = {text_key(example) for example in texts}
+    for name, limit in sources.items():
+        found, unusable = read_source(name, data_dir)
+        fresh, leaked, known = [], 0, 0
+        for example, label in found:
+            key = text_key(example)
+            if key in held_out:
+                leaked += 1
+            elif key in taken:
+                known += 1
+            else:
+                taken.add(key)
+                fresh.append((example, label))
+        limit = limit or EXTRA_SOURCES[name].max_examples or len(fresh)
+        order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(fresh))
+        chosen = [fresh[i] for i in np.sort(order[:limit])]
+        ids += [f"{name}-{n}" for n in range(len(chosen))]
+        texts += [example for example, _ in chosen]
+        labels += [label for _, label in chosen]
+        lines.append(
+            f"{len(chosen)} examples from {name} (of {len(found) + unusable}: {leaked} in a dev or test file,"
+            f" {known} known already, {unusable} without a usable label or sentence, {len(fresh) - len(chosen)} beyond"
+            " the limit)"
+        )
+    return Rows(rows.path, ids, texts, np.array(labels, dtype=np.float32), rows.skipped), lines
