@@ -1,4 +1,4 @@
-"""Make the sample data: nine small files of our own text in the course's exact format.
+"""Make the sample data: nine small files of our own text in the course's exact format, and some additional sources.
 
 A fresh clone trains on these files. Every sentence comes from the tables and templates below, so
 there is nothing to license. Labels follow from the words: five levels of sentiment, questions that
@@ -29,6 +29,7 @@ SIZES = {"sst": (1600, 300, 300), "quora": (2000, 400, 400), "sts": (1200, 300, 
 DUPLICATE_RATE = 0.375  # that of the course's quora-dev.csv
 HELD_OUT_RATE = 0.75  # how often dev and test fill a slot with a held-out concept
 MAX_INDEX = {"quora": 404_290, "sts": 8_628}  # the course numbers pairs by their place in the full release
+EXTRA_SIZE = 100  # rows of each file of an additional source
 MAX_TRIES = 1000  # per row, before we say that the templates are used up
 
 # ---------------------------------------------------------------- sentiment: words and templates
@@ -762,8 +763,66 @@ def make_files(seed: int) -> dict[str, bytes]:
     return files
 
 
+def write_tree(words: list[str], label: str) -> str:
+    """A tree in SST's form: each word a neutral leaf, each node with the words up to the end, the label on the root."""
+    tree = f"({label if len(words) == 1 else 2} {words[-1]})"
+    for place in range(len(words) - 2, -1, -1):
+        node_label = label if place == 0 or label in "04" else "2"
+        tree = f"({node_label} (2 {words[place]}) {tree})"
+    return tree
+
+
+def make_extra_files(seed: int, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files of some additional sources (`config.EXTRA_SOURCES`), each with its publisher's quirks.
+
+    Args:
+        files: what `make_files` made; no row is repeated, but the trees are those of its SST training sentences.
+    """
+    stems = {"sst": "ids-sst", "quora": "quora", "sts": "sts"}
+    taken = {task: set() for task in stems}
+    for task, stem in stems.items():
+        for split in SPLITS:
+            for row in csv.DictReader(io.StringIO(files[f"{stem}-{split}.csv"].decode()), delimiter="\t"):
+                taken[task] |= {text_key(row[name]) for name in row if name and name.startswith("sentence")}
+
+    def rows(name, task, size=EXTRA_SIZE):
+        return enumerate(make_rows(Random(f"{seed} {name}"), task, size, False, taken[task]), start=1)
+
+    def pairs(name):
+        return [(number, *row.texts, row.label[0]) for number, row in rows(name, "quora")]
+
+    def join(lines, end="\n"):
+        return "".join("\t".join(map(str, line)) + end for line in lines).encode()
+
+    scaled = [(number, *row.texts, 1 + 0.8 * float(row.label)) for number, row in rows("sick", "sts")]
+    sick = [f"{number}\t{a}\t{b}\t{score:.2f}".split("\t") for number, a, b, score in scaled]
+    extra = {
+        "sick/SICK.txt": join([("pair_ID", "sentence_A", "sentence_B", "relatedness_score"), *sick], "\r\n")
+    }
+    header = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
+    for split in ("train", "test"):
+        mrpc = [(label, 2 * number, 2 * number + 1, a, b) for number, a, b, label in pairs(f"mrpc {split}")]
+        extra[f"mrpc/msr_paraphrase_{split}.txt"] = "\ufeff".encode() + join([header, *mrpc])
+    for split in ("dev", "test"):
+        extra[f"paws_wiki/{split}.tsv"] = join(pairs(f"paws_wiki {split}"), "\r\n")
+    literals = [
+        (number, repr(a.encode()), repr(b.encode()), label) for number, a, b, label in pairs("paws_qqp")
+    ]
+    extra["paws_qqp/dev_and_test.tsv"] = join([("id", "sentence1", "sentence2", "label"), *literals])
+    reviews = [row for _, row in rows("rotten_tomatoes", "sst")]
+    extra["rotten_tomatoes_5class/rotten15k.csv"] = csv_bytes("sst", "extra", range(EXTRA_SIZE), reviews)
+    train = csv.DictReader(io.StringIO(files["ids-sst-train.csv"].decode()), delimiter="\t")
+    trees = [
+        write_tree(row["sentence"].split(), row["sentiment"])
+        for _, row in zip(range(EXTRA_SIZE), train, strict=False)
+    ]
+    extra["sst_trees/train.txt"] = join([tree] for tree in trees)
+    return {f"extra/{name}": content for name, content in extra.items()}
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write beside and rename, so that nobody reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -775,7 +834,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output_dir",
         type=Path,
         default=Path(__file__).resolve().parent / "sample",
-        help="folder of the nine files (default: sample/ beside this script)",
+        help="folder of the files (default: sample/ beside this script)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: %(default)s)")
     parser.add_argument(
@@ -787,13 +846,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     try:
-        files = {args.output_dir / name: content for name, content in make_files(args.seed).items()}
+        files = make_files(args.seed)
+        files |= make_extra_files(args.seed, files)
+        files = {args.output_dir / name: content for name, content in files.items()}
         if args.check:
             differing = [p for p, content in files.items() if not p.is_file() or p.read_bytes() != content]
             for path in differing:
                 print(f"{path}: differs from what seed {args.seed} makes")
             return 1 if differing else 0
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             write_file(path, content)
     except (OSError, ValueError) as error:

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import config
+import datasets
+import extra_data
+from config import DEFAULT_TASKS, EXTRA_SOURCES
+
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "make_sample.py"
 SAMPLE_DIR = SCRIPT.parent / "sample"
 HEADERS = {
@@ -47,6 +52,11 @@ def generated():
 
 
 @pytest.fixture(scope="module")
+def extra(generated):
+    return make_sample.make_extra_files(0, generated)
+
+
+@pytest.fixture(scope="module")
 def tables():
     return {name: read_rows(name) for name in HEADERS}
 
@@ -62,9 +72,11 @@ def words_of(rows):
 # ---------------------------------------------------------------- reproducibility
 
 
-def test_committed_files_are_what_the_script_makes(generated):
+def test_committed_files_are_what_the_script_makes(generated, extra):
     assert set(generated) == set(HEADERS)
-    for name, content in generated.items():
+    on_disk = {str(path.relative_to(SAMPLE_DIR)) for path in SAMPLE_DIR.rglob("*") if path.is_file()}
+    assert on_disk == set(generated) | set(extra)
+    for name, content in (generated | extra).items():
         assert (SAMPLE_DIR / name).read_bytes() == content, name
 
 
@@ -73,18 +85,48 @@ def test_same_seed_same_bytes_other_seed_other_bytes(monkeypatch):
     first, again, other = (make_sample.make_files(seed) for seed in (0, 0, 1))
     assert first == again
     assert all(other[name] != first[name] for name in first)
+    assert make_sample.make_extra_files(0, first) == make_sample.make_extra_files(0, first)
 
 
-def test_all_files_together_are_small(generated):
-    assert sum(len(content) for content in generated.values()) < 1_000_000
+def test_all_files_together_are_small(generated, extra):
+    assert sum(len(content) for content in (generated | extra).values()) < 1_100_000
 
 
-def test_command_line_writes_and_checks(tmp_path, capsys, generated, monkeypatch):
+def test_additional_sources_are_read_and_add_new_rows(extra):
+    """As `--extra_data` does: nothing leaks, nothing is known already, every row has a label."""
+    names = [name for name, source in EXTRA_SOURCES.items() if any(file in extra for file in source.files)]
+    assert {file for name in names for file in EXTRA_SOURCES[name].files} == set(extra)
+    files = [
+        (SAMPLE_DIR / config.TASKS[task].files[split], config.TASKS[task], split)
+        for task in DEFAULT_TASKS
+        for split in ("dev", "test")
+    ]
+    held_out = extra_data.held_out_keys(files)
+    for name in names:
+        task = EXTRA_SOURCES[name].task
+        rows = datasets.read_rows(SAMPLE_DIR / config.TASKS[task].files["train"], config.TASKS[task], "train")
+        extended, (line,) = extra_data.add_sources(rows, {name: None}, SAMPLE_DIR, held_out)
+        assert len(extended.ids) - len(rows.ids) >= make_sample.EXTRA_SIZE, name
+        assert "0 in a dev or test file" in line and "0 without a usable" in line
+        if name != "sst_trees":  # its roots are training sentences, its words recur
+            assert "0 known already" in line
+
+
+def test_tree_by_hand():
+    assert make_sample.write_tree(["a", "b", "c"], "3") == "(3 (2 a) (2 (2 b) (2 c)))"
+    assert make_sample.write_tree(["a", "b", "c"], "0") == "(0 (2 a) (0 (2 b) (2 c)))"
+    assert make_sample.write_tree(["a"], "1") == "(1 a)"
+
+
+def test_command_line_writes_and_checks(tmp_path, capsys, generated, extra, monkeypatch):
     monkeypatch.setattr(make_sample, "make_files", lambda seed: generated)
     flags = ["--output_dir", str(tmp_path / "new")]
     assert make_sample.main(flags) == 0
     assert make_sample.main([*flags, "--check"]) == 0
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(HEADERS)  # nothing temporary
+    written = {
+        str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*") if path.is_file()
+    }
+    assert written == set(generated | extra)  # nothing temporary
     capsys.readouterr()
 
     (tmp_path / "new" / "sts-dev.csv").write_bytes(b"changed")
