@@ -1,0 +1,470 @@
+"""Figures of runs and of the results table: plain data in, a matplotlib Figure out; no files, no screen, no state.
+
+Colours are safe for colour-blind readers (Okabe and Ito for tasks, Paul Tol for pairs of tasks and rows of the table).
+A task has the same colour and place everywhere, the plain mean is black, and grey is for what is not ours: the
+poster's numbers, chance. `metrics` are the lines of a run's `metrics.jsonl`.
+"""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from config import TASKS
+from evaluation import TASK_KINDS, pearson, spearman
+
+TASK_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4F24", "#B8A100")
+LINE_COLORS = ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#AA4499")
+LINE_STYLES = ("-", "--", ":", "-.")
+MEAN_COLOR = "black"
+POSTER_COLOR = "#888888"
+SCORES = {
+    "sst": "sentiment accuracy",
+    "para": "paraphrase accuracy",
+    "sts": "similarity Pearson r",
+    "mean": "plain mean",
+}
+MAX_COLUMNS = 4  # panels side by side
+HEAT_COLUMNS = 25  # stretches of a run that a heat map tells apart
+BIN_WIDTH = 0.5  # of true similarity, in plot_regression
+
+
+# --- what the figures share --------------------------------------------------------------------------------------
+
+
+def make_figure(num_rows: int, num_columns: int, width: float, height: float, **settings):
+    """An empty figure and its axes, (num_rows, num_columns); width and height are inches of one panel."""
+    figure = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, **settings)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def task_color(task: str) -> str:
+    return MEAN_COLOR if task == "mean" else TASK_COLORS[list(TASKS).index(task) % len(TASK_COLORS)]
+
+
+def line_style(number: int) -> dict:
+    """Colour and dashes of the pair or row with this number; all 28 pairs of 8 tasks look different."""
+    dashes = LINE_STYLES[number // len(LINE_COLORS) % len(LINE_STYLES)]
+    return {"color": LINE_COLORS[number % len(LINE_COLORS)], "linestyle": dashes}
+
+
+def pair_style(pair: str) -> dict:
+    """Colour, dashes and label of a pair such as "sst-para", whichever of the two tasks the run names first."""
+    first, second = sorted(pair.split("-"), key=list(TASKS).index)
+    i, j = list(TASKS).index(first), list(TASKS).index(second)
+    # This way of counting leaves the numbers of pairs as they are when TASKS gets another row.
+    return line_style(j * (j - 1) // 2 + i) | {"label": f"{first} and {second}"}
+
+
+def names_in(metrics: list[dict], key: str) -> list[str]:
+    """What the lines have under `key`, each once."""
+    return list(dict.fromkeys(name for line in metrics for name in line.get(key, ())))
+
+
+def series(metrics: list[dict], key: str, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of `line[key][name]`, over the lines that have it."""
+    lines = [line for line in metrics if name in line.get(key, ())]
+    return [line["step"] for line in lines], [line[key][name] for line in lines]
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Running mean over about a twentieth of the values, over fewer at both ends."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def draw_mean(axis, seeds: list[tuple[Sequence, Sequence]], **style) -> None:
+    """Draw the mean over seeds as a line, their least and greatest as a band.
+
+    Args:
+        seeds: (positions, values) of each; at a position that only some seeds have, those count.
+    """
+    values = {}
+    for xs, ys in seeds:
+        for x, y in zip(xs, ys, strict=True):
+            values.setdefault(x, []).append(y)
+    xs = sorted(values)
+    axis.plot(xs, [np.mean(values[x]) for x in xs], linewidth=1.5, **style)
+    if len(seeds) > 1:
+        low, high = [min(values[x]) for x in xs], [max(values[x]) for x in xs]
+        axis.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def legend_outside(axis, num_columns: int = 1) -> None:
+    """Legend to the right of a panel, if it has anything to name."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(
+            loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", ncols=num_columns
+        )
+
+
+def shared_legend(figure, axes, place: str, num_columns: int = 1) -> None:
+    """One legend beside all panels, each label once."""
+    handles = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc=f"outside {place}",
+        ncols=min(len(handles), num_columns),
+        frameon=False,
+        fontsize="small",
+    )
+
+
+# --- one run -----------------------------------------------------------------------------------------------------
+
+
+def plot_curves(metrics: list[dict]) -> Figure | None:
+    """Training loss, dev scores, cosine between task gradients and learning rate; None if nothing was logged."""
+    logged = [line for line in metrics if "loss" in line]
+    evaluated = [line["dev"] | {"step": line["step"]} for line in metrics if "dev" in line]
+    if not logged:
+        return None
+    figure, axes = make_figure(2, 2, width=5.8, height=3.4)
+    (losses, scores), (cosines, rates) = axes
+
+    def draw(axis, key, name, style):
+        steps, values = series(logged, key, name)
+        axis.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.3)
+        axis.plot(steps, smooth(values), linewidth=1.5, **style)
+
+    for task in names_in(logged, "loss"):
+        draw(losses, "loss", task, {"color": task_color(task), "label": task})
+    losses.set_title("training loss (thin: as logged, thick: running mean)")
+    for pair in names_in(logged, "cosine"):
+        draw(cosines, "cosine", pair, pair_style(pair))
+    if cosines.get_lines():
+        cosines.axhline(0, color=POSTER_COLOR, linewidth=0.8)
+    cosines.set_title("cosine between task gradients (below 0: conflict)")
+    for task in names_in(evaluated, "tasks"):
+        main_score = TASK_KINDS[TASKS[task].kind].main_score
+        steps, named = series(evaluated, "tasks", task)
+        points = [scores_of_task[main_score] for scores_of_task in named]
+        scores.plot(steps, points, marker=".", color=task_color(task), label=f"{task} {main_score}")
+    if evaluated:
+        steps, points = zip(*((line["step"], line["mean"]) for line in evaluated), strict=True)
+        scores.plot(steps, points, marker=".", color=MEAN_COLOR, label="plain mean")
+    scores.set_title("dev scores")
+    steps = [line["step"] for line in logged]
+    for key, name, dashes in (("lr", "encoder", "-"), ("head_lr", "heads", "--")):
+        rates.plot(
+            steps,
+            [line[key] for line in logged],
+            color=MEAN_COLOR,
+            linestyle=dashes,
+            linewidth=1.5,
+            label=name,
+        )
+    rates.set_yscale("log")
+    rates.set_title("learning rate")
+    for axis in axes.flat:
+        axis.set_visible(bool(axis.get_lines()))
+        axis.title.set_size("medium")
+        axis.set_xlabel("step")
+        legend_outside(axis, num_columns=1 + len(axis.get_legend_handles_labels()[0]) // 15)
+    return figure
+
+
+def plot_layer_conflict_over_time(metrics: list[dict]) -> Figure | None:
+    """For each pair of tasks a heat map: which parts of the encoder are in conflict, and when; None for an old run."""
+    lines = [line for line in metrics if line.get("layer_conflict")]
+    parts = names_in(lines, "layer_conflict")
+    pairs = list(
+        dict.fromkeys(pair for line in lines for part in parts for pair in line["layer_conflict"][part])
+    )
+    if not pairs:
+        return None
+    num_columns = min(3, len(pairs))
+    figure, axes = make_figure(
+        -(-len(pairs) // num_columns), num_columns, width=4, height=0.2 * len(parts) + 1.4, sharey=True
+    )
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_visible(False)
+    for axis, pair in zip(axes.flat, pairs, strict=False):
+        present = [line for line in lines if pair in line["layer_conflict"][parts[0]]]
+        stretches = np.array_split(np.arange(len(present)), min(HEAT_COLUMNS, len(present)))
+        shares = np.array([[line["layer_conflict"][part][pair] for line in present] for part in parts])
+        shares = np.stack([shares[:, stretch].mean(1) for stretch in stretches], axis=1)
+        # A line of the log is about the steps up to its own.
+        edges = [0, *(present[stretch[-1]]["step"] for stretch in stretches)]
+        heat = axis.pcolormesh(edges, np.arange(len(parts) + 1) - 0.5, shares, cmap="PuOr_r", vmin=0, vmax=1)
+        axis.set_title(pair_style(pair)["label"], fontsize="medium")
+        axis.set_yticks(range(len(parts)), parts, fontsize="small")
+        axis.set_xlabel("step")
+        axis.grid(False)
+    figure.colorbar(heat, ax=axes, label="share of steps in conflict", fraction=0.03, pad=0.01)
+    return figure
+
+
+def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequence[str]) -> Figure:
+    """Confusion matrix of a classification task: counts, percentages of each true class, accuracy in the title.
+
+    Args:
+        predictions, labels: (N,) class numbers, positions in `class_names`.
+    """
+    counts = np.zeros((len(class_names), len(class_names)), dtype=int)  # (true, predicted)
+    np.add.at(counts, (np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)), 1)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    size = 2.2 + 0.9 * len(class_names)
+    figure, axes = make_figure(1, 1, width=size + 0.6, height=size * 0.85)
+    axis = axes[0, 0]
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, j in np.ndindex(counts.shape):
+        text = f"{counts[i, j]}\n{100 * shares[i, j]:.0f} %"
+        axis.text(
+            j,
+            i,
+            text,
+            ha="center",
+            va="center",
+            fontsize="small",
+            color="white" if shares[i, j] > 0.5 else "black",
+        )
+    names = [name.replace(" ", "\n") for name in class_names]
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true (percentages: of this row)")
+    axis.grid(False)
+    axis.set_title(
+        f"accuracy {np.trace(counts) / counts.sum():.3f}, {counts.sum()} examples", fontsize="medium"
+    )
+    return figure
+
+
+def plot_regression(
+    predictions: Sequence, labels: Sequence, label_range: tuple[float, float], task: str = "sts"
+) -> Figure:
+    """Predicted against true values: every example, the mean of each half point of truth, the diagonal."""
+    predictions, labels = np.asarray(predictions, dtype=float), np.asarray(labels, dtype=float)
+    figure, axes = make_figure(1, 1, width=5.6, height=4.8)
+    axis = axes[0, 0]
+    axis.plot(
+        label_range, label_range, color=POSTER_COLOR, linestyle="--", linewidth=1, label="as it should be"
+    )
+    opacity = min(0.6, max(0.15, 200 / len(labels)))
+    axis.scatter(labels, predictions, s=12, color=task_color(task), alpha=opacity, linewidths=0)
+    bins = np.round(labels / BIN_WIDTH) * BIN_WIDTH
+    centres = np.unique(bins)
+    means = [predictions[bins == centre].mean() for centre in centres]
+    axis.plot(
+        centres, means, marker="o", markersize=5, color=MEAN_COLOR, label=f"mean per {BIN_WIDTH:g} of truth"
+    )
+    axis.set_xlabel("true")
+    axis.set_ylabel("predicted")
+    axis.legend(loc="upper left", frameon=False, fontsize="small")
+    axis.set_title(
+        f"Pearson r {pearson(predictions, labels):.3f}, Spearman rho {spearman(predictions, labels):.3f},"
+        f" {len(labels)} examples",
+        fontsize="medium",
+    )
+    return figure
+
+
+# --- conflict, one or several rows of the table -----------------------------------------------------------------
+
+
+def plot_pairs(runs: dict, draw, x_label: str) -> Figure | None:
+    """Two panels for each row, mean cosine above share of steps in conflict, at most MAX_COLUMNS rows side by side.
+
+    Args:
+        runs: title -> metrics of each seed.
+        draw: (metrics of each seed, axis, "cosine" or "conflict") -> None
+    """
+    num_columns = min(MAX_COLUMNS, len(runs))
+    num_blocks = -(-len(runs) // num_columns)
+    width = 6.5 if len(runs) == 1 else 3.6
+    figure, axes = make_figure(2 * num_blocks, num_columns, width, height=2.4)
+    for number in range(num_blocks * num_columns):
+        block, column = divmod(number, num_columns)
+        cosines, shares = axes[2 * block : 2 * block + 2, column]
+        if number >= len(runs):
+            cosines.set_visible(False)
+            shares.set_visible(False)
+            continue
+        title, seeds = list(runs.items())[number]
+        draw(seeds, cosines, "cosine")
+        draw(seeds, shares, "conflict")
+        cosines.axhline(0, color=POSTER_COLOR, linewidth=0.8)
+        shares.axhline(0.5, color=POSTER_COLOR, linestyle=":", label="unrelated gradients")
+        shares.set_ylim(0, 1)
+        cosines.set_title(textwrap.fill(title, 30), fontsize="medium")
+        shares.set_xlabel(x_label)
+        if column == 0:
+            cosines.set_ylabel("mean cosine")
+            shares.set_ylabel("share in conflict")
+        else:
+            cosines.tick_params(labelleft=False)
+            shares.tick_params(labelleft=False)
+    shown = [axis for axis in axes[::2].flat if axis.get_visible()]
+    low, high = (
+        pick(limit) for pick, limit in zip((min, max), zip(*(a.get_ylim() for a in shown)), strict=True)
+    )
+    for axis in shown:
+        axis.set_ylim(low, high)
+    shared_legend(figure, axes, "lower center", min(8, 4 * num_columns))
+    return figure
+
+
+def plot_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
+    """Over the steps: cosine between the gradients of each pair of tasks, and how often they are in conflict.
+
+    Running means, averaged over seeds; the band is from the least to the greatest seed.
+
+    Args:
+        runs: row title -> `metrics` of each seed; rows with a single task are left out.
+    """
+    runs = {
+        title: seeds for title, seeds in runs.items() if any(names_in(lines, "cosine") for lines in seeds)
+    }
+
+    def draw(seeds, axis, key):
+        for pair in names_in([line for lines in seeds for line in lines], "cosine"):
+            curves = [series(lines, key, pair) for lines in seeds]
+            curves = [(steps, smooth(values)) for steps, values in curves if steps]
+            draw_mean(axis, curves, **pair_style(pair))
+
+    figure = plot_pairs(runs, draw, "step") if runs else None
+    if figure:
+        figure.suptitle("Conflict between task gradients over a run")
+    return figure
+
+
+def plot_layer_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
+    """The same for each part of the encoder, averaged over the steps; None if no run was logged with its layers."""
+    key_of = {"cosine": "layer_cosine", "conflict": "layer_conflict"}
+    runs = {
+        title: seeds
+        for title, seeds in runs.items()
+        if any(layer_means(lines, "layer_cosine") for lines in seeds)
+    }
+
+    def draw(seeds, axis, key):
+        parts = names_in([line for lines in seeds for line in lines], key_of[key])
+        means = [layer_means(lines, key_of[key]) for lines in seeds]
+        for pair in dict.fromkeys(pair for seed in means for pair in seed):
+            curves = [
+                ([parts.index(part) for part in seed[pair]], list(seed[pair].values()))
+                for seed in means
+                if pair in seed
+            ]
+            draw_mean(axis, curves, marker=".", **pair_style(pair))
+        axis.set_xticks(
+            range(len(parts)), [part.replace("layer.", "").replace("embeddings", "e") for part in parts]
+        )
+
+    figure = plot_pairs(runs, draw, "e: embeddings, numbers: layers") if runs else None
+    if figure:
+        figure.suptitle("Conflict between task gradients by part of the encoder")
+    return figure
+
+
+def layer_means(metrics: list[dict], key: str) -> dict[str, dict[str, float]]:
+    """Mean over a run's lines: pair -> part of the encoder -> value."""
+    values = {}
+    for line in metrics:
+        for part, pairs in line.get(key, {}).items():
+            for pair, value in pairs.items():
+                values.setdefault(pair, {}).setdefault(part, []).append(value)
+    return {
+        pair: {part: float(np.mean(found)) for part, found in parts.items()} for pair, parts in values.items()
+    }
+
+
+# --- the results table -------------------------------------------------------------------------------------------
+
+
+def plot_scores(rows: list[dict]) -> Figure | None:
+    """The results table as a picture: a panel per score, a line per row, our mean beside the poster's number.
+
+    Args:
+        rows: {"title": str, "poster": {score: number}, "measured": {score: (mean, low, high)}}, scores being those
+            of SCORES; any entry may be missing or None, and low and high too (one seed).
+    """
+
+    def entries(key, score):
+        """(place of the row, entry) of the rows that have it."""
+        found = [(number, (row.get(key) or {}).get(score)) for number, row in enumerate(rows)]
+        return [(number, entry) for number, entry in found if entry is not None]
+
+    shown = [score for score in SCORES if entries("poster", score) or entries("measured", score)]
+    if not shown:
+        return None
+    figure, axes = make_figure(
+        1, len(shown), width=2.6 + 3 / len(shown), height=0.36 * len(rows) + 1.5, sharey=True
+    )
+    for axis, score in zip(axes[0], shown, strict=True):
+        color = task_color(score)
+        poster, measured = entries("poster", score), entries("measured", score)
+        # Ours a little above the row's line, the poster's a little below: neither hides the other.
+        axis.plot(
+            [value for _, value in poster],
+            [number + 0.14 for number, _ in poster],
+            linestyle="none",
+            marker="D",
+            markersize=5,
+            color=POSTER_COLOR,
+            label="poster",
+        )
+        for number, (_, low, high) in measured:
+            if low is not None and high is not None:
+                axis.plot([low, high], [number - 0.14] * 2, color=color, linewidth=2, solid_capstyle="butt")
+        axis.plot(
+            [entry[0] for _, entry in measured],
+            [number - 0.14 for number, _ in measured],
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            color=color,
+            label="measured, with its 95 % interval",
+        )
+        axis.set_title(SCORES[score], fontsize="medium")
+        axis.margins(x=0.08)
+    axes[0, 0].set_yticks(range(len(rows)), [textwrap.fill(row["title"], 32) for row in rows])
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    shared_legend(figure, axes[:, -1:], "lower center", 2)
+    return figure
+
+
+def plot_learning_curves(curves: dict[str, list[list[tuple[int, dict]]]]) -> Figure | None:
+    """Dev scores over the steps, a panel per score, a line per row: mean over seeds, band from least to greatest.
+
+    Args:
+        curves: row title -> for each seed, (step, {score: number}) of each evaluation, scores being those of SCORES;
+            a row keeps its colour whether others have a score or not.
+    """
+
+    def series_of(seed, score):
+        points = [(step, scores[score]) for step, scores in seed if scores.get(score) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    shown = [
+        score
+        for score in SCORES
+        if any(series_of(seed, score)[0] for seeds in curves.values() for seed in seeds)
+    ]
+    if not shown:
+        return None
+    num_columns = min(2, len(shown))
+    figure, axes = make_figure(-(-len(shown) // num_columns), num_columns, width=4.6, height=3.2)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, score in zip(axes.flat, shown, strict=False):
+        for number, (title, seeds) in enumerate(curves.items()):
+            found = [series_of(seed, score) for seed in seeds]
+            found = [(steps, values) for steps, values in found if steps]
+            if found:
+                draw_mean(axis, found, marker=".", markersize=4, label=title, **line_style(number))
+        axis.set_title(SCORES[score], fontsize="medium")
+        axis.set_xlabel("step")
+    shared_legend(figure, axes, "right upper")
+    return figure
