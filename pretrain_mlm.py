@@ -1,0 +1,543 @@
+"""Train an encoder further by masked language modelling on the tasks' own training sentences.
+
+    python pretrain_mlm.py --data_dir data --output_dir runs/mlm --max_steps 300
+    python multitask_classifier.py --pretrained runs/mlm
+
+Masking as in BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805), drawn anew for every batch; further training
+on the text of the task as in "Don't stop pretraining" (Gururangan et al. 2020, https://arxiv.org/abs/2004.10964).
+No sentence of a dev or test file is trained on, not even one that a train file has too.
+
+Shapes: B sentences, T padded length in word pieces, H hidden_size, V vocab_size, M masked positions of a batch.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from base_bert import OFFLINE_ENCODER, encoder_name, read_tensors, resolve_pretrained
+from bert import ACTIVATIONS, BertModel
+from checkpoint import copy_tensors, cpu_tensors, load_tensors, sync, whole_file, write_args, write_text
+from command_line import OneLineParser, number, run_script
+from config import DEFAULT_TASKS, EXTRA_SOURCES, TASKS, BertConfig, UserError, read_json
+from datasets import BatchOrder, TokenArrays, read_rows
+from extra_data import add_sources, text_key
+from flags import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PRECISIONS,
+    PROBABILITY,
+    is_bf16_fast,
+    resolve_device,
+    source_list,
+    task_list,
+)
+from multitask_classifier import catch_signals, make_autocast, make_seed
+from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor
+from tokenizer import SPECIAL_TOKENS, BertTokenizer
+
+HEAD_PREFIX = "cls.predictions."  # of the head's weights in Hugging Face's checkpoints
+LAST_FILE = "last.safetensors"  # what an unfinished run goes on from
+ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
+# In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is ours.
+OUTPUT_FILES = (*ENCODER_FILES, LAST_FILE, "metrics.jsonl", "args.json")
+RESUME_MAY_CHANGE = {"output_dir", "data_dir", "overwrite", "log_every", "save_every"}
+
+
+# --- masking and the model ---------------------------------------------------------------------------------------
+
+
+def mask_tokens(
+    input_ids: torch.Tensor,
+    is_word: torch.Tensor,
+    mask_token_id: int,
+    mlm_prob: float,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose positions to predict; 80 % of them become [MASK], 10 % a random word piece, 10 % stay as they are.
+
+    Args:
+        input_ids: (B, T) int64, on the CPU.
+        is_word: (V,) bool, False for special tokens, which are neither chosen nor put in.
+        mlm_prob: probability of each word piece to be chosen, in (0, 1). At least one is, whatever the draw.
+
+    Returns:
+        the masked copy of `input_ids` and which positions are to be predicted, bool, both (B, T).
+
+    Raises:
+        ValueError: if there are special tokens only.
+    """
+    candidates = is_word[input_ids]
+    if not candidates.any():
+        raise ValueError("input_ids holds special tokens only; expected at least one other word piece")
+    draws = torch.rand(input_ids.shape, generator=generator)
+    chosen = candidates & ((draws < mlm_prob) | (draws == draws[candidates].min()))
+    action = torch.rand(input_ids.shape, generator=generator)
+    words = is_word.nonzero().squeeze(1)
+    random_words = words[torch.randint(len(words), input_ids.shape, generator=generator)]
+    masked = torch.where(chosen & (action < 0.8), mask_token_id, input_ids)
+    return torch.where(chosen & (action >= 0.8) & (action < 0.9), random_words, masked), chosen
+
+
+class MaskedText:
+    """Tokenized sentences, each with at least one word piece to mask; `batch` masks them.
+
+    Raises:
+        UserError: if no sentence is left.
+    """
+
+    def __init__(self, sentences: list[str], tokenizer: BertTokenizer, max_length: int, mlm_prob: float):
+        special = tokenizer.encode(" ".join(SPECIAL_TOKENS))["input_ids"]
+        self.is_word = torch.ones(len(tokenizer), dtype=torch.bool)
+        self.is_word[special] = False
+        self.tokenizer, self.mlm_prob = tokenizer, mlm_prob
+        encodings = tokenizer.encode_batch(sentences, max_length)
+        encodings = [encoding for encoding in encodings if set(encoding["input_ids"]).difference(special)]
+        if not encodings:
+            raise UserError(f"--data_dir: {len(sentences)} sentences, none with a word piece to mask")
+        self.sequences = TokenArrays.from_encodings(encodings)
+        self.lengths = self.sequences.lengths
+
+    def batch(self, rows: np.ndarray, seed: int) -> dict[str, torch.Tensor]:
+        """`input_ids` (masked), `attention_mask`, `chosen`, all (B, T), and `labels` (M,); the same for the same seed."""
+        padded = self.sequences.pad(rows, self.tokenizer.pad_token_id)
+        mask_token_id, generator = self.tokenizer.mask_token_id, torch.Generator().manual_seed(seed)
+        masked, chosen = mask_tokens(
+            padded["input_ids"], self.is_word, mask_token_id, self.mlm_prob, generator
+        )
+        batch = {"input_ids": masked, "attention_mask": padded["attention_mask"], "chosen": chosen}
+        return batch | {"labels": padded["input_ids"][chosen]}
+
+
+class BertForMaskedLM(nn.Module):
+    """The encoder and BERT's prediction head, whose last matrix is the word embedding itself.
+
+    `predictions` has Hugging Face's parameter names. The pooler has no part in this and is frozen.
+    """
+
+    def __init__(self, bert: BertModel):
+        super().__init__()
+        config = bert.config
+        self.bert = bert
+        bert.pooler.requires_grad_(False)
+        dense = nn.Linear(config.hidden_size, config.hidden_size)
+        nn.init.normal_(dense.weight, std=config.initializer_range)
+        nn.init.zeros_(dense.bias)
+        layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.predictions = nn.Module()
+        self.predictions.transform = nn.ModuleDict({"dense": dense, "LayerNorm": layer_norm})
+        self.predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """Float32 logits (M, V) at the M chosen positions only; all arguments are (B, T)."""
+        hidden_states = self.bert(input_ids, attention_mask)["last_hidden_state"][chosen]  # (M, H)
+        transform = self.predictions.transform
+        hidden_states = transform["LayerNorm"](self.activation(transform["dense"](hidden_states)))
+        word_embeddings = self.bert.embeddings.word_embeddings.weight  # (V, H)
+        return F.linear(hidden_states, word_embeddings, self.predictions.bias).float()
+
+    def loss(self, batch: dict[str, torch.Tensor], reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy over the chosen positions of a `MaskedText.batch`, in nats."""
+        logits = self(batch["input_ids"], batch["attention_mask"], batch["chosen"])
+        return F.cross_entropy(logits, batch["labels"], reduction=reduction)
+
+
+def load_head(model: BertForMaskedLM, name: str) -> str:
+    """Take the head's weights from the checkpoint `name` as far as it has them; the line says which.
+
+    Raises:
+        UserError: if one has another shape than the encoder asks for.
+    """
+    stored = {encoder_name(key): tensor for key, tensor in read_tensors(resolve_pretrained(name)).items()}
+    expected = model.predictions.state_dict()
+    found = {key: stored[HEAD_PREFIX + key] for key in expected if HEAD_PREFIX + key in stored}
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            raise UserError(
+                f"--pretrained {name}: {HEAD_PREFIX + key} has shape {tuple(tensor.shape)};"
+                f" config.json asks for {tuple(expected[key].shape)}"
+            )
+        expected[key].copy_(tensor)
+    new = [key for key in expected if key not in found]
+    return f"{len(found)} of {len(expected)} weights loaded" + (f"; new: {', '.join(new)}" if new else "")
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
+    """AdamW over what is trainable; only matrices decay."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {
+            "params": [param for param in trainable if has_weight_decay(param) == decays],
+            "initial_lr": lr,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    return AdamW(groups, lr=lr)
+
+
+def train_step(
+    model: BertForMaskedLM,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    *,
+    seed: int,
+    clip_norm: float = 0.0,
+    autocast=nullcontext,
+) -> tuple[float, float]:
+    """One optimizer update; the learning rates are already in the optimizer's groups.
+
+    Args:
+        batch: from `MaskedText.batch`, on the model's device.
+        seed: fixes dropout.
+        clip_norm: longest gradient; 0 means no clipping.
+
+    Returns:
+        loss in nats and the gradient's length before clipping.
+
+    Raises:
+        UserError: if either is not finite; nothing was updated then.
+    """
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    with autocast():
+        loss = model.loss(batch)
+    loss.backward()  # the word embedding's gradient is the sum of both its uses
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    grad_norm = float(nn.utils.clip_grad_norm_(trainable, clip_norm or math.inf))
+    if not math.isfinite(grad_norm + loss.item()):
+        raise UserError(
+            f"loss {loss.item()} with a gradient of length {grad_norm}; try a smaller --lr, with --overwrite"
+        )
+    optimizer.step()
+    return loss.item(), grad_norm
+
+
+@torch.no_grad()
+def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: int, autocast) -> float:
+    """Mean cross-entropy over masked positions in nats, with masks that depend on the seed only; keeps the mode."""
+    device, mode = model.predictions.bias.device, model.training
+    model.eval()
+    order = np.argsort(text.lengths, kind="stable")
+    total, count = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = text.batch(order[start : start + batch_size], make_seed(seed, start))
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with autocast():
+            total += model.loss(batch, reduction="sum").item()
+        count += len(batch["labels"])
+    model.train(mode)
+    return total / count
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with code 2 and one line if a flag is wrong."""
+    parser = OneLineParser(
+        prog="pretrain_mlm.py",
+        description="Train an encoder further by masked language modelling on the tasks' training sentences.",
+        epilog="A run that was stopped goes on, exactly, when its command is given again.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data").add_argument
+    data("--data_dir", default="data", metavar="DIR", help="folder with the data files")
+    data("--tasks", type=task_list, default=",".join(DEFAULT_TASKS), help="whose sentences to read")
+    names = f"more text, out of {','.join(EXTRA_SOURCES)}"
+    data("--extra_data", type=source_list, default={}, metavar="NAME[=COUNT],...", help=names)
+    data("--max_length", type=number(int, 3), default=128, help="longest sentence, in word pieces")
+
+    model = parser.add_argument_group("model").add_argument
+    model("--pretrained", default=OFFLINE_ENCODER, help="encoder to start from: folder, hub name or minilm")
+
+    training = parser.add_argument_group("training")
+    length = training.add_mutually_exclusive_group().add_argument
+    length("--epochs", type=POSITIVE, default=1.0, help="length of the run; one takes each sentence once")
+    length("--max_steps", type=COUNT, help="length of the run in steps (updates), instead of --epochs")
+    training = training.add_argument
+    training("--batch_size", type=COUNT, default=64, help="sentences per step")
+    inside = number(float, 0, 1, low_open=True, high_open=True)
+    training("--mlm_prob", type=inside, default=0.15, help="share of the word pieces to predict")
+    training("--seed", type=number(int, 0, 2**32 - 1), default=11711, help="of all that is random")
+    training("--precision", choices=PRECISIONS, default="auto", help="of matrix products")
+    training("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+    optimizer = parser.add_argument_group("optimizer").add_argument
+    optimizer("--lr", type=POSITIVE, default=5e-5, help="learning rate")
+    optimizer("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="per update, times lr; matrices only")
+    optimizer("--schedule", choices=SCHEDULES, default="linear", help="of the learning rate after warm-up")
+    optimizer("--warmup_ratio", type=PROBABILITY, default=0.1, help="linear warm-up, as a share of the run")
+    optimizer("--clip_norm", type=NOT_NEGATIVE, default=1.0, help="longest gradient; 0: no clipping")
+
+    output = parser.add_argument_group("output").add_argument
+    output("--output_dir", required=True, metavar="DIR", help="folder for the encoder")
+    output("--eval_max_examples", type=COUNT, default=2000, help="dev sentences to check the loss on")
+    output("--log_every", type=COUNT, default=10, help="steps between lines of the log")
+    output("--save_every", type=COUNT, default=100, help="steps between saves of what a stopped run needs")
+    output("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
+    args = parser.parse_args(argv)
+    stray = [name for name in args.extra_data if EXTRA_SOURCES[name].task not in args.tasks]
+    if stray:
+        parser.error(
+            f"--extra_data {stray[0]} belongs to {EXTRA_SOURCES[stray[0]].task}, which is not among --tasks"
+        )
+    if not args.output_dir:
+        parser.error("--output_dir is empty; expected a folder")
+    return args
+
+
+def find_run(args: argparse.Namespace) -> dict | None:
+    """What `args.json` says of an unfinished run in --output_dir; None if there is nothing to go on from.
+
+    Raises:
+        UserError: if the folder holds a finished run (without --overwrite) or files of something else.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; expected a folder")
+    present = [name for name in OUTPUT_FILES if (folder / name).exists()]
+    if not present:
+        return None
+    stored = read_json(folder / "args.json") if "args.json" in present else {}
+    if "mlm_prob" not in stored.get("args", {}):
+        raise UserError(f"--output_dir {folder}: {present[0]} is not this script's; expected another folder")
+    if resolve_pretrained(args.pretrained).resolve() == folder.resolve():
+        raise UserError(f"--output_dir {folder}: is --pretrained itself; expected another folder")
+    if "config.json" in present and not args.overwrite:
+        raise UserError(f"--output_dir {folder}: holds a finished encoder; start anew with --overwrite")
+    return stored if LAST_FILE in present and not args.overwrite else None
+
+
+def read_sentences(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The distinct sentences to train on, and --eval_max_examples of the dev files, drawn by --seed."""
+    rows = {}
+    for split in ("train", "dev", "test"):
+        paths = {task: Path(args.data_dir) / TASKS[task].files[split] for task in args.tasks}
+        rows[split] = {
+            task: read_rows(path, TASKS[task], split)
+            for task, path in paths.items()
+            if split != "test" or path.exists()
+        }
+    for task in args.tasks:
+        sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
+        rows["train"][task], lines = add_sources(rows["train"][task], sources, args.data_dir, set())
+        for line in lines:
+            print(f"{task:6s} extra {line}")
+
+    def distinct(split):  # a dict, since a set has no order
+        found = (
+            sentence for task_rows in rows[split].values() for texts in task_rows.texts for sentence in texts
+        )
+        return list(dict.fromkeys(filter(None, found)))
+
+    held_out = {text_key((sentence,)) for split in ("dev", "test") for sentence in distinct(split)}
+    sentences, dev = distinct("train"), distinct("dev")
+    train = [sentence for sentence in sentences if text_key((sentence,)) not in held_out]
+    chosen = np.random.default_rng(args.seed).permutation(len(dev))[: args.eval_max_examples]
+    print(
+        f"{len(train)} sentences to train on ({len(sentences) - len(train)} more are also dev or test sentences);"
+        f" {len(chosen)} of {len(dev)} dev sentences to check with"
+    )
+    return train, [dev[i] for i in sorted(chosen)]
+
+
+def load_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenizer, str]:
+    """Model and tokenizer of --pretrained, and a line that says which weights are new; those depend on --seed only."""
+    torch.manual_seed(make_seed(args.seed))
+    tokenizer = BertTokenizer.from_pretrained(args.pretrained)
+    model = BertForMaskedLM(BertModel.from_pretrained(args.pretrained))
+    vocab_size = model.bert.config.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"--pretrained {args.pretrained}: vocabulary of {len(tokenizer)} word pieces, embeddings for {vocab_size}"
+        )
+    head_report = load_head(model, args.pretrained)
+    return model, tokenizer, f"{model.bert.load_report}\nprediction head: {head_report}"
+
+
+def resolve_args(args: argparse.Namespace, config: BertConfig) -> None:
+    """Fit --max_length to the encoder, and --device and --precision to this machine, in place."""
+    args.max_length = min(args.max_length, config.max_position_embeddings)
+    device = resolve_device(args.device)
+    args.device = str(device)
+    if args.precision == "auto":
+        args.precision = "bf16" if is_bf16_fast(device) else "fp32"
+    print(f"chosen: max_length {args.max_length}, device {device}, precision {args.precision}")
+
+
+def check_same(args: argparse.Namespace, stored: dict, data: str) -> None:
+    """Refuse to go on with a run under other settings or with other sentences."""
+    for name, value in json.loads(json.dumps(vars(args))).items():
+        before = stored["args"].get(name)
+        if name not in RESUME_MAY_CHANGE and value != before:
+            raise UserError(
+                f"--{name} {value} does not fit the unfinished run in {args.output_dir}, which was started with"
+                f" {before}; give that again, or start anew with --overwrite"
+            )
+    if stored.get("data") != data:
+        raise UserError(
+            f"--data_dir {args.data_dir}: not the sentences that {args.output_dir} was started with"
+        )
+
+
+def run_tensors(model: BertForMaskedLM, optimizer: AdamW) -> dict[str, torch.Tensor]:
+    """All that training changes: weights and both moments, by name."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, param in model.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq") if param.requires_grad else ():
+            tensors[f"{key}.{name}"] = optimizer.state[param][key]
+    return tensors
+
+
+def save_last(path: Path, model: BertForMaskedLM, optimizer: AdamW, state: dict) -> None:
+    with whole_file(path) as temporary:
+        save_file(
+            cpu_tensors(run_tensors(model, optimizer)), temporary, metadata={"state": json.dumps(state)}
+        )
+
+
+def load_last(path: Path, model: BertForMaskedLM, optimizer: AdamW) -> dict:
+    """Put weights, moments and counters back; returns the run's state."""
+    tensors = load_tensors(path)  # says so if the file is damaged
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            optimizer.state[param] = {"step": state["step"], **moments}
+    copy_tensors(tensors, run_tensors(model, optimizer), path)
+    return state
+
+
+def save_encoder(folder: Path, model: BertForMaskedLM, tokenizer: BertTokenizer) -> None:
+    """Write the finished encoder; `config.json` comes last, so that a folder with it is complete."""
+    new = folder / "encoder.new"
+    model.bert.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    for name in reversed(ENCODER_FILES):
+        sync(new / name)
+        os.replace(new / name, folder / name)
+    sync(folder)
+    (folder / LAST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(new)
+
+
+def work(argv: list[str] | None) -> None:
+    args = get_args(argv)
+    folder = Path(args.output_dir)
+    stored = find_run(args)
+    sentences, dev_sentences = read_sentences(args)
+    model, tokenizer, report = load_model(args)
+    resolve_args(args, model.bert.config)
+    text, dev_text = (
+        MaskedText(found, tokenizer, args.max_length, args.mlm_prob) for found in (sentences, dev_sentences)
+    )
+    order = BatchOrder(text.lengths, args.batch_size, args.seed, "mlm")
+    args.max_steps = args.max_steps or math.ceil(args.epochs * order.batches_per_epoch)
+    data = f"{zlib.crc32(repr((sentences, dev_sentences)).encode('utf-8', 'replace')):08x}"
+    if stored:
+        check_same(args, stored, data)
+    else:
+        for name in OUTPUT_FILES:
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_args(args, {"data": data, "encoder": report})
+    print(f"encoder {args.pretrained}: {report}")
+    with catch_signals() as signals:
+        train(args, model.to(args.device), tokenizer, text, dev_text, order, signals)
+
+
+def train(
+    args: argparse.Namespace,
+    model: BertForMaskedLM,
+    tokenizer: BertTokenizer,
+    text: MaskedText,
+    dev_text: MaskedText,
+    order: BatchOrder,
+    signals: list[int],
+) -> None:
+    """The run: from where `last.safetensors` says to --max_steps, or until a signal ends it; then write the encoder."""
+    folder, autocast = Path(args.output_dir), make_autocast(args.device, args.precision)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    state = {"step": 0, "losses": [], "log": []}  # losses since the last line of the log
+
+    def log(line):
+        state["log"].append(line)
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
+
+    def check():
+        loss = evaluate(model, dev_text, args.batch_size, args.seed, autocast)
+        print(f"step {state['step']}/{args.max_steps}  dev loss {loss:.4f}", flush=True)
+        log({"step": state["step"], "dev_loss": loss})
+
+    if (folder / LAST_FILE).exists():
+        state = load_last(folder / LAST_FILE, model, optimizer)
+        print(f"continuing {folder} at step {state['step']}")
+    else:
+        check()
+    warmup_steps = int(args.warmup_ratio * args.max_steps)
+    model.train()
+    started, first = time.perf_counter(), state["step"]
+    while state["step"] < args.max_steps:
+        step = state["step"]
+        batch = text.batch(order[step], make_seed(args.seed, step, 1))
+        factor = lr_factor(args.schedule, step, warmup_steps=warmup_steps, total_steps=args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        loss, grad_norm = train_step(
+            model,
+            optimizer,
+            {key: value.to(args.device) for key, value in batch.items()},
+            seed=make_seed(args.seed, step),
+            clip_norm=args.clip_norm,
+            autocast=autocast,
+        )
+        state["step"] = step = step + 1
+        state["losses"].append(loss)
+        last = step == args.max_steps
+        if step % args.log_every == 0 or last:
+            mean = sum(state["losses"]) / len(state["losses"])
+            state["losses"] = []
+            log({"step": step, "lr": args.lr * factor, "loss": mean, "grad_norm": grad_norm})
+            seconds = (time.perf_counter() - started) / (step - first)
+            print(
+                f"step {step}/{args.max_steps}  loss {mean:.4f}  lr {args.lr * factor:.2e}  {seconds:.2f} s/step"
+                f"  {(args.max_steps - step) * seconds:.0f} s left",
+                flush=True,
+            )
+        if not last and (signals or step % args.save_every == 0):
+            save_last(folder / LAST_FILE, model, optimizer, state)
+        if signals and not last:
+            print(f"stopped by a signal at step {step}, saved; the same command goes on from here")
+            sys.exit(128 + signals[0])
+    check()
+    save_encoder(folder, model, tokenizer)
+    print(f"encoder: {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("pretrain_mlm.py", partial(work, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
