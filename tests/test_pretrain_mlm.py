@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import pretrain_mlm
 from bert import BertModel
-from config import DEFAULT_TASKS, TASKS
+from config import DEFAULT_TASKS, EXTRA_SOURCES, TASKS
 from datasets import read_rows
 from multitask_classifier import make_seed
 from optimizer import lr_factor
@@ -377,6 +377,20 @@ def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(
     for task in args.tasks:
         (data / TASKS[task].files["test"]).unlink()  # may be absent
     assert sorted(read_sentences(args)[0]) == sorted(found["train"] - found["dev"])
+
+
+def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
+    """Sentences of a source are added, but none that a dev file has too, be it in capitals or without its full stop."""
+    data = make_data(tmp_path / "data")
+    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
+    before, dev = read_sentences(args)
+    with open(data / EXTRA_SOURCES["sick"].files[0], "a", encoding="utf-8") as file:
+        file.write(f"{dev[0].upper()} !\tA new sentence\t3\n")
+    assert read_sentences(args)[0] == before
+    args.extra_data = {"sick": None}
+    after, _ = read_sentences(args)
+    assert "A new sentence" in after and f"{dev[0].upper()} !" not in after
+    assert set(before) < set(after) and "11 examples from sick" in capsys.readouterr().out
 
 
 # --- runs --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from report import (
     markdown_page,
     plot_run,
     read_metrics,
+    training_seconds,
 )
 from tests.tiny import make_data
 
@@ -381,3 +382,15 @@ def test_plot_run(tmp_path):
 def test_nothing_logged(tmp_path):
     write_log(tmp_path)
     assert plot_run(tmp_path) is None
+
+
+def test_training_seconds_by_hand():
+    """300 tokens at 50 a second are 6 s, 200 more at 100 are 2 s; a line without a rate adds nothing."""
+    metrics = [
+        {"step": 10, "tokens": 300, "tokens_per_second": 50},
+        {"step": 10, "dev": {}, "score": 0.5},
+        {"step": 20, "tokens": 500, "tokens_per_second": 100},
+        {"step": 30, "tokens": 510, "tokens_per_second": 0},
+    ]
+    for number_of_lines, seconds in ((0, 0), (1, 6), (2, 6), (3, 8), (4, 8)):
+        assert training_seconds(metrics[:number_of_lines]) == seconds
