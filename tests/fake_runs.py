@@ -1,0 +1,93 @@
+"""Run folders as training leaves them, with made-up predictions, so that their scores can be worked out by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from config import DEFAULT_TASKS, TASKS
+from datasets import Rows, read_rows
+from evaluation import TASK_KINDS, format_predictions, prediction_name, summarise
+from results_data import DevData, Table, read_finished_run
+
+SCRIPT = "/home/someone/code/multitask_classifier.py"  # a run's args.json has the path that it was started by
+PAIRS = {"sst-para": -0.125, "sst-sts": 0.25, "para-sts": 0.0625}
+LINE = {
+    "cosine": PAIRS,
+    "conflict": {"sst-para": 0.75, "sst-sts": 0.25, "para-sts": 0.5},
+    "layer_cosine": {"embeddings": PAIRS, "layer.0": PAIRS},
+    "layer_conflict": {"embeddings": dict.fromkeys(PAIRS, 0.125), "layer.0": dict.fromkeys(PAIRS, 0.875)},
+}
+
+
+def make_predictions(task: str, rows: Rows, num_wrong: int, seed: int = 0) -> np.ndarray:
+    """The labels, but for `num_wrong` rows from row number `seed` on: another class, the other end of the scale."""
+    predictions, high = rows.labels.copy(), TASKS[task].label_range[1]
+    wrong = (seed + np.arange(num_wrong)) % len(predictions)
+    if TASK_KINDS[TASKS[task].kind].is_discrete:
+        predictions[wrong] = (predictions[wrong] + 1) % (high + 1)
+    else:
+        predictions[wrong] = high - predictions[wrong]
+    return predictions
+
+
+def make_run(
+    folder: Path,
+    data_dir: Path,
+    num_wrong: dict[str, int],
+    seed: int = 0,
+    style: str = "starter",
+    pretrained: str = "tiny",
+) -> Path:
+    """Write a finished run of the tasks in `num_wrong`; 6 + 2 seconds of training."""
+    (folder / "predictions").mkdir(parents=True)
+    scores = {}
+    for task, number in num_wrong.items():
+        spec = TASKS[task]
+        rows = read_rows(data_dir / spec.files["dev"], spec, "dev")
+        predictions = make_predictions(task, rows, number, seed)
+        scores[task] = TASK_KINDS[spec.kind].scores(predictions, rows.labels)
+        path = folder / "predictions" / prediction_name(task, "dev", style)
+        path.write_text(format_predictions(spec, rows.ids, predictions.tolist(), style))
+    summary = summarise(scores, TASKS)
+    facts = {
+        "args": {"prediction_style": style, "precision": "fp32", "pretrained": pretrained},
+        "commands": [[SCRIPT, "--output_dir", f"runs/{folder.name}"], [SCRIPT, "--resume"]],
+        "versions": {"torch": "2.13.0"},
+        "machine": {"processor": "a | b", "cores": 2},
+        "data": {"dev": dict.fromkeys(num_wrong, "04bf902f")},
+    }
+    (folder / "args.json").write_text(json.dumps(facts))
+    (folder / "scores.json").write_text(json.dumps({"step": 20, "dev": summary}))
+    line = LINE if len(num_wrong) > 1 else {}
+    metrics = [
+        line | {"step": 10, "tokens": 300, "tokens_per_second": 50},
+        {"step": 10, "dev": summary, "score": summary["mean"]},
+        line | {"step": 20, "tokens": 500, "tokens_per_second": 100},
+        {"step": 20, "dev": summary, "score": summary["mean"]},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return folder
+
+
+def all_tasks(sst: int = 0, para: int = 0, sts: int = 0) -> dict[str, int]:
+    return dict(zip(DEFAULT_TASKS, (sst, para, sts), strict=True))
+
+
+def make_table(folder: Path, data_dir: Path, rows: dict[str, dict], num_resamples: int = 40, **changes):
+    """A table of runs that are written to `folder` and read again.
+
+    Args:
+        rows: row -> seed -> `num_wrong` of each task.
+    """
+    dev_data = DevData(str(data_dir))
+    runs = {
+        row: {
+            seed: read_finished_run(
+                make_run(folder / f"{row}-seed{seed}", data_dir, num_wrong, seed, **changes), dev_data
+            )
+            for seed, num_wrong in seeds.items()
+        }
+        for row, seeds in rows.items()
+    }
+    return Table(runs, dev_data, num_resamples)
