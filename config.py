@@ -206,10 +206,8 @@ class SourceSpec:
 
 
 NLI_LABELS = {"entailment": 1.0, "contradiction": 0.0}  # neutral pairs say nothing about paraphrase
-POLARITY_LABELS = {
-    "0": 1.0,
-    "1": 3.0,
-}  # the most frequent SST label of either side's sentences in Movie Review
+# The most frequent SST label of the negative and of the positive sentences of Movie Review.
+POLARITY_LABELS = {"0": 1.0, "1": 3.0}
 
 EXTRA_SOURCES = {
     "sick": SourceSpec(

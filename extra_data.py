@@ -184,8 +184,8 @@ def add_sources(
     """Training rows of a task and, after them, those of its additional sources.
 
     Args:
-        sources: name -> how many examples to take, None for the source's own `max_examples`. Which ones are taken
-            depends on the name only, so that seeds of a run see the same data.
+        sources: name -> how many examples to take, None for the source's own `max_examples`. They are drawn with a
+            seed made of the name, so that runs with other seeds see the same data.
         held_out: keys of what must not be trained on.
 
     Returns:

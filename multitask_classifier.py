@@ -186,6 +186,8 @@ def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> dict[str, Ro
         for task, spec in TASKS.items()
         for split in ("dev", "test")
     ]
+    for path in (path for path, _, _ in files if not path.exists()):
+        print(f"warning: {path} does not exist, so its rows are not kept out of the additional data")
     held_out = held_out_keys([file for file in files if file[0].exists()])
     extended = {}
     for task, rows in train_rows.items():

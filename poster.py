@@ -64,7 +64,7 @@ ROWS = {
         "Further pre-training on the task text", SURGERY, None, "surgery_diff", "future", pretrain=True
     ),
     "baseline_untuned": TableRow(
-        "Baseline, the course's hyper-parameters",
+        "Baseline, the course's learning rate, no schedule",
         f"{CONCAT} --grad_method sum {UNTUNED}",
         None,
         "baseline",
@@ -137,7 +137,8 @@ CLAIMS = (
             *difference("baseline", "surgery_diff", "sts"),
         ),
         -1,
-        claimed=0.04 - (0.655 - 0.274 - 0.04),
+        claimed=0.04
+        - (0.655 - 0.274 - 0.04),  # 0.04 of the way from 0.274 to 0.655, against all the rest of it
     ),
     Claim(
         "6", "two dense layers do worse than one: overall", difference("diff_2_layers", "diff", "mean"), -1

@@ -331,13 +331,15 @@ def find_run(args: argparse.Namespace) -> dict | None:
 def read_sentences(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The distinct sentences to train on, and --eval_max_examples of the dev files, drawn by --seed."""
     rows = {}
-    for split in ("train", "dev", "test"):
+    for split in ("train", "dev"):
         paths = {task: Path(args.data_dir) / TASKS[task].files[split] for task in args.tasks}
-        rows[split] = {
-            task: read_rows(path, TASKS[task], split)
-            for task, path in paths.items()
-            if split != "test" or path.exists()
-        }
+        rows[split] = {task: read_rows(path, TASKS[task], split) for task, path in paths.items()}
+    held_out = set()  # sentences of any dev or test file that is there, of whatever task
+    for spec in TASKS.values():
+        for split in ("dev", "test"):
+            path = Path(args.data_dir) / spec.files[split]
+            for texts in read_rows(path, spec, split).texts if path.exists() else ():
+                held_out |= {text_key((sentence,)) for sentence in texts}
     for task in args.tasks:
         sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
         rows["train"][task], lines = add_sources(rows["train"][task], sources, args.data_dir, set())
@@ -350,7 +352,6 @@ def read_sentences(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         )
         return list(dict.fromkeys(filter(None, found)))
 
-    held_out = {text_key((sentence,)) for split in ("dev", "test") for sentence in distinct(split)}
     sentences, dev = distinct("train"), distinct("dev")
     train = [sentence for sentence in sentences if text_key((sentence,)) not in held_out]
     chosen = np.random.default_rng(args.seed).permutation(len(dev))[: args.eval_max_examples]

@@ -97,7 +97,7 @@ class Code:
 
 
 @dataclass
-class Table:
+class TableBlock:
     header: Sequence[str]
     rows: Iterable[Sequence[str]]
 
@@ -298,7 +298,7 @@ def settings_section(args: Namespace, stored: dict, metrics: list[dict]) -> list
     }
     commands = "\n".join(shlex.join(["python", *command]) for command in stored.get("commands", ()))
     rows = [(name, fact) for name, fact in facts.items() if fact]
-    return [Heading("What was run"), Code(commands), Table(("setting", "value"), rows)]
+    return [Heading("What was run"), Code(commands), TableBlock(("setting", "value"), rows)]
 
 
 def scores_section(args: Namespace, summary: dict | None, results: dict[str, DevResult]) -> list:
@@ -323,7 +323,7 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
     if not summary["finished"]:
         limit = f", on at most {args.eval_max_examples} examples of a task" if args.eval_max_examples else ""
         text = f"The run is not finished. Of its best evaluation so far by {args.select_by}, at step {summary['step']}{limit}."
-    return [Heading("Dev scores"), Paragraph(text), Table(header, rows), *remarks]
+    return [Heading("Dev scores"), Paragraph(text), TableBlock(header, rows), *remarks]
 
 
 def conflict_section(args: Namespace, metrics: list[dict]) -> list:
@@ -364,9 +364,9 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> list:
     return [
         heading,
         Paragraph(text),
-        Table(("pair of tasks", "mean cosine", "steps in conflict"), pair_rows),
+        TableBlock(("pair of tasks", "mean cosine", "steps in conflict"), pair_rows),
         Paragraph(f"Mean weights in the gradient that {args.grad_method} makes; all 1 is the plain sum."),
-        Table(("task", "mean weight of its gradient", "mean length of its gradient"), task_rows),
+        TableBlock(("task", "mean weight of its gradient", "mean length of its gradient"), task_rows),
         *picture("report/conflict.png", "conflict over the steps", over_steps),
         *picture("report/layer_conflict.png", "conflict by part of the encoder", by_part),
         *picture("report/layer_conflict_over_time.png", "the same over the steps", heat),
@@ -406,7 +406,7 @@ def task_section(task: str, result: DevResult) -> list:
     if rows:
         wrong_text = f"{len(wrong)} of {len(labels)} examples are wrong. " if kind.is_discrete else ""
         blocks.append(Paragraph(f"{wrong_text}Furthest off:"))
-        blocks.append(Table((*spec.text_columns, "true", "predicted"), rows))
+        blocks.append(TableBlock((*spec.text_columns, "true", "predicted"), rows))
     return blocks
 
 

@@ -34,7 +34,7 @@ from flags import (
 )
 from flags import get_args as get_run_args
 from poster import ROWS
-from results_data import DevData, Table, read_finished_run
+from results_data import DevData, FinishedRun, Table, read_finished_run
 from results_output import claims_text, compare_text, write_results
 from run_many import Job, Stage, run_jobs
 
@@ -49,6 +49,11 @@ EVAL_EXAMPLES = 22_000  # dev
 # Flags of a run that are the table's own: it gives them itself, or could not read the run with others.
 OWN_FLAGS = FILES | MODES | {"data_dir", "tasks", "pretrained", "max_steps", "seed"}
 OWN_FLAGS |= {"predict_splits", "prediction_style"}
+# Flags that are what rows differ in: given to every run, they would make two rows one, or be overridden by most.
+ROW_FLAGS = {
+    name for row in ROWS.values() if row.group != "control" for name in given_flags(row.flags.split())
+}
+ROW_FLAGS |= {"epochs", "warmup_steps", "freeze_encoder", "option", "fine_tune_mode"}
 # What may differ from run to run: where and how it was computed, not what.
 FREE_FLAGS = READING_MAY_CHANGE | RESUME_MAY_CHANGE
 FREE_FLAGS -= {"max_steps", "max_length", "patience", "prediction_style"}
@@ -93,7 +98,8 @@ def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
     folder = run_folder(args.runs_dir, row, seed)
     train = [sys.executable, str(HERE / "multitask_classifier.py"), "--output_dir", str(folder)]
     # A run that was killed between its first best/ and its first last/ cannot go on.
-    anew = ["--overwrite"] if (folder / "best").exists() and not is_finished(folder) else []
+    stuck = (folder / "best").exists() and not (folder / "last").exists() and not is_finished(folder)
+    anew = ["--overwrite"] if stuck else []
     stages = [
         Stage(
             folder,
@@ -108,6 +114,10 @@ def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
         encoder = pretrain_folder(args, row, seed)
         script = [sys.executable, str(HERE / "pretrain_mlm.py"), "--output_dir", str(encoder)]
         settings = ["--pretrained", args.pretrained, "--max_steps", str(args.max_steps), "--seed", str(seed)]
+        given = given_flags(args.run_flags)
+        settings += [
+            part for name in ("device", "precision") if name in given for part in (f"--{name}", given[name])
+        ]
         command = [*script, "--data_dir", args.data_dir, *settings]  # goes on by itself where it was stopped
         stages.insert(0, Stage(encoder, command, has_encoder, num_steps=args.max_steps))
     return Job(folder.name, stages)
@@ -176,11 +186,10 @@ def matrix_rate() -> float:
 
 def print_plan(args: argparse.Namespace) -> None:
     rate, total = matrix_rate(), 0.0
-    headings = {"poster": "rows of the poster", "future": "its future steps", "control": "control"}
-    for group, heading in headings.items():
+    headings = {"poster": "rows of the poster", "future": "its future steps"}
+    for group in dict.fromkeys(ROWS[row].group for row in args.rows):
         rows = [row for row in args.rows if ROWS[row].group == group]
-        if rows:
-            print(f"{heading}: {len(rows)}")
+        print(f"{headings.get(group, group)}: {len(rows)}")
         for row in rows:
             print(f"  {row}: {ROWS[row].title}")
             for seed in args.seeds:
@@ -189,7 +198,8 @@ def print_plan(args: argparse.Namespace) -> None:
                 total += seconds
                 for stage in job.stages:
                     done = stage.is_finished(stage.folder)
-                    command = ["python", Path(stage.command[1]).name, *stage.command[2:]]
+                    command = stage.next_command()
+                    command = ["python", Path(command[1]).name, *command[2:]]
                     print("    " + ("(finished) " if done else "") + shlex.join(command))
     print("test set: predictions of the run that is best on dev")
     runs = len(args.rows) * len(args.seeds)
@@ -218,9 +228,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)")
     add("--max_steps", type=COUNT, default=1000, help="length of each run in steps (default: 1000)")
     add("--runs_dir", type=Path, default=Path("runs/table"), help="folder of the runs (default: runs/table)")
-    add("--results_dir", type=Path, default=Path("results"), help="where the table goes (default: results)")
+    add("--results_dir", type=Path, help="where the table goes (default: results/ in --runs_dir)")
     add("--jobs", type=COUNT, default=1, help="runs at a time; they share the processor's cores (default: 1)")
-    add("--num_resamples", type=COUNT, default=2000, help="of the bootstrap (default: 2000)")
+    add("--num_resamples", type=number(int, 40), default=2000, help="of the bootstrap (default: 2000)")
     add(
         "--dry_run",
         action="store_true",
@@ -238,15 +248,34 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.run_flags = argv[split + 1 :]
+    args.results_dir = args.results_dir or args.runs_dir / "results"
     for name in ("rows", "seeds"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             parser.error(f"--{name} has a value twice")
-    own = sorted(set(given_flags(args.run_flags)) & OWN_FLAGS)
-    if own:
-        parser.error(f"--{own[0]} stands after --, but the table has to know it; expected flags of training")
+    for name in sorted(set(given_flags(args.run_flags)) & (OWN_FLAGS | ROW_FLAGS)):
+        why = "the table has to know it" if name in OWN_FLAGS else "rows of the table differ in it"
+        parser.error(f"--{name} stands after --, but {why}; expected other flags of training")
     for row in args.rows:
         get_run_args(run_flags(args, row, args.seeds[0]))  # says so if a flag is wrong
     return args
+
+
+def check_training_data(runs: dict[str, dict[int, FinishedRun]]) -> None:
+    """Refuse to compare runs that were trained on different data, other than by --extra_data.
+
+    Raises:
+        UserError: naming two such folders.
+    """
+    first = {}  # (task, additional sources) -> fingerprint and folder
+    for run in (run for found in runs.values() for run in found.values()):
+        for task, fingerprint in run.facts["data"]["train"].items():
+            key = task, str(run.facts["args"]["extra_data"])
+            seen, folder = first.setdefault(key, (fingerprint, run.folder))
+            if seen != fingerprint:
+                raise UserError(
+                    f"{run.folder}: was trained on other {task} data ({fingerprint}) than {folder} ({seen}); the"
+                    " runs of a table need the same --data_dir"
+                )
 
 
 def read_table(args: argparse.Namespace, rows: list[str]) -> Table:
@@ -259,6 +288,7 @@ def read_table(args: argparse.Namespace, rows: list[str]) -> Table:
             check_settings(args, row, seed, folder)
         if finished:
             runs[row] = {seed: read_finished_run(folder, dev_data) for seed, folder in finished.items()}
+    check_training_data(runs)
     if not runs:
         raise UserError(f"--runs_dir {args.runs_dir}: holds no finished run of {', '.join(rows)}")
     return Table(runs, dev_data, args.num_resamples)

@@ -132,10 +132,14 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
     """
     environment = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
     waiting, running, failed, received = list(jobs), [], [], []
-    handlers = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def receive(number, frame):
+        received.append(number)
+        for job in running if len(received) > 1 else ():  # the second time without waiting for what they save
+            if job.process is not None:
+                job.process.kill()
+
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     total, done = sum(stage.num_steps for job in jobs for stage in job.stages), 0
     bar = tqdm(total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.05)
     bar.update(sum(job.steps_done() for job in jobs))
@@ -169,11 +173,9 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
                         f"{job.name}: {'failed: ' + job.failure if job.failure else 'finished'}; {left}"
                     )
             bar.n = sum(job.steps_done() for job in jobs)
-            names = (
-                ", ".join(job.name for job in running)
-                or ", ".join(job.name for job in waiting) + " elsewhere"
-            )
-            bar.set_postfix_str(f"{done}/{len(jobs)} runs; now {names}")
+            names = ", ".join(job.name for job in running)
+            elsewhere = f"; {len(waiting)} run elsewhere" if waiting and not running else ""
+            bar.set_postfix_str(f"{done}/{len(jobs)} runs; {names}{elsewhere}")
             if done == done_before:  # else the next one need not wait
                 time.sleep(POLL_SECONDS)
     finally:
@@ -188,6 +190,6 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if received:
-        print(f"stopped by a signal; {len(running)} runs were saved, the same command goes on from there")
+        print(f"stopped by a signal; {len(running)} runs were stopped, the same command goes on from there")
         sys.exit(128 + received[0])
     return failed

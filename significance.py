@@ -169,55 +169,6 @@ def to_interval(resamples: np.ndarray) -> Interval:
     return Interval(float(resamples[0]), float(low), float(high))
 
 
-# --- rows of the table -------------------------------------------------------------------------------------------
-
-
-def interval(
-    a: dict[str, np.ndarray],
-    labels: dict[str, np.ndarray],
-    tasks: dict[str, TaskSpec],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Main scores of one row, and its overalls, with their intervals; see `resampled_means`."""
-    means = resampled_means(a, labels, tasks, num_resamples, seed)
-    return {name: to_interval(values) for name, values in means.items()}
-
-
-def compare(
-    a: dict[str, np.ndarray],
-    b: dict[str, np.ndarray],
-    labels: dict[str, np.ndarray],
-    tasks: dict[str, TaskSpec],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """The differences a - b of two rows, paired in examples and seeds, with their intervals; see `resampled_means`.
-
-    Args:
-        a, b: task -> predictions (S, N) of the same seeds in the same order.
-
-    Returns:
-        the tasks that both rows have, and the overalls if neither has others.
-
-    Raises:
-        ValueError: naming a task for which the rows have different numbers of seeds or examples.
-    """
-    shared = [task for task in a if task in b]
-    for task in shared:
-        if np.shape(a[task]) != np.shape(b[task]):
-            raise ValueError(
-                f"{task}: predictions are {np.shape(a[task])} and {np.shape(b[task])}; expected the same"
-                " (seeds, examples) in both rows"
-            )
-    means_a, means_b = (
-        resampled_means({task: row[task] for task in shared}, labels, tasks, num_resamples, seed)
-        for row in (a, b)
-    )
-    names = means_a if set(a) == set(b) else shared  # an overall of different tasks is another number
-    return {name: to_interval(means_a[name] - means_b[name]) for name in names}
-
-
 def verdict(interval: Interval, direction: int, margin: float = 0.0) -> str:
     """Whether a claim about a difference holds.
 

@@ -51,11 +51,11 @@ def make_run(
         path.write_text(format_predictions(spec, rows.ids, predictions.tolist(), style))
     summary = summarise(scores, TASKS)
     facts = {
-        "args": {"prediction_style": style, "precision": "fp32", "pretrained": pretrained},
+        "args": {"prediction_style": style, "precision": "fp32", "pretrained": pretrained, "extra_data": {}},
         "commands": [[SCRIPT, "--output_dir", f"runs/{folder.name}"], [SCRIPT, "--resume"]],
         "versions": {"torch": "2.13.0"},
         "machine": {"processor": "a | b", "cores": 2},
-        "data": {"dev": dict.fromkeys(num_wrong, "04bf902f")},
+        "data": dict.fromkeys(("train", "dev"), dict.fromkeys(num_wrong, "04bf902f")),
     }
     (folder / "args.json").write_text(json.dumps(facts))
     (folder / "scores.json").write_text(json.dumps({"step": 20, "dev": summary}))

@@ -21,7 +21,7 @@ from report import (
     Code,
     Heading,
     Paragraph,
-    Table,
+    TableBlock,
     html_page,
     main,
     markdown_page,
@@ -348,7 +348,7 @@ def test_damage_ends_in_one_line(run_dir, name, text, message, capsys):
 
 @pytest.mark.parametrize("text", [NASTY, "two\nlines | here", "# 1 \\| 2 `", "***", "macro_f1", "<b>x</b>"])
 def test_any_text_comes_out_as_it_went_in(text):
-    blocks = [Heading(text), Paragraph(text), Table(("h",), [(text,)])]
+    blocks = [Heading(text), Paragraph(text), TableBlock(("h",), [(text,)])]
     page = Page(html_page(text, blocks))
     assert page.rows == [["h"], [text]] and page.text.count(text) == 4  # the title too
     assert not {"script", "b"} & set(page.tags)

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-import significance
 from config import DEFAULT_TASKS, TASKS, UserError
 from datasets import read_rows
 from evaluation import prediction_name
 from results_data import DevData, Table, read_finished_run
-from significance import mean_and_sd
+from results_table import check_training_data
+from significance import Interval, mean_and_sd, resampled_means, to_interval
 from tests.fake_runs import all_tasks, make_predictions, make_run, make_table
 from tests.tiny import SIZES, make_data
 
@@ -196,9 +196,9 @@ def test_values(table):
 
 
 def test_interval_is_that_of_significance(table):
-    expected = significance.interval(stack(table, "diff", (0, 1, 2)), labels_of(table), TASKS, 40)
-    for score, interval in expected.items():
-        assert table.interval("diff", score) == interval
+    expected = resampled_means(stack(table, "diff", (0, 1, 2)), labels_of(table), TASKS, 40)
+    for score, resamples in expected.items():
+        assert table.interval("diff", score) == to_interval(resamples)
     assert set(expected) == {*DEFAULT_TASKS, "mean", "mean_2024"}
     found = table.interval("diff", "sst")
     assert found.estimate == pytest.approx(9 / 11) and found.low < found.estimate < found.high
@@ -213,8 +213,12 @@ def test_estimate_is_the_mean_of_the_values(table):
 
 def test_difference_is_that_of_significance_over_the_shared_seeds(table):
     assert table.shared_seeds(("diff", "baseline")) == (0, 2)
-    rows = (stack(table, row, (0, 2)) for row in ("diff", "baseline"))
-    for score, expected in significance.compare(*rows, labels_of(table), TASKS, 40).items():
+    diff, baseline = (
+        resampled_means(stack(table, row, (0, 2)), labels_of(table), TASKS, 40)
+        for row in ("diff", "baseline")
+    )
+    for score in diff:
+        expected = to_interval(diff[score] - baseline[score])
         assert table.combine(((1.0, "diff", score), (-1.0, "baseline", score))) == expected
 
 
@@ -231,7 +235,7 @@ def test_combination_by_hand(table):
         (2 * 9 - 3 * 7) / 11
     )
     terms = [(1.0, "diff", "sst"), (-1.0, "diff", "sst")]
-    assert table.combine(terms) == significance.Interval(0, 0, 0)
+    assert table.combine(terms) == Interval(0, 0, 0)
 
 
 def test_order_of_seeds_rows_and_terms_does_not_matter(table):
@@ -302,3 +306,21 @@ def test_no_best_run_without_an_overall(tmp_path, data_dir):
 def test_fake_runs_have_the_names_of_real_ones(tmp_path, data_dir):
     names = {path.name for path in make_run(tmp_path / "run", data_dir, all_tasks()).rglob("*.csv")}
     assert names == {prediction_name(task, "dev", "starter") for task in DEFAULT_TASKS}
+
+
+# --- training data -----------------------------------------------------------------------------------------------
+
+
+def test_runs_with_other_training_data_are_refused(tmp_path, data_dir):
+    table = make_table(
+        tmp_path, data_dir, {"diff": {0: all_tasks()}, "baseline": {0: all_tasks(), 1: all_tasks()}}
+    )
+    check_training_data(table.runs)
+    facts = table.runs["baseline"][1].facts
+    facts["data"]["train"]["para"] = "another"
+    with pytest.raises(
+        UserError, match="baseline-seed1: was trained on other para data .another. than .*diff-seed0"
+    ):
+        check_training_data(table.runs)
+    facts["args"]["extra_data"] = {"mrpc": None}  # which explains it
+    check_training_data(table.runs)
