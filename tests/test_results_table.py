@@ -180,6 +180,25 @@ def test_flags_that_are_the_tables_own_are_refused(flag, capsys):
     assert f"results_table.py: error: {flag.split()[0]} " in error
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--head_layers 2", "--grad_method sum", "--extra_data sick", "--warmup_steps 5", "--task_weights sts=2"],
+)
+def test_flags_that_rows_differ_in_are_refused(flag, capsys):
+    """Given to every run they would make two rows the same, or be overridden by most."""
+    with pytest.raises(SystemExit) as end:
+        get_args(["--", *flag.split()])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert f"{flag.split()[0]} stands after --, but rows of the table differ in it" in error
+    assert get_args(["--", "--lr", "3e-5", "--pooling", "cls"]).run_flags == [
+        "--lr",
+        "3e-5",
+        "--pooling",
+        "cls",
+    ]
+
+
 # --- run folders -------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +353,7 @@ def test_table_from_end_to_end(place, one_thread_each, capsys):
     capsys.readouterr()
     assert main(command(place, "--seeds 0 1 --compare surgery_diff baseline")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and "seeds 0, 1" in lines[0]
+    assert len(lines) == 6 and "seeds 0 1" in lines[0]
     printed = {line.split()[0]: float(re.search(r"[+-]\d+\.\d", line)[0]) for line in lines if line[0] == " "}
     tasks = [scores["surgery_diff", seed]["tasks"]["sts"]["pearson"] for seed in (0, 1)]
     others = [scores["baseline", seed]["tasks"]["sts"]["pearson"] for seed in (0, 1)]
