@@ -20,7 +20,7 @@ import torch
 
 from base_bert import OFFLINE_ENCODER
 from command_line import OneLineParser, number, run_script
-from config import DEFAULT_TASKS, BertConfig, UserError, read_json
+from config import DEFAULT_TASKS, EXTRA_SOURCES, BertConfig, UserError, read_json
 from evaluation import prediction_name
 from flags import (
     COUNT,
@@ -28,6 +28,7 @@ from flags import (
     MODES,
     READING_MAY_CHANGE,
     RESUME_MAY_CHANGE,
+    data_file,
     given_flags,
     is_bf16_fast,
     read_run,
@@ -184,6 +185,16 @@ def matrix_rate() -> float:
     return 0.2 * best  # as much of it as a small encoder reaches (measured on two CPU cores)
 
 
+def missing_files(args: argparse.Namespace, row: str) -> list[Path]:
+    """Data files that a row needs and that are not there."""
+    run_args = get_run_args(["--data_dir", args.data_dir, *ROWS[row].flags.split()])
+    paths = [data_file(run_args, task, split) for task in run_args.tasks for split in ("train", "dev")]
+    paths += [
+        Path(args.data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files
+    ]
+    return [path for path in paths if not path.exists()]
+
+
 def print_plan(args: argparse.Namespace) -> None:
     rate, total = matrix_rate(), 0.0
     headings = {"poster": "rows of the poster", "future": "its future steps"}
@@ -202,6 +213,12 @@ def print_plan(args: argparse.Namespace) -> None:
                     command = ["python", Path(command[1]).name, *command[2:]]
                     print("    " + ("(finished) " if done else "") + shlex.join(command))
     print("test set: predictions of the run that is best on dev")
+    needed_by = {}
+    for row in args.rows:
+        for path in missing_files(args, row):
+            needed_by.setdefault(path, []).append(row)
+    for path, rows in needed_by.items():
+        print(f"missing: {path}, needed by {', '.join(rows)}")
     runs = len(args.rows) * len(args.seeds)
     print(
         f"{runs} runs, about {total / 3600:.1f} hours on this machine (a rough estimate, by its matrix rate)"
@@ -315,14 +332,14 @@ def predict_test_set(args: argparse.Namespace, table: Table) -> Path | None:
 
 def work(argv: list[str] | None) -> None:
     args = get_args(argv)
-    if args.dry_run:
-        return print_plan(args)
     if args.compare:
         return print(compare_text(read_table(args, args.compare), *args.compare))
-    jobs = [make_job(args, row, seed) for seed in args.seeds for row in args.rows]  # a seed of all rows first
     for row in args.rows:
         for seed in args.seeds:
             check_settings(args, row, seed, run_folder(args.runs_dir, row, seed))
+    if args.dry_run:
+        return print_plan(args)
+    jobs = [make_job(args, row, seed) for seed in args.seeds for row in args.rows]  # a seed of all rows first
     num_threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     failed = [] if args.no_train else run_jobs(jobs, args.jobs, num_threads)
     table = read_table(args, args.rows)

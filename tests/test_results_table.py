@@ -180,6 +180,16 @@ def test_flags_that_are_the_tables_own_are_refused(flag, capsys):
     assert f"results_table.py: error: {flag.split()[0]} " in error
 
 
+def test_dry_run_names_missing_files(place, tmp_path, monkeypatch, capsys):
+    """The tiny data have SICK, but not the other sources."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results_table, "matrix_rate", lambda: 1e10)
+    assert main(["--dry_run", "--data_dir", str(place / "data"), "--rows", "diff", "similar_data"]) == 0
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing: ")]
+    assert [Path(line.split(",")[0]).name for line in missing] == ["dev_and_test.tsv", "train.txt"]
+    assert all(line.endswith("needed by similar_data") for line in missing)
+
+
 @pytest.mark.parametrize(
     "flag",
     ["--head_layers 2", "--grad_method sum", "--extra_data sick", "--warmup_steps 5", "--task_weights sts=2"],
