@@ -40,7 +40,9 @@ OVERALL_TITLES = {
 }
 NUM_MISTAKES = 5  # shown of each task
 MAX_TEXT = 160  # characters of a sentence that is shown
-SCORE_TOLERANCE = 1e-3  # between the scores of a run and those counted again from its files
+SCORE_TOLERANCE = (
+    1e-6  # between the scores of a run and those counted again from its files: float32, written out
+)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 0 1rem 2rem; color: #222 }
 table { border-collapse: collapse }
@@ -238,7 +240,7 @@ def read_dev(args: Namespace, task: str, scores: dict[str, float] | None) -> Dev
     result.predictions = np.array([by_id[row_id] for row_id in rows.ids])
     if scores:
         name, found = kind.main_score, kind.scores(result.predictions, rows.labels)[kind.main_score]
-        if abs(found - scores[name]) > SCORE_TOLERANCE:
+        if not abs(found - scores[name]) <= SCORE_TOLERANCE:  # said so that nan is refused, too
             remark = f"{path} and {rows.path} give {name} {found:.4f}, the run had {scores[name]:.4f}"
             return DevResult(remark=remark)
     return result

@@ -12,10 +12,8 @@ import numpy as np
 from config import TASKS, UserError, read_json
 from datasets import Rows, read_rows
 from evaluation import OVERALLS, TASK_KINDS, prediction_name, read_predictions, select_score
-from report import read_metrics
+from report import SCORE_TOLERANCE, read_metrics
 from significance import Interval, resampled_means, to_interval
-
-SCORE_TOLERANCE = 1e-6  # between scores.json and the prediction files: float32 written out and read again
 
 
 @dataclass
