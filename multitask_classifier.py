@@ -559,7 +559,10 @@ def read_again(args: Namespace) -> None:
     own_data = json.loads((folder / "args.json").read_text(encoding="utf-8"))["data"]["dev"] == {
         task: fingerprint(rows) for task, rows in dev_rows.items()
     }
-    finish(args, make_model(args, bert), tokenizer, dev_data, write=args.predict_only, own_data=own_data)
+    # Another machine's last digits differ: scores.json and the dev predictions are written together or not at all.
+    together = not args.predict_only or "dev" in args.predict_splits
+    model = make_model(args, bert)
+    finish(args, model, tokenizer, dev_data, write=args.predict_only, own_data=own_data and together)
 
 
 def start(args: Namespace) -> None:

@@ -323,7 +323,7 @@ def predict_test_set(args: argparse.Namespace, table: Table) -> Path | None:
 
     if not args.no_train:
         script = [sys.executable, str(HERE / "multitask_classifier.py"), "--output_dir", str(folder)]
-        script += ["--data_dir", args.data_dir, "--predict_only", "--predict_splits", "dev,test"]
+        script += ["--data_dir", args.data_dir, "--predict_only", "--predict_splits", "test"]
         failed = run_jobs([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])], at_once=1)
         for job in failed:
             print(f"warning: no predictions of the test set: {job.failure}")

@@ -219,8 +219,13 @@ def test_a_run_with_more_data(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir()) == [
         f"{task}-dev-output.csv" for task in sorted(DEFAULT_TASKS)
     ]
+    # The test set alone: what belongs to dev is not written again.
+    for name in ("scores.json", "predictions/sts-dev-output.csv"):
+        (tmp_path / "run" / name).write_text("as it was")
     again = ["--output_dir", f"{tmp_path}/run", "--predict_only", "--predict_splits", "test"]
     assert main(again) == 0
+    for name in ("scores.json", "predictions/sts-dev-output.csv"):
+        assert (tmp_path / "run" / name).read_text() == "as it was"
     assert (tmp_path / "run" / "predictions" / "sts-test-output.csv").exists()
 
 
