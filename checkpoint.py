@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from compiled import PLAIN, compile_passes
 from config import TASKS, UserError
 from evaluation import PREDICTION_STYLES, prediction_name
 from multitask_bert import MultitaskBERT
-from optimizer import AdamW, FlatMemory
+from optimizer import AdamW
 from tokenizer import BertTokenizer
 
 STATE_FILE = "state.json"  # written last: a folder that holds it is complete
@@ -214,13 +215,11 @@ class Run:
     def __init__(self, args: Namespace, model: MultitaskBERT, tokenizer: BertTokenizer):
         self.args, self.model, self.tokenizer = args, model, tokenizer
         self.folder = Path(args.output_dir)
-        self.memory = FlatMemory(
-            dict(model.bert.named_parameters()),
-            {task: dict(head.named_parameters()) for task, head in model.heads.items()},
-        )
-        model.bert.embeddings.sparse_grad = True  # FlatMemory provides the dense gradient to add to
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        passes = compile_passes() if args.compile == "on" else PLAIN
+        self.memory = model.make_memory(dtype, dtype if args.grad_accum == 1 else torch.float32, passes)
         groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
-        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify)
+        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify, update=passes.adamw_update)
         self.state = {
             "step": 0,
             "task_batches": dict.fromkeys(args.tasks, 0),  # drawn so far

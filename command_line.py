@@ -1,6 +1,7 @@
 """What every script's command line shares: errors in one line, checked numbers, exit codes."""
 
 import argparse
+import ctypes
 import math
 import os
 import sys
@@ -10,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from config import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -43,12 +46,27 @@ def number(
     return parse
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next step to use.
+
+    By default glibc gives large blocks back to the system, which hands them out again page by page, each zeroed:
+    45,000 page faults in every training step, a quarter of its time. Other C libraries are left as they are.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+    except (OSError, AttributeError, TypeError):  # not glibc
+        pass
+
+
 def run_script(prog: str, work: Callable[[], None]) -> int:
     """Run a script's work and turn what the user can mend into one line.
 
     Returns:
         the exit code: 0; 2 for an error; 130 after Ctrl-C; 141 when the reader of a pipe is gone.
     """
+    keep_freed_memory()
     try:
         work()
         return 0

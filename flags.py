@@ -11,26 +11,32 @@ import torch
 
 from base_bert import OFFLINE_ENCODER
 from command_line import OneLineParser, number
+from compiled import find_compiler, pays_off
 from config import DEFAULT_TASKS, EXTRA_SOURCES, SPLITS, TASKS, BertConfig, UserError, read_json
 from datasets import SAMPLERS
 from evaluation import OVERALLS, PREDICTION_STYLES, prediction_name
 from heads import PAIR_HEADS, POOLINGS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
+from token_cache import default_cache_dir
 
 PRECISIONS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "on", "off")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
 OPTIONS = {"pretrain": True, "finetune": False}
 # What may change when a run is read again: where things are and how much is said, not what is computed.
 FILES = {f"{task}_{split}{ending}" for task in TASKS for split in SPLITS for ending in ("", "_out")}
 MODES = {"output_dir", "resume", "overwrite", "eval_only", "predict_only"}
 RESUME_MAY_CHANGE = (
-    FILES | MODES | {"data_dir", "predict_splits", "prediction_style", "max_steps", "patience", "log_every"}
+    FILES
+    | MODES
+    | {"data_dir", "cache_dir", "predict_splits", "prediction_style", "max_steps", "patience", "log_every"}
 )
 READING_MAY_CHANGE = (
     FILES
     | MODES
-    | {"data_dir", "predict_splits", "prediction_style", "device", "use_gpu", "precision", "max_length"}
+    | {"data_dir", "cache_dir", "predict_splits", "prediction_style"}
+    | {"device", "use_gpu", "precision", "max_length"}
 )
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
@@ -93,6 +99,11 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)"
+    )
+    data.add_argument(
+        "--cache_dir",
+        metavar="DIR",
+        help="where the word pieces of large files are kept between runs; '' for nowhere (default: the user's cache)",
     )
     data.add_argument(
         "--tasks",
@@ -184,6 +195,13 @@ def make_parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default="auto",
         help="of matrix products; weights and optimizer stay fp32. auto: bf16 where the processor is fast at it (default: auto)",
+    )
+    training.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="compile the passes over gradients and weights (torch.compile). auto: on the CPU, if there is a C++ compiler and"
+        " the run is long enough for it to pay (default: auto)",
     )
     training.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     training.add_argument("--use_gpu", action="store_true", help="course starter: --device cuda")
@@ -434,6 +452,13 @@ def data_file(args: argparse.Namespace, task: str, split: str) -> Path:
     return Path(getattr(args, f"{task}_{split}") or Path(args.data_dir) / TASKS[task].files[split])
 
 
+def cache_dir(args: argparse.Namespace) -> Path | None:
+    """Where tokens are kept; None for nowhere."""
+    if args.cache_dir is None:
+        return default_cache_dir()
+    return Path(args.cache_dir) if args.cache_dir else None
+
+
 def prediction_file(args: argparse.Namespace, task: str, split: str) -> Path:
     """Where a task's predictions go."""
     default = Path(args.output_dir) / "predictions" / prediction_name(task, split, args.prediction_style)
@@ -531,6 +556,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
         max(1, math.ceil(args.epochs * steps_per_epoch)),
         f"{args.epochs:g} epochs of {steps_per_epoch:.1f} steps",
     )
+    resolve_compile(args, bert_config, chosen)
     choose("warmup_steps", int(args.warmup_ratio * args.max_steps), f"warmup_ratio {args.warmup_ratio:g}")
     choose("eval_every", max(1, math.ceil(args.max_steps / 10)), "a tenth of the run")
     encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
@@ -538,6 +564,26 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
     choose("output_dir", str(Path("runs") / name), "made of the settings")
     return chosen
+
+
+def resolve_compile(args: argparse.Namespace, bert_config: BertConfig, chosen: list[str]) -> None:
+    """Decide --compile for good: a resumed run has to go on with the same operations."""
+    size, layers = bert_config.hidden_size, bert_config.num_hidden_layers
+    num_params = size * (
+        bert_config.vocab_size + layers * (4 * size + 2 * bert_config.intermediate_size)
+    )  # about
+    if args.compile == "on" and find_compiler() is None:
+        raise UserError("--compile on: no C++ compiler found; expected g++ or clang++ (or their name in CXX)")
+    if args.compile == "auto":
+        if args.freeze_encoder or not args.device.startswith("cpu"):
+            args.compile, why = "off", "nothing to gain"
+        elif not pays_off(num_params, args.max_steps):
+            args.compile, why = "off", "the run is too short for it to pay"
+        elif find_compiler() is None:
+            args.compile, why = "off", "no C++ compiler found"
+        else:
+            args.compile, why = "on", "the first step will take some seconds more"
+        chosen.append(f"compile {args.compile} ({why})")
 
 
 def idle_flags(args: argparse.Namespace) -> list[str]:

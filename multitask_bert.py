@@ -4,14 +4,17 @@ Shapes: B examples, R sequences in a batch (R = 2 * B for two-vector heads), T p
 of a task.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from bert import BertModel
+from compiled import PLAIN, Passes
 from config import TaskSpec
 from evaluation import TASK_KINDS
+from flat_memory import FlatMemory
 from heads import POOLINGS, TaskHead
 
 
@@ -79,6 +82,10 @@ class MultitaskBERT(nn.Module):
             (B, C) float32.
         """
         pooled = self.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        return self.logits(task, pooled)
+
+    def logits(self, task: str, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) float32 from all pooled vectors of a batch, (R, H)."""
         vectors = pooled.chunk(2) if self.heads[task].spec.features is not None else (pooled,)
         return self.classify(task, *vectors)
 
@@ -90,6 +97,36 @@ class MultitaskBERT(nn.Module):
         with torch.autocast(vectors[0].device.type, enabled=False):
             return self.heads[task](*(vector.float() for vector in vectors))
 
+    def make_memory(
+        self,
+        dtype: torch.dtype = torch.float32,
+        grad_dtype: torch.dtype = torch.float32,
+        passes: Passes = PLAIN,
+    ) -> FlatMemory:
+        """Flat memory that holds this model's parameters from now on; for the arguments see there."""
+        heads = {task: self.heads[task] for task in self.tasks}
+        return FlatMemory(self.bert, heads, dtype=dtype, grad_dtype=grad_dtype, passes=passes)
+
+    def losses(
+        self, batches: Sequence[tuple[str, dict[str, torch.Tensor]]], by_task: bool = False
+    ) -> list[torch.Tensor]:
+        """Mean losses of several batches, each of a task, from one pass through the encoder.
+
+        Args:
+            by_task: keep the encoder's gradients of tasks apart, in the memory of `make_memory`.
+        """
+        tasks = [list(self.tasks).index(task) for task, _ in batches] if by_task else None
+        inputs = [
+            (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]) for _, batch in batches
+        ]
+        with torch.no_grad() if self.freeze_encoder else nullcontext():
+            outputs = self.bert.encode(inputs, tasks)
+        losses = []
+        for (task, batch), output in zip(batches, outputs, strict=True):
+            pooled = POOLINGS[self.pooling](output, batch["attention_mask"])
+            losses.append(TASK_KINDS[self.tasks[task].kind].loss(self.logits(task, pooled), batch["labels"]))
+        return losses
+
     def loss(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss over a batch with `labels` (B,)."""
-        return TASK_KINDS[self.tasks[task].kind].loss(self(task, batch), batch["labels"])
+        return self.losses([(task, batch)])[0]

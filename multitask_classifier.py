@@ -2,8 +2,8 @@
 
     python multitask_classifier.py --data_dir data/sample --max_steps 150 --batch_size 16
 
-A step is one optimizer update. In a step every slot draws one mini-batch of one task, each goes forward and
-backward alone, its encoder gradient lands in its own row of one matrix, a gradient method weighs the rows, and AdamW
+A step is one optimizer update. In a step every slot draws one mini-batch of one task, all go forward and backward
+together, each task's encoder gradient lands in its own row of one matrix, a gradient method weighs the rows, and AdamW
 makes one pass over flat memory. Gradient surgery: https://arxiv.org/abs/2001.06782.
 
 Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C outputs of a task, K tasks.
@@ -30,7 +30,7 @@ from bert import BertModel
 from checkpoint import Run, load_model, load_state, prepare_folder, write_args, write_text
 from command_line import run_script
 from config import EXTRA_SOURCES, TASKS, TaskSpec, UserError
-from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, tokenize
+from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
@@ -43,6 +43,7 @@ from evaluation import (
 from extra_data import add_sources, held_out_keys
 from flags import (
     HEAD_DROPOUT_PROB,
+    cache_dir,
     check_outputs,
     data_file,
     get_args,
@@ -52,11 +53,13 @@ from flags import (
     resolve_args,
     resolve_machine,
 )
+from flat_memory import FlatMemory
 from heads import HEADS
 from multitask_bert import MultitaskBERT
-from optimizer import FlatMemory, lr_factor
-from pcgrad import GRAD_METHODS, cosine_matrix, gram_by_part, update_cosine_ema
+from optimizer import lr_factor
+from pcgrad import GRAD_METHODS, cosine_matrix, update_cosine_ema
 from report import plot_run
+from token_cache import tokenize_cached
 from tokenizer import BertTokenizer
 
 MAX_BAD_STEPS = 20  # steps in a row without a finite loss and gradient before a run gives up
@@ -109,17 +112,22 @@ def train_step(
         autocast: makes the context for mixed precision.
     """
     tasks = memory.tasks
-    memory.zero_grad()
+    memory.start_step([batch["input_ids"] for _, batches in slots for batch in batches])
     done = []  # (task number, loss, word pieces) of each batch; read at the end, so that a GPU need not wait
-    for slot, (task, batches) in enumerate(slots):
-        memory.point_grads(task)
-        weight = (task_weights or {}).get(task, 1.0)
-        for part, batch in enumerate(batches):
-            torch.manual_seed(make_seed(seed, step, slot, part))  # dropout depends on nothing else
-            with autocast():
-                loss = model.loss(task, batch)
-            (loss * (weight / len(batches))).backward()  # adds to this task's row and head; frees its graph
+    for part in range(max(len(batches) for _, batches in slots)):
+        # One pass for all tasks; each task's encoder gradient goes to its own row, see direct_grads.py.
+        chosen = [(task, batches[part], len(batches)) for task, batches in slots if part < len(batches)]
+        torch.manual_seed(make_seed(seed, step, part))  # dropout depends on nothing else
+        with autocast():
+            batch_losses = model.losses([(task, batch) for task, batch, _ in chosen], by_task=True)
+        total = sum(
+            loss * ((task_weights or {}).get(task, 1.0) / num_batches)
+            for loss, (task, _, num_batches) in zip(batch_losses, chosen, strict=True)
+        )
+        total.backward()
+        for loss, (task, batch, _) in zip(batch_losses, chosen, strict=True):
             done.append((tasks.index(task), loss.detach(), batch["attention_mask"].sum()))
+    memory.finish_grads()
     numbers = torch.tensor([number for number, _, _ in done])
     num_batches = numbers.bincount(minlength=len(tasks))
     losses = torch.zeros(len(tasks)).index_add(0, numbers, torch.stack([loss for _, loss, _ in done]).cpu())
@@ -128,7 +136,7 @@ def train_step(
 
     present = num_batches.nonzero().flatten()  # tasks that had a batch
     present_tasks = {tasks[k] for k in present}
-    part_grams = gram_by_part(memory.task_grads, memory.parts.values()).cpu()  # (parts, K, K)
+    part_grams = memory.part_grams().cpu()  # (parts, K, K)
     gram = part_grams.sum(0)
     weights = torch.zeros(len(tasks))
     finite = bool(losses[present].isfinite().all() and gram.isfinite().all())
@@ -146,7 +154,7 @@ def train_step(
     applied = finite and math.isfinite(grad_norm)
     if applied:
         scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
-        memory.combine((weights * scale).to(memory.task_grads.device))
+        memory.combine((weights * scale).to(memory.grad.device))
         if scale < 1:
             memory.grad[memory.num_shared :] *= scale
         memory.show_grads(present_tasks)
@@ -205,7 +213,9 @@ def tokenize_split(
     data = {}
     for task, rows in split_rows.items():
         joint = HEADS[head_name(args, task)].joint
-        data[task] = tokenize(rows, tokenizer, joint=joint, max_length=args.max_length)
+        data[task] = tokenize_cached(
+            rows, tokenizer, joint=joint, max_length=args.max_length, cache_dir=cache_dir(args)
+        )
         cut = int((data[task].sequences.lengths >= args.max_length).sum())
         if cut:
             print(f"{rows.path}: {cut} sequences reach the limit of {args.max_length} word pieces")

@@ -9,11 +9,12 @@ Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 COSINE_EMA_BETA = 0.01  # weight of the newest step in the running mean of cosines, as in GradVac
+CHUNK_SIZE = 2**18  # columns of a bfloat16 G that are converted at once
 BLOCK_SIZE = 2**14  # columns of G handled at once: K blocks stay in a core's cache, so G is read once
 
 
@@ -22,6 +23,8 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
 
     Summing per block first is also more exact than one long float32 sum.
     """
+    if task_grads.dtype == torch.bfloat16:
+        return sum(gram_matrix(chunk.float()) for chunk in task_grads.split(CHUNK_SIZE, dim=1))
     num_params = task_grads.shape[1]
     whole = num_params - num_params % BLOCK_SIZE
     blocks = task_grads[:, :whole].unflatten(1, (whole // BLOCK_SIZE, BLOCK_SIZE))
@@ -30,19 +33,13 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
     return torch.bmm(blocks, blocks.transpose(1, 2)).sum(0) + rest @ rest.T
 
 
-def gram_by_part(task_grads: torch.Tensor, parts: Iterable[list[slice]]) -> torch.Tensor:
-    """Inner products within each part of the encoder; their sum is the whole gram matrix.
-
-    Args:
-        task_grads: (K, P).
-        parts: for each part its columns.
-
-    Returns:
-        (number of parts, K, K); no part, as with a frozen encoder, gives (0, K, K).
-    """
-    num_tasks = len(task_grads)
-    grams = [sum(gram_matrix(task_grads[:, where]) for where in ranges) for ranges in parts]
-    return torch.stack(grams) if grams else task_grads.new_zeros(0, num_tasks, num_tasks)
+def weighted_sum(task_grads: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Write weights (K,) @ task_grads (K, P) to `out` (P,), in float32."""
+    if task_grads.dtype != torch.bfloat16:
+        torch.mv(task_grads.T, weights, out=out)
+        return
+    for chunk, part in zip(task_grads.split(CHUNK_SIZE, dim=1), out.split(CHUNK_SIZE), strict=True):
+        torch.mv(chunk.float().T, weights, out=part)
 
 
 def cosine_matrix(gram: torch.Tensor) -> torch.Tensor:

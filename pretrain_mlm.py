@@ -47,8 +47,9 @@ from flags import (
     source_list,
     task_list,
 )
+from flat_memory import has_weight_decay
 from multitask_classifier import catch_signals, make_autocast, make_seed
-from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor
+from optimizer import SCHEDULES, AdamW, lr_factor
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 HEAD_PREFIX = "cls.predictions."  # of the head's weights in Hugging Face's checkpoints

@@ -129,6 +129,10 @@ class BertTokenizer:
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
+    def settings(self) -> str:
+        """All that decides what a text becomes, the vocabulary included."""
+        return self._tokenizer.to_str()
+
     def __len__(self) -> int:
         """Number of word pieces: the smallest vocab_size of an encoder that can take every id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1

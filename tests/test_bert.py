@@ -4,6 +4,7 @@ Shapes: B sentences, T padded length, H hidden_size, M real word pieces.
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,8 +14,19 @@ from torch import nn
 
 import bert
 from base_bert import resolve_pretrained
-from bert import ACTIVATIONS, BertLayer, BertModel, Padding, dropout
+from bert import (
+    ACTIVATIONS,
+    MIN_WIDTH,
+    BertLayer,
+    BertModel,
+    CpuAttention,
+    Padding,
+    dropout,
+    keep_mask,
+    make_paddings,
+)
 from config import BertConfig, UserError
+from direct_grads import Packing
 
 TINY = {
     "vocab_size": 99,
@@ -165,9 +177,10 @@ def test_outputs_equal_hugging_face(references, name, training):
 
 
 @pytest.mark.parametrize("name", RANDOM_CASES)
-def test_gradients_equal_hugging_face(references, name):
-    model = load_case(name).double().train()
-    inputs = make_inputs(model.config)
+def test_gradients_equal_hugging_face(references, name, request):
+    model, inputs = load_case(name), make_inputs(load_case(name).config)
+    request.getfixturevalue("in_double")  # from here on: weights and inputs are drawn in float32
+    model.double().train()
     weigh_last, weigh_pooler = make_loss_weights(inputs, model.config.hidden_size)
     outputs = model(**inputs)
     loss = (outputs["last_hidden_state"] * weigh_last).sum() + (outputs["pooler_output"] * weigh_pooler).sum()
@@ -231,7 +244,8 @@ def test_layer_equals_torch_encoder_layer():
     ours_in = torch.randn(B, T, config.hidden_size).requires_grad_()
     theirs_in = ours_in.detach().clone().requires_grad_()
     padding = Padding(mask)
-    ours_out = padding.restore(ours(padding.remove(ours_in), padding))[mask]  # (real word pieces, H)
+    rows = ours(padding.remove(ours_in), Packing([padding.num_rows]), [padding])  # (M, H)
+    ours_out = padding.restore(rows)[mask]  # (real word pieces, H)
     theirs_out = theirs(theirs_in, src_key_padding_mask=~mask)[mask]  # (real word pieces, H)
     torch.testing.assert_close(ours_out, theirs_out, **FLOAT32)
     weigh = torch.randn(ours_out.shape)
@@ -309,26 +323,50 @@ def test_any_type_of_mask(dtype):
     assert torch.equal(model(**inputs)["last_hidden_state"], expected)
 
 
-def test_padding_moves_between_layouts(monkeypatch):
-    monkeypatch.setattr(bert, "ROW_MULTIPLE", 1)
+def test_padding_moves_between_layouts():
     padding = Padding(torch.tensor([[1, 0, 1], [0, 1, 0]]))
     x = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
     assert padding.remove(x).tolist() == [[1.0], [3.0], [5.0]]
     assert padding.restore(padding.remove(x)).tolist() == [[[1.0], [0.0], [3.0]], [[0.0], [5.0], [0.0]]]
+    assert padding.spread(padding.remove(x)).tolist() == [[[1.0], [1.0], [3.0]], [[1.0], [5.0], [1.0]]]
+    assert padding.key_bias.flatten(1).tolist() == [[0, -math.inf, 0], [-math.inf, 0, -math.inf]]
+    assert padding.num_rows == 3
     full = Padding(torch.ones(2, 3))
-    assert full.key_mask is None
-    assert torch.equal(full.restore(full.remove(x)), x)
+    assert full.key_mask is None and full.num_rows == 6
+    assert torch.equal(full.restore(full.remove(x)), x) and torch.equal(full.spread(full.remove(x)), x)
 
 
-@pytest.mark.parametrize(("multiple", "num_rows"), [(1, 9), (4, 12), (8, 16), (16, 16), (64, 16)])
+@pytest.mark.parametrize("mask", [[[1, 0, 1], [0, 1, 0]], [[1, 1, 1], [1, 1, 1]]])
+def test_a_wider_padding_has_the_same_rows(mask):
+    padding = Padding(torch.tensor(mask))
+    wide = padding.widen(5)
+    x = torch.arange(1.0, 13.0).view(2, 3, 2)
+    rows = padding.remove(x)
+    assert wide.num_rows == padding.num_rows
+    assert torch.equal(wide.mask, F.pad(padding.mask, (0, 2)))
+    assert torch.equal(wide.key_mask, wide.mask[:, None, None, :])
+    expected = F.pad(padding.restore(rows), (0, 0, 0, 2))  # (2, 5, 2), zeros at the new positions
+    assert torch.equal(wide.restore(rows), expected)
+    assert torch.equal(wide.remove(expected), rows)
+    assert (
+        torch.equal(wide.spread(rows)[wide.mask], expected[wide.mask]) and wide.spread(rows).isfinite().all()
+    )
+    assert padding.widen(3) is padding and padding.widen(2) is padding  # wide enough
+    assert padding.mask.shape == (2, 3)
+
+
+@pytest.mark.parametrize(("multiple", "num_rows"), [(1, 12), (4, 12), (8, 16), (16, 16), (64, 19)])
 def test_rows_are_filled_up_with_padding(monkeypatch, multiple, num_rows):
-    """9 real word pieces and 7 of padding; 16 is all there is beside the sentence without any."""
+    """3 + 9 real word pieces; the last batch has 7 of padding, the first none to give, nor a sentence without any."""
     monkeypatch.setattr(bert, "ROW_MULTIPLE", multiple)
-    mask = torch.tensor([[1] * 8, [1] + [0] * 7, [0] * 8])
-    rows = Padding(mask).rows
-    assert len(rows) == num_rows and rows.tolist() == sorted(set(rows.tolist()))
-    assert set(mask.flatten().nonzero().flatten().tolist()) <= set(rows.tolist())
-    assert rows.max() < 16
+    masks = [torch.tensor([[1, 1, 0, 1]]), torch.tensor([[1] * 8, [1] + [0] * 7, [0] * 8])]
+    first, last = make_paddings(masks)
+    assert first.rows.tolist() == [0, 1, 3]
+    assert first.num_rows + last.num_rows == num_rows
+    rows = last.rows.tolist()
+    assert rows == sorted(set(rows)) and max(rows) < 16
+    assert set(masks[1].flatten().nonzero().flatten().tolist()) <= set(rows)
+    assert torch.equal(last.mask, masks[1].bool())
 
 
 def test_filling_up_changes_no_result_and_no_gradient(monkeypatch):
@@ -344,6 +382,206 @@ def test_filling_up_changes_no_result_and_no_gradient(monkeypatch):
         )
     for plain, filled in zip(*outcomes, strict=True):
         torch.testing.assert_close(filled, plain, atol=1e-6, rtol=1e-4)  # float32 sums in another order
+
+
+# --- several batches in one pass ---------------------------------------------------------------------------------
+
+
+def make_batches(config):
+    """Padded batches of different lengths, one without padding, one of a single word piece, one above MIN_WIDTH."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for sentences, positions in ((5, 7), (3, 19), (2, 1), (4, 16), (1, 3)):
+        lengths = torch.randint(1, positions + 1, (sentences, 1), generator=generator)
+        mask = (torch.arange(positions) < lengths).long()
+        input_ids = torch.randint(1, config.vocab_size, (sentences, positions), generator=generator)
+        token_type_ids = torch.randint(0, config.type_vocab_size, (sentences, positions), generator=generator)
+        batches.append((input_ids, mask, token_type_ids))
+    batches[3][1][:] = 1
+    batches[1][1][0] = torch.arange(19) % 2  # padding at the start and in between
+    return batches
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_batches_encoded_together_are_as_each_alone(grad):
+    model = make_model(max_position_embeddings=19)
+    batches = make_batches(model.config)
+    assert min(ids.shape[1] for ids, _, _ in batches) < MIN_WIDTH < max(ids.shape[1] for ids, _, _ in batches)
+    with torch.set_grad_enabled(grad):
+        together = model.encode(batches)
+        assert len(together) == len(batches)
+        for batch, outputs in zip(batches, together, strict=True):
+            alone = model(*batch)
+            assert outputs["last_hidden_state"].shape == (*batch[0].shape, 32)
+            for key, expected in alone.items():
+                torch.testing.assert_close(outputs[key], expected, **FLOAT32)
+            assert (outputs["last_hidden_state"][batch[1] == 0] == 0).all()
+            assert (outputs["last_hidden_state"][batch[1] == 1] != 0).all()
+    backwards = model.encode(batches[::-1])[::-1]  # nothing depends on the order
+    for outputs, expected in zip(backwards, together, strict=True):
+        torch.testing.assert_close(outputs["last_hidden_state"], expected["last_hidden_state"], **FLOAT32)
+
+
+def test_word_pieces_are_laid_end_to_end_in_order(monkeypatch):
+    """What the embeddings see: real word pieces of the first batch, row by row, then those of the next."""
+    monkeypatch.setattr(bert, "ROW_MULTIPLE", 1)
+    model, seen = make_model(type_vocab_size=2), []
+    model.embeddings.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    first = torch.tensor([[[11, 12, 13], [14, 15, 16]], [[1, 0, 1], [1, 1, 0]], [[0, 0, 1], [1, 0, 0]]])
+    second = torch.tensor([[[21, 22]], [[1, 1]], [[1, 0]]])
+    model.encode([tuple(first), tuple(second)])
+    input_ids, position_ids, token_type_ids, packing = seen[0]
+    assert input_ids.tolist() == [11, 13, 14, 15, 21, 22]
+    assert position_ids.tolist() == [0, 2, 0, 1, 0, 1]
+    assert token_type_ids.tolist() == [0, 1, 1, 0, 1, 0]
+    assert packing.batches == [slice(0, 4), slice(4, 6)] and not packing.tasks
+
+
+def test_too_long_input_among_several():
+    model = make_model()
+    fits, too_long = (
+        (torch.ones(2, length, dtype=torch.long),) * 2 + (torch.zeros(2, length, dtype=torch.long),)
+        for length in (11, 12)
+    )
+    with pytest.raises(ValueError, match="12 positions.*at most 11"):
+        model.encode([fits, too_long])
+
+
+def test_linear_groups_are_all_linear_layers_once():
+    model = make_model()
+    grouped = [layer for group in model.linear_groups() for layer in group]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(layers)
+    for group in model.linear_groups():  # they share their input, so they have one width
+        assert len({layer.in_features for layer in group}) == 1
+    assert model.word_embeddings() is model.embeddings.word_embeddings.weight
+
+
+# --- attention written out by hand -------------------------------------------------------------------------------
+
+N, D = 3, 5  # heads and their width
+
+
+def make_attention(batches, seed=0, dtype=torch.float64):
+    """Random projections for padded batches, (M, 3 * N * D), and where they stand."""
+    masks = {
+        "full": torch.ones(2, 4),
+        "padded": torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]]),
+        "short": torch.ones(2, 1),
+        "long": (torch.arange(MIN_WIDTH + 2) < torch.tensor([[3], [MIN_WIDTH + 2]])).long(),
+    }
+    paddings = [Padding(masks[name]).widen(6) for name in batches]  # padding on the right of every rectangle
+    packing = Packing([padding.num_rows for padding in paddings])
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(packing.batches[-1].stop, 3 * N * D, generator=generator, dtype=dtype)
+    return qkv.requires_grad_(), packing, paddings
+
+
+def plain_attention(qkv, packing, paddings, dropout_prob=0.0):
+    """Sentence by sentence: softmax(Q K^T / sqrt(D)) V over real word pieces only, under automatic differentiation."""
+    context = torch.zeros(len(qkv), N * D, dtype=qkv.dtype)
+    for rows, padding in zip(packing.batches, paddings, strict=True):
+        num_sentences, width = padding.mask.shape
+        keep, scale = torch.ones(num_sentences * N, width, width), 1.0
+        if dropout_prob:
+            keep, scale = keep_mask(keep.shape, dropout_prob, keep.dtype)
+        positions = torch.arange(padding.mask.numel()) if padding.rows is None else padding.rows
+        for b in range(num_sentences):
+            inside = ((positions // width) == b).nonzero().flatten()  # rows of this sentence in its batch
+            where = positions[inside] % width
+            query, key, value = qkv[rows][inside].view(len(inside), 3, N, D).unbind(1)
+            for n in range(N):
+                probs = (query[:, n] @ key[:, n].T / math.sqrt(D)).softmax(-1)
+                kept = keep[b * N + n][where][:, where] * scale
+                part = torch.zeros_like(context)
+                part[rows.start + inside, n * D : (n + 1) * D] = (probs * kept) @ value[:, n]
+                context = context + part
+    return context
+
+
+@pytest.mark.parametrize("dropout_prob", [0.0, 0.3])
+@pytest.mark.parametrize("batches", [["full"], ["padded"], ["short"], ["padded", "long", "full", "short"]])
+def test_attention_equals_the_formula(in_double, batches, dropout_prob):
+    qkv, packing, paddings = make_attention(batches)
+    torch.manual_seed(5)
+    found = CpuAttention.apply(qkv, packing, paddings, N, dropout_prob)
+    torch.manual_seed(5)  # the same draws: dropped elements are the same
+    expected = plain_attention(qkv, packing, paddings, dropout_prob)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)  # float64
+    weigh = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
+    (found_grad,), (expected_grad,) = (
+        torch.autograd.grad((context * weigh).sum(), [qkv]) for context in (found, expected)
+    )
+    torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
+    query, key, value = expected_grad.view(len(qkv), 3, -1).unbind(1)
+    assert value.any() and (batches == ["short"] or (query.any() and key.any()))
+    if dropout_prob:
+        torch.manual_seed(5)
+        assert not torch.allclose(found, plain_attention(qkv, packing, paddings))
+
+
+@pytest.mark.parametrize("dropout_prob", [0.0, 0.5])
+def test_attention_gradient_equals_finite_differences(in_double, dropout_prob):
+    qkv, packing, paddings = make_attention(["padded", "full"])
+
+    def attend(qkv):
+        torch.manual_seed(2)
+        return CpuAttention.apply(qkv, packing, paddings, N, dropout_prob)
+
+    assert torch.autograd.gradcheck(attend, [qkv], fast_mode=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_attention_in_other_types(dtype, tolerance):
+    """Of the whole result's length: a few roundings to bfloat16, each by up to 2**-9 of a number, or to float32."""
+    qkv, packing, paddings = make_attention(["padded", "long"], dtype=dtype)
+    exact = qkv.detach().float().requires_grad_()
+    found = CpuAttention.apply(qkv, packing, paddings, N, 0.0)
+    expected = plain_attention(exact, packing, paddings)
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() / expected.norm() < tolerance
+    weigh = torch.randn(found.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    found.backward(weigh)
+    expected.backward(weigh.float())
+    assert qkv.grad.dtype == dtype
+    assert (qkv.grad.float() - exact.grad).norm() / exact.grad.norm() < tolerance
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_long_sentences_take_torchs_attention_and_come_to_the_same(monkeypatch, grad):
+    outcomes, calls, apply = [], [], CpuAttention.apply
+
+    def counted(*args):
+        calls.append(1)
+        return apply(*args)
+
+    for longest in (256, 18):  # one batch of the five has 19 positions
+        monkeypatch.setattr(bert, "MAX_CPU_WIDTH", longest)
+        model = make_model(max_position_embeddings=19)
+        calls.clear()
+        monkeypatch.setattr(CpuAttention, "apply", counted)
+        with torch.set_grad_enabled(grad):
+            outputs = model.encode(make_batches(model.config))
+        monkeypatch.undo()
+        assert len(calls) == (2 if longest == 256 else 0)  # layers
+        outcomes.append([output["last_hidden_state"] for output in outputs])
+        if grad:
+            sum(output.pow(3).sum() for output in outcomes[-1]).backward()
+            outcomes[-1] += [p.grad for name, p in model.named_parameters() if "pooler" not in name]
+    for ours, theirs in zip(*outcomes, strict=True):
+        scale = max(1.0, float(ours.detach().abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)  # float32
+
+
+def test_attention_keeps_the_share_that_its_dropout_leaves():
+    """With value 1 everywhere the context is the sum of what dropout leaves of each row: 1 on average."""
+    padding = Padding(torch.ones(40, 20))
+    qkv = torch.randn(800, 3 * N * D, generator=torch.Generator().manual_seed(0))
+    qkv[:, 2 * N * D :] = 1.0
+    torch.manual_seed(0)
+    context = CpuAttention.apply(qkv, Packing([800]), [padding], N, 0.25)
+    # 2400 rows of 20 draws each, of about equal weight: an error of about sqrt(1/3 / 48000) = 0.003.
+    assert context.mean().item() == pytest.approx(1, abs=0.02) and context.std() > 0.05
 
 
 # --- limits ------------------------------------------------------------------------------------------------------
@@ -386,25 +624,19 @@ def test_bfloat16_autocast(grad):
         assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "pooler" not in name)
 
 
-def test_sparse_embedding_gradient_adds_to_the_dense_one():
-    inputs = make_inputs(tiny_config())
-    grads = {}
-    for sparse_grad in (False, True):
-        model = make_model()
-        model.embeddings.sparse_grad = sparse_grad
-        weight = model.embeddings.word_embeddings.weight
-        weight.grad = torch.ones_like(weight)
-        grad = weight.grad
-        model(**inputs)["last_hidden_state"].pow(3).sum().backward()
-        assert weight.grad is grad and not grad.is_sparse
-        grads[sparse_grad] = grad
-    torch.testing.assert_close(grads[True], grads[False], rtol=1e-6, atol=1e-5)
-    model.zero_grad()
-    model(**inputs)["last_hidden_state"].sum().backward()
-    assert weight.grad.is_sparse  # so only the rows in use were written above
+def test_word_embedding_gradient_is_dense_and_adds_up():
+    """Ordinary gradients; those that are kept by task are in test_direct_grads.py."""
+    model, inputs = make_model(), make_inputs(tiny_config())
+    weight = model.word_embeddings()
+    model(**inputs)["last_hidden_state"].pow(3).sum().backward()
+    alone = weight.grad.clone()
+    weight.grad = torch.ones_like(weight)
+    grad = weight.grad
+    model(**inputs)["last_hidden_state"].pow(3).sum().backward()
+    assert weight.grad is grad and not grad.is_sparse
+    torch.testing.assert_close(grad, 1 + alone, rtol=1e-6, atol=1e-5)
     seen = inputs["input_ids"][inputs["attention_mask"].bool()].unique()
-    touched = (grads[True] != 1).any(1).nonzero().squeeze(1)
-    assert torch.equal(touched, seen)
+    assert torch.equal(alone.any(1).nonzero().squeeze(1), seen)
 
 
 # --- dropout -----------------------------------------------------------------------------------------------------
@@ -499,21 +731,56 @@ def test_dropout_of_a_transposed_view():
     assert ((y == 0) | (y == 2 * x)).all() and (y == 0).any() and (y != 0).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("p", "training"), [(0.5, True), (0.5, False), (0.0, True)])
+def test_dropout_adds_the_residual_afterwards(p, training, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, residual, grad = torch.randn(3, 7, 5, generator=generator).to(dtype)
+    x, residual = x.requires_grad_(), residual.requires_grad_()
+    torch.manual_seed(1)
+    expected = dropout(x, p, training) + residual
+    expected_grads = torch.autograd.grad(expected, [x, residual], grad)
+    torch.manual_seed(1)
+    found = dropout(x, p, training, residual)
+    # p = 1/2 scales by 2 exactly, so both ways round once.
+    assert torch.equal(found, expected) and found.dtype == dtype
+    for one, other in zip(torch.autograd.grad(found, [x, residual], grad), expected_grads, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_keep_mask_and_its_scale():
+    torch.manual_seed(0)
+    keep, scale = keep_mask((1000, 3), 0.25, torch.bfloat16)
+    assert keep.shape == (1000, 3) and keep.dtype == torch.bfloat16
+    assert set(keep.unique().tolist()) == {0.0, 1.0} and scale == 4 / 3
+    assert keep_mask((5,), 0.1, torch.float32)[1] == 65536 / 58982  # 6554 of 65536 are dropped
+    keep, scale = keep_mask((5,), 1 - 2**-20, torch.float32)
+    assert scale == 65536  # something is always kept
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_stands_where_bert_has_it(monkeypatch, training):
     calls = []
 
-    def record(x, p, training):
-        calls.append((tuple(x.shape), p, training))
-        return x
+    def record(x, p, training, residual=None):
+        calls.append(("hidden", tuple(x.shape), p, training, residual is not None))
+        return x if residual is None else x + residual
+
+    def record_mask(shape, p, dtype):
+        calls.append(("probs", tuple(shape), p))
+        return torch.ones(shape, dtype=dtype), 1.0
 
     monkeypatch.setattr(bert, "dropout", record)
+    monkeypatch.setattr(bert, "keep_mask", record_mask)
     model = make_model(num_hidden_layers=1, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
     inputs = make_inputs(model.config)
     model.train(training)(**inputs)
-    hidden = ((len(Padding(inputs["attention_mask"]).rows), 32), 0.2, training)
-    probs = ((B, 4, T, T), 0.3 if training else 0.0, training)
-    assert calls == [hidden, probs, hidden, hidden]  # embeddings, attention, attention output, feed-forward
+    [padding] = make_paddings([inputs["attention_mask"]])
+    embeddings, hidden = (
+        ("hidden", (padding.num_rows, 32), 0.2, training, residual) for residual in (False, True)
+    )
+    probs = [("probs", (B * 4, MIN_WIDTH, MIN_WIDTH), 0.3)] * training
+    assert calls == [embeddings, *probs, hidden, hidden]  # attention, attention output, feed-forward
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

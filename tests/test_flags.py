@@ -8,10 +8,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import checkpoint
+import flags as flags_module
 import multitask_classifier
+import token_cache
 from command_line import run_script
+from compiled import PLAIN, find_compiler
 from config import TASKS, BertConfig, UserError
-from flags import get_args, idle_flags, make_parser, resolve_args
+from flags import cache_dir, get_args, idle_flags, make_parser, resolve_args
 from tests.tiny import make_data, make_encoder
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu --head_lr 0.01 --lr 0.01"
@@ -211,6 +215,48 @@ def test_patience(run):
     ]  # nothing changes, so 2 is no better than 1
 
 
+def test_compile(run, monkeypatch):
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler here")
+    seen = []
+    monkeypatch.setattr(checkpoint, "compile_passes", lambda: seen.append("compiled") or PLAIN)
+    assert stored_args(run())["compile"] == "off" and not seen  # auto: three steps are too few
+    assert stored_args(run("--compile on"))["compile"] == "on" and seen == ["compiled"]
+
+
+def test_compile_auto_asks_for_a_long_run_and_a_compiler(monkeypatch):
+    def chosen(flags, compiler="/usr/bin/g++"):
+        monkeypatch.setattr(flags_module, "find_compiler", lambda: compiler)
+        args = get_args(["--device", "cpu", *flags.split()])
+        resolve_args(args, BertConfig(), {"sst": 9, "para": 9, "sts": 9})
+        return args.compile
+
+    assert chosen("--max_steps 5000") == "on"
+    assert chosen("--max_steps 5000 --compile off") == "off"
+    assert chosen("--max_steps 5000", compiler=None) == "off"
+    assert chosen("--max_steps 5000 --freeze_encoder") == "off"
+    assert chosen("--max_steps 5") == "off"
+    with pytest.raises(UserError, match="^--compile on: no C"):
+        chosen("--compile on", compiler=None)
+
+
+def test_cache_dir(run, place, monkeypatch):
+    monkeypatch.setattr(token_cache, "MIN_EXAMPLES", 1)
+    cached = run("--cache_dir {place}/cache")
+    names = {path.name for path in (place / "cache").iterdir()}
+    assert len(names) == 9  # three splits of three tasks
+    assert same_weights(run(), cached)
+    monkeypatch.setattr(token_cache, "tokenize", None)  # would be called if anything were not in the cache
+    assert same_weights(cached, run("--cache_dir {place}/cache --log_every 1"))
+    assert {path.name for path in (place / "cache").iterdir()} == names
+
+
+def test_cache_dir_empty_is_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir(get_args(["--cache_dir", ""])) is None
+    assert cache_dir(get_args([])) == tmp_path / "minbert-multitask"
+
+
 def test_output_dir_default_names_the_settings():
     args = get_args(["--device", "cpu", "--seed", "7", "--tasks", "sst,sts", "--sts_head", "cosine"])
     resolve_args(args, BertConfig(), {"sst": 9, "sts": 9})
@@ -267,7 +313,17 @@ OTHERS = {
         "select_by",
         "patience",
     ),
-    *("output_dir", "resume", "overwrite", "eval_only", "predict_only", "device", "use_gpu"),
+    *(
+        "compile",
+        "cache_dir",
+        "output_dir",
+        "resume",
+        "overwrite",
+        "eval_only",
+        "predict_only",
+        "device",
+        "use_gpu",
+    ),
     *(f"{task}_{split}" for task in TASKS for split in ("dev", "test")),
     *(f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")),
 }

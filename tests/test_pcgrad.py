@@ -9,14 +9,15 @@ import torch
 
 from pcgrad import (
     BLOCK_SIZE,
+    CHUNK_SIZE,
     COSINE_EMA_BETA,
     GRAD_METHODS,
     cosine_matrix,
     gradvac,
-    gram_by_part,
     gram_matrix,
     pcgrad,
     update_cosine_ema,
+    weighted_sum,
 )
 
 CONFLICT = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # two tasks whose gradients point apart
@@ -92,13 +93,49 @@ def test_gram_matrix_by_hand():
     assert torch.equal(gram_matrix(CONFLICT), expected)  # small whole numbers are exact
 
 
-def test_gram_by_part_by_hand():
-    grads = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    parts = [[slice(0, 1), slice(2, 3)], [slice(1, 2)]]
-    expected = torch.tensor([[[10.0, 22.0], [22.0, 52.0]], [[4.0, 10.0], [10.0, 25.0]]])
-    assert torch.equal(gram_by_part(grads, parts), expected)
-    assert torch.equal(gram_by_part(grads, parts).sum(0), gram_matrix(grads))
-    assert gram_by_part(grads, []).shape == (0, 2, 2)
+# Rows of more than one chunk, and a size that no chunk or block divides.
+CHUNK_SIZES = [0, 1, 7, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + BLOCK_SIZE + 11]
+
+
+@pytest.mark.parametrize("num_params", CHUNK_SIZES)
+def test_gram_matrix_of_bfloat16_multiplies_exactly_and_sums_in_float32(num_params):
+    grads = torch.randn(3, num_params, generator=seeded(num_params)).bfloat16()
+    gram = gram_matrix(grads)
+    exact = grads.double() @ grads.double().T
+    assert gram.shape == (3, 3) and gram.dtype == torch.float32
+    # As for float32: rounding even once to bfloat16 would be off by 4e-3.
+    scale = float(exact.diagonal().max()) if num_params else 1.0
+    torch.testing.assert_close(gram.double(), exact, rtol=0, atol=1e-5 * scale)
+
+
+def test_gram_matrix_of_bfloat16_by_hand():
+    assert torch.equal(gram_matrix(CONFLICT.bfloat16()), torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
+    # 65537 takes 17 bits, 1 + 2**-16 as many: with the 8 of bfloat16 they would be 65536 and 1.
+    grads = torch.tensor([[256.0, 1.0, 2**-5], [1.0, 2**-8, 0.0]]).bfloat16()
+    expected = torch.tensor([[65537.0 + 2**-10, 256 + 2**-8], [256 + 2**-8, 1 + 2**-16]])
+    torch.testing.assert_close(gram_matrix(grads), expected, rtol=1e-7, atol=0)  # float32: 2**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("num_params", CHUNK_SIZES)
+def test_weighted_sum_equals_the_product_in_float64(num_params, num_tasks, dtype):
+    generator = seeded(num_params)
+    grads = torch.randn(num_tasks, num_params, generator=generator).to(dtype)
+    weights = torch.randn(num_tasks, generator=generator)
+    out = torch.full((num_params,), math.nan)
+    kept, kept_weights = grads.clone(), weights.clone()
+    assert weighted_sum(grads, weights, out) is None
+    # float32: three products of order 1, added
+    torch.testing.assert_close(out.double(), weights.double() @ grads.double(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(grads, kept) and torch.equal(weights, kept_weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighted_sum_by_hand_writes_into_its_place_only(dtype):
+    buffer = torch.full((5,), 9.0)
+    weighted_sum(CONFLICT.to(dtype), torch.tensor([0.5, -2.0]), buffer[1:4])
+    assert buffer.tolist() == [9.0, -14.0, -1.5, -1.5, 9.0]
 
 
 def test_cosine_matrix_of_several_grams():

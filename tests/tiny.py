@@ -7,6 +7,7 @@ import torch
 
 from bert import BertModel
 from config import EXTRA_SOURCES, TASKS, BertConfig
+from flat_memory import FlatMemory
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
@@ -56,3 +57,10 @@ def make_data(folder: Path, start: int = 0) -> Path:
     ]
     path.write_text("\n".join(["sentence_A\tsentence_B\trelatedness_score", *lines]) + "\n", encoding="utf-8")
     return folder
+
+
+def shared_grads(memory: FlatMemory) -> torch.Tensor:
+    """All task gradients of the encoder, in the order of the flat buffer, (K, P)."""
+    borders = (0, memory.matrices.start, memory.matrices.stop, memory.num_shared)
+    pieces = [memory._stored(slice(borders[n], borders[n + 1])) for n in range(3)]
+    return torch.cat([piece.float() for piece in pieces], dim=1)
