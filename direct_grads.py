@@ -130,6 +130,8 @@ class DirectLayerNorm(torch.autograd.Function):
 def layer_norm(x: torch.Tensor, packing: Packing, layer: nn.LayerNorm) -> torch.Tensor:
     """LayerNorm over the last dimension: (M, H) -> (M, H)."""
     if is_direct(packing, layer.weight):
+        if x.device.type != "cpu":  # only the CPU's kernel takes bfloat16 input with float32 weights
+            x = x.to(layer.weight.dtype)
         return DirectLayerNorm.apply(x, packing, layer.weight, layer.bias, layer.eps)
     return layer(x)
 
