@@ -74,6 +74,8 @@ def is_direct(packing: Packing, *params: nn.Parameter) -> bool:
 
 
 class DirectLinear(torch.autograd.Function):
+    """Linear layers in one slot; the parameters' gradients go to the slots, only the input's is returned."""
+
     @staticmethod
     def forward(ctx, x, packing, weight, bias, *params):  # params: for autograd to see that there is work
         x = x.to(weight.weight.dtype)
@@ -103,6 +105,8 @@ def linear(x: torch.Tensor, packing: Packing, *layers: nn.Linear) -> torch.Tenso
 
 
 class DirectLayerNorm(torch.autograd.Function):
+    """LayerNorm; the same."""
+
     @staticmethod
     def forward(ctx, x, packing, weight, bias, eps):
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -137,6 +141,8 @@ def layer_norm(x: torch.Tensor, packing: Packing, layer: nn.LayerNorm) -> torch.
 
 
 class DirectEmbedding(torch.autograd.Function):
+    """Table look-up; the gradient is added to the rows of the words that were looked up."""
+
     @staticmethod
     def forward(ctx, weight, ids, packing):
         ctx.save_for_backward(ids)

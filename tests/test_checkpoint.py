@@ -9,7 +9,8 @@ import torch
 
 import checkpoint
 from bert import BertModel
-from checkpoint import copy_tensors, load_model, load_state, load_tensors, recover, save_checkpoint
+from checkpoint import Run, copy_tensors, load_model, load_state, load_tensors, recover, save_checkpoint
+from compiled import PLAIN, Passes
 from config import TASKS, UserError
 from multitask_bert import MultitaskBERT
 from tests.tiny import make_config, make_encoder
@@ -30,6 +31,27 @@ def same(a, b):
     return all(
         torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
+
+
+def settings(folder, **changes):
+    options = {"precision": "fp32", "grad_accum": 1, "compile": "off", "lr": 0.1, "head_lr": 0.1}
+    options |= {"weight_decay": 0.0, "rectify": False, "tasks": ("sst",), "output_dir": str(folder)}
+    return Namespace(**options | changes)
+
+
+def test_run_trains_with_the_passes_and_types_that_its_flags_say(tokenizer, tmp_path, monkeypatch):
+    passes = Passes(adamw_update=lambda *args: None)
+    monkeypatch.setattr(checkpoint, "compile_passes", lambda: passes)
+    for compiled, expected in (("on", passes), ("off", PLAIN)):
+        run = Run(settings(tmp_path, compile=compiled), make_model(tokenizer), tokenizer)
+        assert run.memory.passes is expected and run.optimizer.update is expected.adamw_update
+    types = {("fp32", 1): None, ("bf16", 1): torch.bfloat16, ("bf16", 2): torch.bfloat16}
+    for (precision, grad_accum), copy in types.items():
+        args = settings(tmp_path, precision=precision, grad_accum=grad_accum)
+        memory = Run(args, make_model(tokenizer), tokenizer).memory
+        assert getattr(memory.weight_copy, "dtype", None) == copy
+        # Sums of several batches are kept in float32.
+        assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and grad_accum == 1 else torch.float32)
 
 
 def test_round_trip(tokenizer, tmp_path):
