@@ -1,31 +1,32 @@
-"""Saving and loading a run: a checkpoint is a folder of safetensors and JSON, whole or not there at all.
+"""Files that are whole or not there at all, and checkpoints: folders of safetensors and JSON that carry checksums.
 
-`best/` holds a model; `last/` also holds what training needs to go on. Both read as a Hugging Face BERT folder,
-so `--pretrained RUN/best` starts from the encoder of another run.
+A checkpoint is written beside the one before it, put on disk, then given its name by a rename. The one before moves on
+from `last/` to `last.1/`, and so on. `SHA256SUMS`, written last, is in the form that `sha256sum -c` reads. Every
+checkpoint is also a Hugging Face BERT folder, so `--pretrained RUN/best` starts from the encoder of another run.
 """
 
+import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
-from argparse import Namespace
+from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from compiled import PLAIN, compile_passes
-from config import TASKS, UserError
-from evaluation import PREDICTION_STYLES, prediction_name
+from config import UserError, read_json
 from multitask_bert import MultitaskBERT
-from optimizer import AdamW
 from tokenizer import BertTokenizer
 
-STATE_FILE = "state.json"  # written last: a folder that holds it is complete
+SUMS_FILE = "SHA256SUMS"  # written last: a folder that holds it is complete
+STATE_FILE = "state.json"
+
+
+# --- whole files -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -33,10 +34,12 @@ def whole_file(path: Path):
     """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill; were it a link, we would write to wherever it points
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
 
@@ -45,42 +48,6 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
-
-
-def save_checkpoint(
-    folder: Path,
-    model: MultitaskBERT,
-    tokenizer: BertTokenizer,
-    optimizer_tensors: dict[str, torch.Tensor],
-    state: dict,
-) -> None:
-    """Write a checkpoint folder so that a kill at any moment leaves the previous one or the new one.
-
-    Args:
-        optimizer_tensors: name -> tensor; empty for a checkpoint that is not meant to be resumed.
-        state: anything that JSON holds exactly.
-    """
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    model.bert.config.to_json(new / "config.json")
-    tokenizer.save_pretrained(new)
-    save_file(cpu_tensors(model.state_dict()), new / "model.safetensors", metadata={"format": "pt"})
-    if optimizer_tensors:
-        save_file(cpu_tensors(optimizer_tensors), new / "optimizer.safetensors")
-    (new / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for path in new.iterdir():
-        sync(path)
-    recover(folder)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def cpu_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def sync(path: Path) -> None:
@@ -92,35 +59,152 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def recover(folder: Path) -> None:
-    """Finish a replacement that was cut off between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists():
-        if folder.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, folder)
+# --- checkpoint folders ------------------------------------------------------------------------------------------
+
+
+def numbered(folder: Path, number: int) -> Path:
+    """Where a checkpoint is after `number` newer ones: `last`, `last.1`, `last.2`, ..."""
+    return folder.with_name(f"{folder.name}.{number}") if number else folder
+
+
+def versions(folder: Path) -> list[Path]:
+    """A checkpoint and those before it, newest first; a kill between two renames may leave a gap."""
+    endings = (path.name.removeprefix(folder.name + ".") for path in folder.parent.glob(folder.name + ".*"))
+    numbers = sorted(int(ending) for ending in endings if ending.isascii() and ending.isdecimal())
+    return [path for path in (numbered(folder, number) for number in [0, *numbers]) if path.is_dir()]
+
+
+def write_checkpoint(folder: Path, write: Callable[[Path], None], keep: int = 1) -> None:
+    """Write a checkpoint so that a kill, a power cut or a full disk at any moment leaves it or the one before.
+
+    Args:
+        write: fills an empty folder with files.
+        keep: how many to keep, this one included.
+    """
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        sums = {path.name: file_digest(path) for path in sorted(new.iterdir())}
+        (new / SUMS_FILE).write_text(sums_text(sums), encoding="utf-8")
+        for path in [*new.iterdir(), new]:
+            sync(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # on a full disk, give back what it took
+        raise
+    gap = next(number for number in count() if not numbered(folder, number).exists())
+    for number in range(gap, 0, -1):
+        os.replace(numbered(folder, number - 1), numbered(folder, number))
+    os.replace(new, folder)
+    sync(folder.parent)
+    for path in versions(folder)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a checkpoint, those before it, and what a kill left of a new one."""
+    for path in [*versions(folder), folder.with_name(folder.name + ".new")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sums_text(sums: dict[str, str]) -> str:
+    """Digests by file name, as `sha256sum` writes them."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if all are as they were written."""
+    path = folder / SUMS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+        if text != sums_text(sums):
+            return f"{path}: damaged"
+        present = {file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".txt")}
+        for name in sorted(present | set(sums)):
+            if name not in sums or name != Path(name).name:
+                return f"{path}: damaged, or {name!r} is not of this checkpoint"
+            if file_digest(folder / name) != sums[name]:
+                return f"{folder / name}: damaged (its checksum is not that in {SUMS_FILE})"
+    except FileNotFoundError as error:
+        return f"{error.filename}: missing"
+    except (OSError, ValueError) as error:
+        return f"{path}: cannot be read ({error})"
+    return None
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged one of a checkpoint and those before it; None if there is none at all. Warns of damage.
+
+    Raises:
+        UserError: if there are some, all damaged.
+    """
+    damages = []
+    for path in versions(folder):
+        damage = find_damage(path)
+        if damage is None:
+            for text in damages:
+                print(f"warning: {text}; going on with {path} instead", flush=True)
+            return path
+        damages.append(damage)
+    if damages:
+        raise UserError(f"{'; '.join(damages)}; no undamaged checkpoint is left there")
+    return None
+
+
+def need_checkpoint(folder: Path) -> Path:
+    """As `find_checkpoint`, but there has to be one."""
+    path = find_checkpoint(folder)
+    if path is None:
+        raise UserError(f"{folder}: no checkpoint there")
+    return path
+
+
+# --- what is in them ---------------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, model: MultitaskBERT, tokenizer: BertTokenizer, state: dict) -> None:
+    """Write a model's weights, sizes and vocabulary.
+
+    Args:
+        state: anything that JSON holds exactly.
+    """
+    model.bert.config.to_json(folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    save_tensors(model.state_dict(), folder / "model.safetensors")
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path, model: MultitaskBERT) -> None:
+    """Load a checkpoint's weights into a model of the same shape."""
+    path = folder / "model.safetensors"
+    copy_tensors(load_tensors(path), model.state_dict(), path)
 
 
 def load_state(folder: Path) -> dict:
     """The JSON part of a checkpoint.
 
     Raises:
-        UserError: if there is no complete checkpoint.
+        UserError: if it is missing or damaged.
     """
-    recover(folder)
-    try:
-        return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no checkpoint there") from None
-    except ValueError as error:
-        raise UserError(f"{folder / STATE_FILE}: damaged ({error})") from None
+    return read_json(folder / STATE_FILE)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: missing or damaged ({error})") from None
 
 
@@ -140,142 +224,3 @@ def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
-
-
-def load_model(folder: Path, model: MultitaskBERT) -> None:
-    """Load a checkpoint's weights into a model of the same shape."""
-    copy_tensors(load_tensors(folder / "model.safetensors"), model.state_dict(), folder / "model.safetensors")
-
-
-def prepare_folder(args: Namespace) -> None:
-    """Make the run folder; one that holds a checkpoint is only emptied, of its run's files, with --overwrite.
-
-    A run that ended before its first checkpoint has nothing to lose: its command can simply be given again.
-    """
-    folder = Path(args.output_dir)
-    if (folder / "args.json").exists():
-        started = any((folder / name).exists() for name in ("last", "last.old", "best", "best.old"))
-        if started and not args.overwrite:
-            raise UserError(
-                f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
-            )
-        for name in ("last", "best"):
-            for ending in ("", ".old", ".new"):
-                shutil.rmtree(folder / (name + ending), ignore_errors=True)
-        names = [
-            "predictions/" + prediction_name(task, split, style)
-            for task in TASKS
-            for split in ("dev", "test")
-            for style in PREDICTION_STYLES
-        ]
-        page = [
-            *folder.glob("report/*.png"),
-            folder / "curves.png",
-            folder / "report.md",
-            folder / "report.html",
-        ]
-        for path in [
-            *page,
-            *(folder / name for name in (*names, "metrics.jsonl", "scores.json", "args.json")),
-        ]:
-            path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def describe_machine(device: str) -> dict:
-    """What a run's time depends on: processor, cores, threads of tensor operations, GPU."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() says little or nothing there
-    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-    machine = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if torch.device(device).type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return machine
-
-
-def write_args(args: Namespace, facts: dict) -> None:
-    """Write a run's `args.json`: every setting, the commands that started and resumed it, versions, the machine.
-
-    Args:
-        facts: what else should be known about the run, as JSON.
-    """
-    path = Path(args.output_dir) / "args.json"
-    commands = json.loads(path.read_text(encoding="utf-8"))["commands"] if path.exists() else []
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    content = {"args": vars(args), "commands": [*commands, sys.argv], "versions": versions}
-    content |= {"machine": describe_machine(args.device), **facts}
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-class Run:
-    """A run folder: settings, log, checkpoints, and the numbers that a resumed run needs besides the weights."""
-
-    def __init__(self, args: Namespace, model: MultitaskBERT, tokenizer: BertTokenizer):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.folder = Path(args.output_dir)
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        passes = compile_passes() if args.compile == "on" else PLAIN
-        self.memory = model.make_memory(dtype, dtype if args.grad_accum == 1 else torch.float32, passes)
-        groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
-        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify, update=passes.adamw_update)
-        self.state = {
-            "step": 0,
-            "task_batches": dict.fromkeys(args.tasks, 0),  # drawn so far
-            "tokens": 0,
-            "bad_steps": 0,  # skipped since the last good one
-            "skipped_steps": 0,  # in all
-            "cosine_ema": None,
-            "best_score": None,
-            "best_step": None,
-            "evals_without_gain": 0,
-            "optimizer_steps": [],
-            "window": [],  # what the next line of the log averages
-        }
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments by name; `state["optimizer_steps"]` has its counters."""
-        return {
-            f"{owner}.{'decay' if decays else 'no_decay'}.{key}": self.optimizer.state[param][key]
-            for (owner, decays), param in self.memory.flat_params.items()
-            for key in ("exp_avg", "exp_avg_sq")
-            if param in self.optimizer.state
-        }
-
-    def save_last(self) -> None:
-        counters = [self.optimizer.state[param].get("step", 0) for param in self.memory.flat_params.values()]
-        self.state["optimizer_steps"] = counters
-        save_checkpoint(
-            self.folder / "last", self.model, self.tokenizer, self.optimizer_tensors(), self.state
-        )
-
-    def save_best(self, summary: dict) -> None:
-        state = {"step": self.state["step"], "dev": summary}
-        save_checkpoint(self.folder / "best", self.model, self.tokenizer, {}, state)
-
-    def load_last(self) -> None:
-        """Continue from `last/`: weights, moments, counters; lines of the log that were written after it go."""
-        folder = self.folder / "last"
-        self.state = load_state(folder)
-        load_model(folder, self.model)
-        for param, step in zip(self.memory.flat_params.values(), self.state["optimizer_steps"], strict=True):
-            if step:
-                moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-                self.optimizer.state[param].update(step=step, **moments)
-        path = folder / "optimizer.safetensors"
-        copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        write_text(log, "".join(line for line in lines if self.is_past(line)))
-
-    def is_past(self, line: str) -> bool:
-        """Whether a line of the log is whole and not from after the checkpoint."""
-        try:
-            return json.loads(line)["step"] <= self.state["step"]
-        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
-            return False
-
-    def log(self, line: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")

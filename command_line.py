@@ -1,11 +1,13 @@
-"""What every script's command line shares: errors in one line, checked numbers, exit codes."""
+"""What every script's command line shares: errors in one line, checked numbers, signals, exit codes."""
 
 import argparse
 import ctypes
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +21,12 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports an error as one line; the usage of this many flags would bury it."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def printable(text: str) -> str:
+    """Text in one line, whatever a file or a file name has put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def number(
@@ -60,19 +67,110 @@ def keep_freed_memory() -> None:
         pass
 
 
+# --- signals -----------------------------------------------------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGINT came, and nothing had to be finished first."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+class Signals(list):
+    """Numbers of the signals that have come, for work that stops where it can be taken up again."""
+
+    def __init__(self):
+        super().__init__()
+        self.interrupts = False
+
+    @contextmanager
+    def stop_at_once(self):
+        """Raise `Stopped` when one comes; for long parts that change nothing."""
+        self.interrupts = True
+        try:
+            if self:
+                raise Stopped(self[0])
+            yield
+        finally:
+            self.interrupts = False
+
+
+@contextmanager
+def handle_signals(receive: Callable):
+    """Let SIGINT and SIGTERM call `receive(number, frame)`; outside the main thread they are left as they are."""
+    before = {}
+    with suppress(ValueError):  # not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def catch_signals():
+    """Collect SIGINT and SIGTERM in the `Signals` that this yields; a second one ends the process at once."""
+    signals = Signals()
+
+    def receive(number, frame):
+        signals.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if signals.interrupts:
+            raise Stopped(number)
+
+    with handle_signals(receive):
+        yield signals
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is torch's, of GPU or CPU, or Python's way to say so."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "t allocate memory" in str(error) or "bad_alloc" in str(error)
+    )
+
+
+@contextmanager
+def explain_memory(explain: Callable[[], str]):
+    """Turn a lack of memory into one line that says for what, and what makes it smaller."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {explain()}") from None
+
+
 def run_script(prog: str, work: Callable[[], None]) -> int:
     """Run a script's work and turn what the user can mend into one line.
 
     Returns:
-        the exit code: 0; 2 for an error; 130 after Ctrl-C; 141 when the reader of a pipe is gone.
+        the exit code: 0; 2 for an error; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM; 141 when the reader of a
+        pipe is gone.
     """
+
+    def stop(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):  # a second one need not wait for files to be removed
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
     keep_freed_memory()
     try:
-        work()
+        with handle_signals(stop):
+            work()
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:
         # Python flushes once more at its end; let that go nowhere instead of failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,7 +181,9 @@ def run_script(prog: str, work: Callable[[], None]) -> int:
         message = f"{error.filename or 'writing'}: {error.strerror or error}"
     except SafetensorError as error:  # the same, while tensors are written
         message = f"a checkpoint could not be written ({error})"
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory; try a smaller --batch_size with a larger --grad_accum ({str(error).splitlines()[0]})"
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = "out of memory; try a smaller --batch_size with a larger --grad_accum"
+    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
     return 2

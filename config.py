@@ -5,7 +5,10 @@ from these rows. BERT: https://arxiv.org/abs/1810.04805.
 """
 
 import json
-import math
+import os
+import reprlib
+import stat
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,22 +22,79 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
+MAX_TEXT_BYTES = 2**24  # of JSON, a vocabulary, predictions; the largest real one has half of it
+MAX_DATA_BYTES = 2**28  # of a file of sentences; Quora has a tenth of it
+
+shorten = reprlib.Repr()
+shorten.maxstring = shorten.maxother = shorten.maxlong = 60
+shorten.maxlevel = 2
+
+# What a config.json may say besides sizes that would make another encoder of the same weights.
+PLAIN_BERT = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
 class UserError(ValueError):
     """Something the user can mend; scripts print it as one line and exit with code 2."""
 
 
+def quote(value: object) -> str:
+    """A value from a file as a message shows it: its repr, cut, so that it can neither flood nor steer a terminal."""
+    return shorten.repr(value)
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Text from elsewhere for the middle of a message: as `quote`, but without quotation marks."""
+    text = " ".join(str(text)[: 10 * limit].split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether a path leads to a plain file; opening a pipe would wait for its other end.
+
+    Raises:
+        OSError: if there is nothing.
+    """
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Read a whole file of moderate size.
+
+    Raises:
+        UserError: if it cannot be read, is no regular file, or has more than `max_bytes`.
+    """
+    try:
+        if not is_regular(path):
+            raise UserError(f"{path}: cannot be read (not a regular file)")
+        with open(path, "rb") as file:
+            contents = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(contents) > max_bytes:
+        raise UserError(f"{path}: too large; expected at most {max_bytes // 2**20} MiB")
+    return contents
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose every key stands there once: which of two is meant cannot be known."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {quote(twice)} stands there twice")
+    return values
+
+
 def read_json(path: str | Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        UserError: if it cannot be read, or holds something else.
+        UserError: if it cannot be read, holds something else, or a key twice.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        values = json.loads(read_bytes(path).decode("utf-8"), object_pairs_hook=unique_keys)
+    except UserError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(values, dict):
@@ -64,41 +124,50 @@ class BertConfig:
         for name in SIZES:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise UserError(f"BertConfig {name} is {value!r}; expected a whole number of at least 1")
+                raise UserError(f"BertConfig {name} is {quote(value)}; expected a whole number of at least 1")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1:
-                raise UserError(f"BertConfig {name} is {value!r}; expected a number in [0, 1)")
+                raise UserError(f"BertConfig {name} is {quote(value)}; expected a number in [0, 1)")
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise UserError(f"BertConfig {name} is {value!r}; expected a number of at least 0")
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise UserError(f"BertConfig {name} is {quote(value)}; expected a number in [0, 1]")
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise UserError(
-                f"BertConfig pad_token_id is {self.pad_token_id!r}; expected a whole number below vocab_size"
-                f" {self.vocab_size}"
+                f"BertConfig pad_token_id is {quote(self.pad_token_id)}; expected a whole number below vocab_size"
+                f" {quote(self.vocab_size)}"
             )
-        if not isinstance(self.hidden_act, str):
-            raise UserError(f"BertConfig hidden_act is {self.hidden_act!r}; expected a name such as 'gelu'")
+        if not isinstance(self.hidden_act, str) or len(self.hidden_act) > 60:
+            raise UserError(
+                f"BertConfig hidden_act is {quote(self.hidden_act)}; expected a name such as 'gelu'"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"BertConfig hidden_size {self.hidden_size} is not a multiple of"
-                f" num_attention_heads {self.num_attention_heads}"
+                f"BertConfig hidden_size {quote(self.hidden_size)} is not a multiple of"
+                f" num_attention_heads {quote(self.num_attention_heads)}"
             )
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":
-        """Read a Hugging Face `config.json`; keys that do not describe the encoder's size are left alone.
+        """Read a Hugging Face `config.json`; keys that change nothing about the encoder are left alone.
 
         Raises:
             UserError: if the file is missing or no JSON object, or describes another architecture than plain BERT.
         """
         values = read_json(path)
         if values.get("model_type", "bert") != "bert":
-            raise UserError(f"{path}: model_type is {values['model_type']!r}; only 'bert' can be loaded")
-        if values.get("position_embedding_type", "absolute") != "absolute":
+            raise UserError(f"{path}: model_type is {quote(values['model_type'])}; only 'bert' can be loaded")
+        for key, expected in PLAIN_BERT.items():
+            if values.get(key) not in (None, expected):
+                raise UserError(f"{path}: {key} is {quote(values[key])}; expected {json.dumps(expected)}")
+        architectures = values.get("architectures")
+        names = [] if architectures is None else architectures
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.startswith("Bert") for name in names
+        ):
             raise UserError(
-                f"{path}: position_embedding_type is {values['position_embedding_type']!r}; expected 'absolute'"
+                f"{path}: architectures is {quote(architectures)}; expected names such as 'BertModel'"
             )
         known = {field.name for field in fields(cls)}
         try:

@@ -1,33 +1,45 @@
 """From files to mini-batches: reading and checking rows, token arrays, length buckets, task samplers.
 
 The course's files are tab-separated with an unnamed index column, and the test files have extra leading columns, so
-columns are found by name. The order of everything is a pure function of (seed, task, position): there is no
-iterator state to save.
+columns are found by name. Nothing that is wrong with a file goes unsaid: it is an error, one line with file:line, or a
+warning that is counted and kept with the rows. To check a folder of files without training on them:
+
+    python datasets.py --check data
+
+The order of everything is a pure function of (seed, task, position): there is no iterator state to save.
 
 Shapes: N examples of a task, U distinct sequences among them, B examples in a batch, R sequences in a batch (R = 2 * B
 when the two sentences of a pair are encoded apart), T padded length in word pieces, K tasks.
 """
 
 import csv
+import hashlib
+import io
 import math
 import re
+import stat
+import sys
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import TaskSpec, UserError
+from config import MAX_DATA_BYTES, TaskSpec, UserError, one_line, quote, read_bytes
 from tokenizer import BertTokenizer
 
 MAX_FIELD_SIZE = 2**17  # characters of one field; a longer one is an unclosed quotation mark, not a sentence
+MAX_ERRORS = 1000  # of one file; after as many it is not read on
+NUM_NAMED = 5  # lines or ids that a warning names
 BUCKET_BATCHES = 50  # batches that are sorted by length together: more means less padding, but less mixing
 
 # Penn Treebank escapes, as in the SST and CFIMDB files, and what they stand for.
-TREEBANK = {"\\/": "/", "\\*": "*", "``": '"', "''": '"', "-lrb-": "(", "-rrb-": ")"}
+TREEBANK = {"``": '"', "''": '"', "-lrb-": "(", "-rrb-": ")"}
 TREEBANK_PATTERN = re.compile("|".join(map(re.escape, TREEBANK)), re.IGNORECASE)
+# Also `\/` and `\*`. All backslashes at once: with one in each round, a line of them would take minutes.
+BACKSLASHES = re.compile(r"(?<!\\)\\+(?=[/*])")
 
 
 def clean_text(text: str) -> str:
@@ -43,99 +55,318 @@ def clean_text(text: str) -> str:
         if len(text) > 1 and text[0] == text[-1] == '"' and '""' in text[1:-1]:
             text = text[1:-1].replace('""', '"').strip()
         text = TREEBANK_PATTERN.sub(lambda match: TREEBANK[match[0].lower()], text)
+        if "\\" in text:
+            text = BACKSLASHES.sub("", text)
     return text
+
+
+# --- what messages say ------------------------------------------------------------------------------------------
+
+
+def name_some(things: Sequence, limit: int = NUM_NAMED) -> str:
+    """`1, 2, 3`, or the first ones `and 7 more`."""
+    more = f" and {len(things) - limit} more" if len(things) > limit else ""
+    return ", ".join(map(str, things[:limit])) + more
+
+
+def count_of(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+class DataError(UserError):
+    """All errors of one file, `errors`; as text the first of them, and how many there are."""
+
+    def __init__(self, errors: list[str], hint: str = ""):
+        self.errors = errors
+        more = len(errors) - 1
+        least = "at least " if len(errors) >= MAX_ERRORS else ""
+        more = f", and {least}{count_of(more, 'more error')} in this file{hint}" if more else ""
+        super().__init__(errors[0] + more)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+# What is wrong with a file or some of its rows and yet no error: kind -> how it is said.
+WARNINGS = {
+    "byte order mark": "begins with a byte order mark, ignored",
+    "CRLF": "has Windows line ends (CRLF), accepted",
+    "CR": "has lone carriage returns (old Mac line ends), taken for line ends",
+    "no label": "{rows} without a label, left out",
+    "empty sentence": "{rows} with an empty sentence, left out",
+    "too few fields": "{rows} with fewer fields than the header has columns, left out",
+    "empty sentence, kept": "{rows} with an empty sentence, kept: each test row needs a prediction",
+    "too few fields, kept": "{rows} with fewer fields than the header has columns, kept",
+    "label in a test file": "{rows} with a label, which is not read in a test file",
+}
+UTF_16 = "UTF-16; save it as UTF-8"
+# How files begin that are no UTF-8 text.
+FILE_STARTS = {
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or export it as tab-separated text",
+    b"BZh": "a bzip2 archive; unpack it",
+    b"\xfd7zXZ\x00": "an xz archive; unpack it",
+    b"\xff\xfe": UTF_16,
+    b"\xfe\xff": UTF_16,
+}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DELIMITERS = {",": "commas", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
+# What must not stand in an id, since a line of a prediction file is an id, a comma, a number.
+BAD_ID = re.compile('[,"\x00-\x1f\x7f-\x9f\u2028\u2029]')
+QUOTES = 'write a quotation mark inside a quoted field as "", or quote no field'
 
 
 @dataclass
 class Rows:
     """The usable rows of one file.
 
-    `labels` is (N,) float32, or None for a test file; `skipped` says of each unusable row where it is and why.
+    `labels` is (N,) float32, or None for a test file. `warnings` holds for each kind, a key of WARNINGS, the lines
+    where its rows begin, or the first line if it concerns the whole file.
     """
 
     path: Path
     ids: list[str]
     texts: list[tuple[str, ...]]
     labels: np.ndarray | None
-    skipped: list[str]
+    warnings: dict[str, list[int]] = field(default_factory=dict)
+    num_rows: int = 0  # in the file, with those left out
+    sha256: str = ""  # of the file
 
 
-def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
-    """Read one data file of a task.
+def warning_text(kind: str, lines: list[int]) -> str:
+    """What a warning says, without the file: `2 rows without a label, left out (lines 17, 204)`."""
+    text = WARNINGS[kind].format(rows=count_of(len(lines), "row"))
+    if kind in ("byte order mark", "CRLF"):
+        return text
+    if kind == "CR":
+        return f"{text} (first in line {lines[0]})"
+    return f"{text} (line{'' if len(lines) == 1 else 's'} {name_some(lines)})"
 
-    Training and dev rows without a label or with an empty sentence are skipped, and named in `skipped`. Test
-    rows are all kept, since each id needs a prediction; their labels, if any, are not read.
 
-    Raises:
-        UserError: for a missing or unreadable file, a missing column, an id given twice, a label that is no
-            number or out of range, a file without a usable row; naming file:line where there is one.
-    """
-    path = Path(path)
-    columns = ["id", *spec.text_columns] + ([] if split == "test" else [spec.label_column])
-    ids, texts, labels, skipped, seen = [], [], [], [], {}
-    csv.field_size_limit(MAX_FIELD_SIZE)
+def warning_lines(rows: Rows) -> list[str]:
+    """One line for each kind of warning."""
+    return [f"{rows.path}: {warning_text(kind, lines)}" for kind, lines in rows.warnings.items()]
+
+
+def require_file(path: Path) -> None:
+    """Raise a UserError for a folder, and for a pipe or device, which might keep `open` or `read` waiting."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)  # strict: unclosed quotes are errors
-            absent = [column for column in columns if column not in (reader.fieldnames or ())]
-            if absent:
-                raise UserError(
-                    f"{path}:1: no column {absent[0]!r}; expected the tab-separated columns {', '.join(columns)},"
-                    f" found {', '.join(name or '(unnamed)' for name in reader.fieldnames or ()) or 'an empty file'}"
-                )
-            for row in reader:
-                place = f"{path}:{reader.reader.line_num}"  # the row's last line, if a quoted sentence has several
-                if None in row:
-                    raise UserError(f"{place}: more fields than the header has columns")
-                if any("\t" in value and "\n" in value for value in row.values() if value):
-                    raise UserError(
-                        f"{place}: a quotation mark in an earlier line has swallowed the rows up to here"
-                    )
-                row_id = (row["id"] or "").strip().lower()
-                sentences = tuple(clean_text(row[column] or "") for column in spec.text_columns)
-                if not row_id:
-                    raise UserError(f"{place}: the row has no id")
-                if row_id in seen:
-                    raise UserError(
-                        f"{place}: id {row_id} stands here for the second time, first in line {seen[row_id]}"
-                    )
-                seen[row_id] = reader.reader.line_num
-                if split != "test":
-                    label = (row[spec.label_column] or "").strip()
-                    if not label or not all(sentences):
-                        skipped.append(f"{place}: {'no label' if not label else 'an empty sentence'}")
-                        continue
-                    labels.append(parse_label(label, spec, place))
-                elif not all(sentences):
-                    skipped.append(f"{place}: an empty sentence (kept: a test row needs a prediction)")
-                ids.append(row_id)
-                texts.append(sentences)
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; 'make data' downloads the course's files into data/, and '--data_dir data/sample'"
             " takes the sample that comes with the project"
         ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text, some way after line {reader.reader.line_num} ({error})"
-        ) from None
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{reader.reader.line_num}: not readable as tab-separated text ({error})"
-        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not ids:
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+        raise UserError(f"{path}: is a {kind}; expected a file")
+
+
+def line_at(raw: bytes, offset: int) -> int:
+    """The number of the line in which a byte stands."""
+    before = raw[:offset]
+    return 1 + before.count(b"\n") + before.count(b"\r") - before.count(b"\r\n")
+
+
+def decode(raw: bytes, path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        UserError: for NUL bytes and what is not UTF-8, naming its line.
+    """
+    for start, kind in FILE_STARTS.items():
+        if raw.startswith(start):
+            raise UserError(f"{path}: looks like {kind}")
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        even, odd = (raw[n:1000:2].count(0) for n in (0, 1))
+        if (not even or not odd) and max(even, odd) > len(raw[:1000]) / 4:  # every other byte
+            raise UserError(f"{path}: looks like {UTF_16}")
+        raise UserError(f"{path}:{line_at(raw, nul)}: a NUL byte; expected text, so the file may be damaged")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad = raw[error.start]
         raise UserError(
-            f"{path}: no usable row; {len(skipped)} skipped{': ' + skipped[0] if skipped else ''}"
+            f"{path}:{line_at(raw, error.start)}: not UTF-8 text (byte 0x{bad:02x}); save the file as UTF-8"
+        ) from None
+
+
+def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The line where a row begins and the row's fields, for each row that is not blank.
+
+    Raises:
+        UserError: for what is wrong with quotation marks, and overlong fields.
+    """
+    csv.field_size_limit(MAX_FIELD_SIZE)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            last = reader.line_num
+            # A sentence may hold line breaks, but with a tab among them it is several rows.
+            if last > line and any("\t" in field and re.search("[\r\n]", field) for field in fields):
+                raise UserError(
+                    f"{path}:{line}: a quotation mark in this row is closed only in line {last} and swallows the"
+                    f" rows between; {QUOTES}"
+                )
+            if fields:
+                yield line, fields
+            line = last + 1
+    except csv.Error as error:  # strict: unclosed quotation marks are errors
+        last = reader.line_num
+        if "end of data" in str(error):
+            what = f"a quotation mark in this row is never closed; {QUOTES}"
+        elif "limit" in str(error) and last > line:
+            what = f"a quotation mark in this row is not closed up to line {last}; {QUOTES}"
+        elif "limit" in str(error):
+            what = f"a field of more than {MAX_FIELD_SIZE} characters; expected a sentence"
+        elif last > line:
+            what = f"a quotation mark in this row is closed only in line {last}, with text after it; {QUOTES}"
+        else:
+            what = f"text after the quotation mark that closes a field; {QUOTES}"
+        raise UserError(f"{path}:{line}: {what}") from None
+
+
+def read_text(path: Path) -> tuple[str, str, dict[str, list[int]]]:
+    """A file's text, its sha256, and warnings that concern the whole file."""
+    require_file(path)
+    raw = read_bytes(path, MAX_DATA_BYTES)
+    warnings = {}
+    if raw.startswith(BYTE_ORDER_MARK):
+        warnings["byte order mark"] = [1]
+    if b"\r\n" in raw:
+        warnings["CRLF"] = [1]
+    lone = re.search(b"\r(?!\n)", raw)
+    if lone:
+        warnings["CR"] = [line_at(raw, lone.start())]
+    return decode(raw, path), hashlib.sha256(raw).hexdigest(), warnings
+
+
+def check_header(header: list[str], columns: list[str], place: str) -> None:
+    """Raise a UserError unless each of `columns` is there, once."""
+    for column in columns:
+        if header.count(column) != 1:
+            found = [one_line(name, 60) or "(unnamed)" for name in header[:8]] + header[8:]
+            raise UserError(
+                f"{place}: {'two columns' if column in header else 'no column'} {column!r}; expected the tab-separated"
+                f" columns {', '.join(columns)}, found {name_some(found, 8)}"
+            )
+
+
+def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
+    """Read one data file of a task.
+
+    Training and dev rows without a label or with an empty sentence are left out, and counted in `warnings`. Test
+    rows are all kept, since each id needs a prediction; their labels, if any, are not read.
+
+    Raises:
+        UserError: for a file that cannot be read as a table, or lacks a column or a usable row; naming file:line
+            where there is one.
+        DataError: with all bad rows: too many fields, an id that is missing, unfit for a prediction file or given
+            twice, a label that is no number or out of range.
+    """
+    path = Path(path)
+    columns = ["id", *spec.text_columns] + ([] if split == "test" else [spec.label_column])
+    expected = f"expected the tab-separated columns {', '.join(columns)}"
+    text, sha256, warnings = read_text(path)
+    first_line = re.match("[^\r\n]*", text)[0][:2000]
+    for delimiter, name in DELIMITERS.items():
+        if "\t" not in first_line and set(columns) & set(first_line.replace('"', "").split(delimiter)):
+            raise UserError(f"{path}:1: separated by {name}, it seems; {expected}")
+    table = table_rows(text, path)
+    line, header = next(table, (1, None))
+    if header is None:
+        raise UserError(f"{path}: the file is empty; {expected}")
+    check_header(header, columns, f"{path}:{line}")
+
+    id_at, *text_at = (header.index(column) for column in ("id", *spec.text_columns))
+    label_at = header.index(spec.label_column) if spec.label_column in header else None
+    num_needed = 1 + max(header.index(column) for column in columns)
+    ids, texts, labels, errors, num_rows = [], [], [], [], 0
+    first_lines: dict[str, int] = {}  # id -> line
+    known: dict[str, float] = {}  # label as it stands there -> number
+
+    def wrong(what: str) -> None:
+        errors.append(f"{path}:{line}: {what}")
+
+    def warn(kind: str) -> None:
+        warnings.setdefault(kind, []).append(line)
+
+    try:
+        for line, fields in table:
+            if len(errors) == MAX_ERRORS:
+                break
+            num_rows += 1
+            num_fields = len(fields)
+            if num_fields > len(header):
+                wrong(
+                    f"{num_fields} fields, more fields than the header has columns ({len(header)}); put a sentence"
+                    " that holds a tab in quotation marks"
+                )
+                continue
+            if num_fields < len(header):
+                fields += [""] * (len(header) - num_fields)
+            row_id = fields[id_at].strip().lower()
+            if not row_id:
+                wrong("the row has no id; expected one in each row")
+                continue
+            if not row_id.isalnum() and BAD_ID.search(row_id):
+                wrong(
+                    f"id is {quote(row_id)}; expected no comma, tab, quotation mark or line break, which would break"
+                    " the prediction file"
+                )
+                continue
+            if row_id in first_lines:
+                wrong(
+                    f"id {quote(row_id)} stands here for the second time, first in line {first_lines[row_id]}"
+                )
+                continue
+            first_lines[row_id] = line
+            sentences = tuple([clean_text(fields[n]) for n in text_at])
+            label = fields[label_at].strip() if label_at is not None else ""
+            if split == "test":
+                if label:
+                    warn("label in a test file")
+                if num_fields < len(header):
+                    warn("too few fields, kept")
+                elif not all(sentences):
+                    warn("empty sentence, kept")
+            else:
+                few = num_fields < num_needed
+                if few or not label or not all(sentences):
+                    warn("too few fields" if few else "no label" if not label else "empty sentence")
+                    continue
+                if num_fields < len(header):
+                    warn("too few fields, kept")
+                if label not in known:
+                    try:
+                        known[label] = parse_label(label, spec, f"{path}:{line}")
+                    except UserError as error:
+                        errors.append(str(error))
+                        continue
+                labels.append(known[label])
+            ids.append(row_id)
+            texts.append(sentences)
+    except UserError as error:  # of the table: what comes after it cannot be read
+        errors.insert(0, str(error))
+    if errors:
+        hint = f"; 'python datasets.py --check {path.parent}' lists them"
+        raise DataError(errors, hint if path.name == spec.files[split] else "")
+    if not ids:
+        said = "; ".join(warning_text(kind, lines) for kind, lines in warnings.items())
+        raise UserError(
+            f"{path}: no usable row; {said if num_rows else 'the file holds a header and no rows'}"
         )
-    return Rows(path, ids, texts, None if split == "test" else np.array(labels, dtype=np.float32), skipped)
+    labels = None if split == "test" else np.array(labels, dtype=np.float32)
+    return Rows(path, ids, texts, labels, warnings, num_rows, sha256)
 
 
 def parse_label(text: str, spec: TaskSpec, place: str) -> float:
     low, high = spec.label_range
     try:
-        label = float(text)
+        label = math.nan if "_" in text else float(text)  # float() takes 0_1 for 1
     except ValueError:
         label = math.nan
     whole = spec.kind == "regression" or label == label // 1
@@ -143,7 +374,7 @@ def parse_label(text: str, spec: TaskSpec, place: str) -> float:
         expected = f"a number from {low:g} to {high:g}" + (
             "" if spec.kind == "regression" else ", without fraction"
         )
-        raise UserError(f"{place}: {spec.label_column} is {text!r}; expected {expected}")
+        raise UserError(f"{place}: {spec.label_column} is {quote(text)}; expected {expected}")
     return label
 
 
@@ -226,12 +457,11 @@ class TaskData:
             np.concatenate([self.sequences.token_type_ids[piece] for piece in pieces]),
             np.concatenate([[0], np.cumsum(self.sequences.lengths[used])]),
         )
-        kept = Rows(
-            rows.path,
-            [rows.ids[i] for i in examples],
-            [rows.texts[i] for i in examples],
-            None if rows.labels is None else rows.labels[examples],
-            rows.skipped,
+        kept = replace(
+            rows,
+            ids=[rows.ids[i] for i in examples],
+            texts=[rows.texts[i] for i in examples],
+            labels=None if rows.labels is None else rows.labels[examples],
         )
         return TaskData(kept, sequences, index.reshape(len(examples), -1))
 
@@ -342,3 +572,9 @@ def plan_slots(sampler: str, sizes: Sequence[int], total_steps: int, seed: int) 
         rng = np.random.default_rng([seed, step]) if sampler != "round_robin" else None
         plan[step] = SAMPLERS[sampler](sizes, step / max(1, total_steps - 1), rng)
     return plan
+
+
+if __name__ == "__main__":
+    import data_report  # imports this file once more, as `datasets`; nothing of `__main__` is used
+
+    sys.exit(data_report.main())

@@ -6,9 +6,9 @@ same with similarity mapped to (r + 1) / 2 (2024). Both are computed and named.
 Shapes: B examples, C outputs of a task.
 """
 
-import csv
-import io
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import TaskSpec, UserError
+from command_line import explain_memory
+from config import TaskSpec, UserError, one_line, quote, read_bytes
 
 # --- kinds of task ---------------------------------------------------------------------------------------------
 
@@ -94,7 +95,7 @@ class TaskKind:
 
 def is_class(value: float, spec: TaskSpec) -> bool:
     low, high = spec.label_range
-    return value == int(value) and low <= value <= high
+    return low <= value <= high and value == int(value)  # in this order: int of infinity raises
 
 
 TASK_KINDS = {
@@ -179,6 +180,8 @@ def select_score(summary: dict, select_by: str, tasks: dict[str, TaskSpec]) -> f
 
 # --- prediction files ------------------------------------------------------------------------------------------
 
+# As float takes it, but no 1_000 and no digits of other scripts, which other readers of the file do not take.
+NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf|nan)", re.IGNORECASE)
 PREDICTION_STYLES = {"starter": "output", "handout": "out"}  # style -> how its file names end
 
 
@@ -216,36 +219,29 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
         UserError: naming file:line, for a header or row of another form, an id given twice, an illegal value.
     """
     kind = TASK_KINDS[spec.kind]
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     header = [part.strip() for part in lines[0].replace("\t", ",").split(",")] if lines else []
     if header not in (["id", spec.prediction_column], ["id", spec.handout_column]):
         raise UserError(
-            f"{path}:1: header is {lines[0] if lines else ''!r}; expected id and {spec.prediction_column}"
+            f"{path}:1: header is {quote(lines[0] if lines else '')}; expected id and {spec.prediction_column}"
         )
     predictions = {}
-    for number, row in enumerate(csv.reader(io.StringIO("\n".join(lines[1:]))), start=2):
-        fields = [field.strip() for field in row]
-        try:
-            row_id, value = fields[0], float(fields[1])
-        except (IndexError, ValueError):
-            raise UserError(
-                f"{path}:{number}: row is {','.join(row)!r}; expected an id, a comma, a number"
-            ) from None
-        if len(fields) != 2 or not row_id:
-            raise UserError(f"{path}:{number}: row is {','.join(row)!r}; expected an id, a comma, a number")
+    for number, line in enumerate(lines[1:], start=2):
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) != 2 or not fields[0] or not NUMBER.fullmatch(fields[1]):
+            raise UserError(f"{path}:{number}: row is {quote(line)}; expected an id, a comma, a number")
+        row_id, value = fields[0], float(fields[1])
         if row_id in predictions:
-            raise UserError(f"{path}:{number}: id {row_id} stands here for the second time")
+            raise UserError(f"{path}:{number}: id {one_line(row_id, 60)} stands here for the second time")
         if not math.isfinite(value) or not kind.is_legal(value, spec):
             low, high = spec.label_range
             expected = f"a whole number from {low:g} to {high:g}" if kind.is_discrete else "a finite number"
-            raise UserError(f"{path}:{number}: value is {fields[1]}; expected {expected}")
+            raise UserError(f"{path}:{number}: value is {one_line(fields[1], 60)}; expected {expected}")
         predictions[row_id] = value
     return predictions
 
@@ -267,6 +263,18 @@ def collapse_warning(predictions: Sequence[float], spec: TaskSpec) -> str | None
     return None
 
 
+def score_warnings(
+    task: str, spec: TaskSpec, scores: dict[str, float], predictions: np.ndarray, labels: np.ndarray
+) -> list[str]:
+    """Sentences of warning about an evaluation: a score that blind answers would reach, predictions that are all alike."""
+    kind = TASK_KINDS[spec.kind]
+    warnings = []
+    if not scores[kind.main_score] > kind.floor(labels):  # said so that nan is warned about, too
+        warnings.append(f"{task} is no better than answering blindly")
+    collapse = collapse_warning(predictions.tolist(), spec)
+    return warnings + ([f"{task}: {collapse}"] if collapse else [])
+
+
 def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> str | None:
     """Hold a prediction file against the ids of its data file.
 
@@ -281,10 +289,12 @@ def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> s
     unknown = set(predictions) - set(ids)
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of {len(ids)} ids have no prediction, the first is {missing[0]}"
+            f"{path}: {len(missing)} of {len(ids)} ids have no prediction, the first is {one_line(missing[0], 60)}"
         )
     if unknown:
-        raise UserError(f"{path}: {len(unknown)} ids are not in the data, the first is {min(unknown)}")
+        raise UserError(
+            f"{path}: {len(unknown)} ids are not in the data, the first is {one_line(min(unknown), 60)}"
+        )
     return collapse_warning(list(predictions.values()), spec)
 
 
@@ -326,7 +336,13 @@ def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> 
                 batch = {
                     key: value.to(device) for key, value in data.sequences.pad(chosen, pad_token_id).items()
                 }
-                vectors[torch.from_numpy(chosen).to(device)] = model.embed(**batch).float()
+                shape = tuple(batch["input_ids"].shape)
+                with explain_memory(
+                    lambda shape=shape: (
+                        f"predicting {task}, batch (sequences, word pieces) {shape}; try a smaller --max_length"
+                    )
+                ):
+                    vectors[torch.from_numpy(chosen).to(device)] = model.embed(**batch).float()
                 start = stop
         index = torch.from_numpy(data.index).to(device)
         logits = [

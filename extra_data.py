@@ -7,6 +7,7 @@ splits; so are rows that the training data have already, whatever label the sour
 
 import ast
 import csv
+import io
 import re
 import unicodedata
 import zlib
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from config import EXTRA_SOURCES, TASKS, SourceSpec, TaskSpec, UserError
-from datasets import MAX_FIELD_SIZE, Rows, clean_text, parse_label, read_rows
+from config import EXTRA_SOURCES, MAX_DATA_BYTES, TASKS, SourceSpec, TaskSpec, UserError, one_line, read_bytes
+from datasets import MAX_FIELD_SIZE, Rows, clean_text, decode, parse_label, read_rows
 
 TREE_TOKEN = re.compile(r"\(|\)|[^\s()]+")
+MAX_TREE_DEPTH = 100  # every level says its words again; a sentence of SST has at most 57
+BYTE_LITERAL = re.compile(r"""b'(?:[^'\\\n]|\\.)*'|b"(?:[^"\\\n]|\\.)*\"""")
 
 
 def text_key(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -32,9 +35,15 @@ def text_key(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_table(lines: Iterable[str], columns, **dialect) -> Iterator[dict]:
-    for row in csv.DictReader(lines, fieldnames=columns, strict=True, **dialect):
+    reader = csv.DictReader(lines, fieldnames=columns, strict=True, **dialect)
+    names = [name for name in reader.fieldnames or () if name]
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    for row in reader:
         if None in row:
             raise ValueError("more fields than the header has columns")
+        if any("\n" in cell and dialect["delimiter"] in cell for cell in row.values() if cell):
+            raise ValueError("a quotation mark in an earlier line has swallowed the rows up to here")
         yield row
 
 
@@ -51,10 +60,16 @@ def plain(lines: Iterable[str], columns=None) -> Iterator[dict]:
 def byte_literals(lines: Iterable[str], columns=None) -> Iterator[dict]:
     """As `plain`, each sentence written as a Python bytes literal (PAWS-QQP)."""
     for row in plain(lines, columns):
-        yield {
-            column: ast.literal_eval(cell).decode("utf-8") if cell and cell[:2] in ("b'", 'b"') else cell
-            for column, cell in row.items()
-        }
+        yield {column: unpack_bytes(cell) if cell else cell for column, cell in row.items()}
+
+
+def unpack_bytes(cell: str) -> str:
+    """The text in a bytes literal; any other cell as it is."""
+    if cell[:2] not in ("b'", 'b"'):
+        return cell
+    if not BYTE_LITERAL.fullmatch(cell):  # Python's own parser is not made for hostile text
+        raise ValueError("a bytes literal is not closed, or goes on after its end")
+    return ast.literal_eval(cell).decode("utf-8")
 
 
 def triplets(lines: Iterable[str], columns=None) -> Iterator[dict]:
@@ -67,11 +82,19 @@ def triplets(lines: Iterable[str], columns=None) -> Iterator[dict]:
 def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
     """One bracketed tree a line, `(3 (2 word) ...)`, a label on each node (SST): each node is a row."""
     for line in lines:
+        if len(line) > MAX_FIELD_SIZE:
+            raise ValueError(f"a line of more than {MAX_FIELD_SIZE} characters; expected one sentence")
         words, opened = [], []  # opened: (label, number of words before) of the nodes not yet closed
         tokens = iter(TREE_TOKEN.findall(line))
         for token in tokens:
             if token == "(":
                 opened.append((next(tokens, ""), len(words)))
+                if len(opened) > MAX_TREE_DEPTH:
+                    raise ValueError(f"more than {MAX_TREE_DEPTH} brackets in each other")
+            elif not opened:
+                raise ValueError(
+                    "a bracket too many is closed" if token == ")" else "a word outside of all brackets"
+                )
             elif token == ")":
                 label, start = opened.pop()
                 yield {"phrase": " ".join(words[start:]), "label": label}
@@ -142,30 +165,33 @@ def read_source(name: str, data_dir: str | Path) -> tuple[list[tuple[tuple[str, 
 def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...], float | None]]:
     """Texts and label of each row of a source's file; None for a label that the source leaves out or lacks."""
     wanted = [*source.text_columns, source.label_column]
-    lines = CountedLines(())
+    lines, num_rows = CountedLines(()), 0
     csv.field_size_limit(MAX_FIELD_SIZE)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = CountedLines(file)
-            for row in FORMS[source.form](lines, source.columns):
-                absent = [column for column in wanted if column not in row]
-                if absent:
-                    raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
-                cell = (row[source.label_column] or "").strip()
-                label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
-                yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+        contents = read_bytes(path, MAX_DATA_BYTES)
+    except UserError as error:
+        raise UserError(f"--extra_data: {error}") from None
+    try:
+        lines = CountedLines(io.StringIO(decode(contents, path), newline=""))
+        for row in FORMS[source.form](lines, source.columns):
+            absent = [column for column in wanted if column not in row]
+            if absent:
+                raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
+            cell = (row[source.label_column] or "").strip()
+            label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
+            yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+            num_rows += 1
+        if not num_rows:
+            raise UserError(f"{path}: holds no row; expected the form {source.form}")
     except UserError:  # a ValueError too, but says already where
         raise
-    except OSError as error:
-        raise UserError(f"--extra_data: {path}: cannot be read ({error.strerror})") from None
     except (
         csv.Error,
         ValueError,
         SyntaxError,
-        IndexError,
         KeyError,
     ) as error:  # what a form cannot take apart
-        reason = f"no column {error}" if isinstance(error, KeyError) else error
+        reason = f"no column {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{path}:{lines.number}: not readable as {source.form} ({reason})") from None
 
 
@@ -216,4 +242,4 @@ def add_sources(
             f" {known} known already, {unusable} without a usable label or sentence, {len(fresh) - len(chosen)} beyond"
             " the limit)"
         )
-    return Rows(rows.path, ids, texts, np.array(labels, dtype=np.float32), rows.skipped), lines
+    return replace(rows, ids=ids, texts=texts, labels=np.array(labels, dtype=np.float32)), lines

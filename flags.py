@@ -12,12 +12,13 @@ import torch
 from base_bert import OFFLINE_ENCODER
 from command_line import OneLineParser, number
 from compiled import find_compiler, pays_off
-from config import DEFAULT_TASKS, EXTRA_SOURCES, SPLITS, TASKS, BertConfig, UserError, read_json
+from config import DEFAULT_TASKS, EXTRA_SOURCES, SPLITS, TASKS, BertConfig, UserError
 from datasets import SAMPLERS
 from evaluation import OVERALLS, PREDICTION_STYLES, prediction_name
 from heads import PAIR_HEADS, POOLINGS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
+from run_folder import ARGS_FILE, read_args_file
 from token_cache import default_cache_dir
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -31,6 +32,7 @@ RESUME_MAY_CHANGE = (
     FILES
     | MODES
     | {"data_dir", "cache_dir", "predict_splits", "prediction_style", "max_steps", "patience", "log_every"}
+    | {"keep_last", "max_bad_steps"}
 )
 READING_MAY_CHANGE = (
     FILES
@@ -246,6 +248,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="longest gradient of a step; 0: no clipping (default: 1)",
     )
 
+    optimizer.add_argument(
+        "--max_bad_steps",
+        type=COUNT,
+        default=20,
+        help="steps in a row that may be skipped, because loss or gradient is not finite, before the run gives up (default: 20)",
+    )
+
     multitask = parser.add_argument_group("multitask")
     multitask.add_argument(
         "--grad_method",
@@ -306,6 +315,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--log_every", type=COUNT, default=10, help="steps between lines of the log (default: 10)"
+    )
+    output.add_argument(
+        "--keep_last",
+        type=COUNT,
+        default=2,
+        help="checkpoints to keep in last/, last.1/, ...; a damaged one is replaced by the one before (default: 2)",
     )
     output.add_argument("--resume", action="store_true", help="continue the run in --output_dir, exactly")
     output.add_argument(
@@ -405,12 +420,14 @@ def take_settings_of_run(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error("--resume, --overwrite and --eval_only or --predict_only contradict each other")
     stored, first_given = read_run(args.output_dir)
     may_change = RESUME_MAY_CHANGE if args.resume else READING_MAY_CHANGE
-    for name in sorted(set(given) - may_change):
-        # The command that started the run may be repeated word for word, with "auto" and the like.
-        if given[name] not in (stored[name], first_given.get(name, parser.get_default(name))):
-            parser.error(
-                f"{mode}: --{name} {given[name]} does not fit the run, which was started with {stored[name]}"
-            )
+    # The command that started the run may be repeated word for word, with "auto" and the like.
+    changed = [
+        f"--{name} {given[name]} (the run has {stored[name]})"
+        for name in sorted(set(given) - may_change)
+        if given[name] not in (stored[name], first_given.get(name, parser.get_default(name)))
+    ]
+    if changed:
+        parser.error(f"{mode} goes on with the run's own settings, other than {', '.join(changed)}")
     changed = {name: value for name, value in given.items() if name in may_change - MODES}
     elsewhere = {"device", "use_gpu"} if reading else set()  # a run may be read on another machine
     vars(args).update({name: stored[name] for name in set(stored) - MODES - elsewhere - set(changed)})
@@ -425,26 +442,52 @@ def given_flags(argv: list[str] | None) -> dict:
     return {name: value for name, value in vars(args).items() if value is not absent}
 
 
-def read_run(output_dir: str) -> tuple[dict, dict]:
+def read_run(output_dir: str | Path) -> tuple[dict, dict]:
     """A run's settings from its `args.json`: all of them with dependent defaults resolved, and those that were given.
 
+    Flags that came after the run was made are at their defaults.
+
     Raises:
-        UserError: if there is no run, or the file is damaged.
+        UserError: if there is no run, or a value could not have come from its flag.
     """
-    path = Path(output_dir) / "args.json"
-    if not path.is_file():
-        raise UserError(f"--output_dir {output_dir}: no run there (no args.json)")
+    folder = Path(output_dir)
+    parser, stored = make_parser(), read_args_file(folder)["args"]
+    given = stored.get("given")
+    if not isinstance(given, dict):
+        raise UserError(
+            f"{folder / ARGS_FILE}: damaged, or from another script (it does not say what was given)"
+        )
+    actions = [action for action in parser._actions if action.dest != "help"]
+    for settings in (stored, given):
+        for action in (action for action in actions if action.dest in settings):
+            value = settings[action.dest]
+            settings[action.dest] = value = tuple(value) if isinstance(value, list) else value
+            if not could_give(action, value):
+                raise UserError(f"{folder / ARGS_FILE}: damaged; {action.dest} is {value!r}"[:200])
+    names = [action.dest for action in actions]
+    settings = {name: stored.get(name, parser.get_default(name)) for name in names}
+    return settings, {name: given[name] for name in names if name in given}
+
+
+def could_give(action: argparse.Action, value) -> bool:
+    """Whether a flag can have a value, as seen from its type and choices."""
+    if isinstance(action.default, bool):
+        return isinstance(value, bool)
+    if type(value) is type(action.default) and value == action.default:
+        return True
+    if isinstance(value, dict):
+        value_text = ",".join(name if count is None else f"{name}={count}" for name, count in value.items())
+    else:
+        value_text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     try:
-        stored = read_json(path)["args"]
-        known = vars(make_parser().parse_args([]))
-        given = stored.pop("given")
-        for settings in (stored, given):
-            for name in ("tasks", "surgery_tasks", "predict_splits"):
-                if settings.get(name):
-                    settings[name] = tuple(settings[name])
-        return {name: stored[name] for name in known}, {name: given[name] for name in given if name in known}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, or from another version ({error!r})") from None
+        parsed = action.type(value_text) if action.type else value_text
+    except argparse.ArgumentTypeError:
+        return False
+    return (
+        parsed == value
+        and not isinstance(value, bool)
+        and (action.choices is None or parsed in action.choices)
+    )
 
 
 def data_file(args: argparse.Namespace, task: str, split: str) -> Path:
@@ -559,11 +602,15 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     resolve_compile(args, bert_config, chosen)
     choose("warmup_steps", int(args.warmup_ratio * args.max_steps), f"warmup_ratio {args.warmup_ratio:g}")
     choose("eval_every", max(1, math.ceil(args.max_steps / 10)), "a tenth of the run")
+    choose("output_dir", default_output_dir(args), "made of the settings")
+    return chosen
+
+
+def default_output_dir(args: argparse.Namespace) -> str:
     encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
     heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
     name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
-    choose("output_dir", str(Path("runs") / name), "made of the settings")
-    return chosen
+    return str(Path("runs") / name)
 
 
 def resolve_compile(args: argparse.Namespace, bert_config: BertConfig, chosen: list[str]) -> None:
@@ -617,10 +664,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Make sure, before anything is trained, that what a run writes has places to go.
 
     Raises:
-        UserError: if a path is taken by a folder or a file where the other is needed, or by two outputs.
+        UserError: if a path is taken by a folder, or by two outputs.
     """
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output_dir {args.output_dir}: is a file; expected a folder")
     taken = {}
     for task in args.tasks:
         for split in ("dev", "test"):

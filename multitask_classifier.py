@@ -11,13 +11,12 @@ Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C ou
 
 import json
 import math
-import signal
 import sys
 import time
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,26 +25,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from base_bert import check_vocab_size
 from bert import BertModel
-from checkpoint import Run, load_model, load_state, prepare_folder, write_args, write_text
-from command_line import run_script
+from checkpoint import SUMS_FILE, find_damage, load_model, load_state, need_checkpoint, write_text
+from command_line import Signals, Stopped, catch_signals, explain_memory, run_script
 from config import EXTRA_SOURCES, TASKS, TaskSpec, UserError
-from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows
+from data_report import cross_checks, make_report
+from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, warning_lines
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
-    collapse_warning,
     evaluate,
     format_predictions,
     predict,
+    score_warnings,
     select_score,
 )
 from extra_data import add_sources, held_out_keys
 from flags import (
     HEAD_DROPOUT_PROB,
+    RESUME_MAY_CHANGE,
     cache_dir,
     check_outputs,
     data_file,
+    default_output_dir,
     get_args,
     head_name,
     idle_flags,
@@ -59,10 +62,17 @@ from multitask_bert import MultitaskBERT
 from optimizer import lr_factor
 from pcgrad import GRAD_METHODS, cosine_matrix, update_cosine_ema
 from report import plot_run
+from run_folder import (
+    Run,
+    find_changed,
+    find_last,
+    lock_folder,
+    prepare_folder,
+    read_args_file,
+    write_args,
+)
 from token_cache import tokenize_cached
 from tokenizer import BertTokenizer
-
-MAX_BAD_STEPS = 20  # steps in a row without a finite loss and gradient before a run gives up
 
 
 def make_seed(*numbers: int) -> int:
@@ -178,17 +188,24 @@ def read_split(args: Namespace, split: str, tasks: Iterable[str]) -> dict[str, R
     for task in tasks:
         rows = split_rows[task] = read_rows(data_file(args, task, split), TASKS[task], split)
         print(f"{task:6s} {split:5s} {len(rows.ids):6d} examples from {rows.path}")
-        for reason in rows.skipped[:5]:
-            print(f"       {reason}")
-        if len(rows.skipped) > 5:
-            print(f"       and {len(rows.skipped) - 5} more such rows")
+        for line in warning_lines(rows):
+            print(f"       warning: {line}")
     return split_rows
 
 
-def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> dict[str, Rows]:
-    """Training rows with those of --extra_data after them; says what was taken and what was dropped."""
+def read_test_rows(args: Namespace) -> dict[str, Rows]:
+    """The test rows that --predict_splits asks for; before training, which a bad row should not come after."""
+    asked = args.tasks if "test" in args.predict_splits else ()
+    present = [task for task in asked if data_file(args, task, "test").exists()]
+    for task in (task for task in asked if task not in present):
+        print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
+    return read_split(args, "test", present)
+
+
+def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
+    """Training rows with those of --extra_data after them, and lines that say what was taken and what was dropped."""
     if not args.extra_data:
-        return train_rows
+        return train_rows, []
     files = [
         (data_file(args, task, split), spec, split)
         for task, spec in TASKS.items()
@@ -197,13 +214,12 @@ def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> dict[str, Ro
     for path in (path for path, _, _ in files if not path.exists()):
         print(f"warning: {path} does not exist, so its rows are not kept out of the additional data")
     held_out = held_out_keys([file for file in files if file[0].exists()])
-    extended = {}
+    extended, said = {}, []
     for task, rows in train_rows.items():
         sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
         extended[task], lines = add_sources(rows, sources, args.data_dir, held_out)
-        for line in lines:
-            print(f"{task:6s} extra {line}")
-    return extended
+        said += [f"{task:6s} extra {line}" for line in lines]
+    return extended, said
 
 
 def tokenize_split(
@@ -220,16 +236,6 @@ def tokenize_split(
         if cut:
             print(f"{rows.path}: {cut} sequences reach the limit of {args.max_length} word pieces")
     return data
-
-
-def warn_overlap(train_rows: dict[str, Rows], dev_rows: dict[str, Rows]) -> None:
-    for task, rows in dev_rows.items():
-        seen = set(train_rows[task].texts)
-        shared = sum(texts in seen for texts in rows.texts)
-        if shared:
-            print(
-                f"warning: {shared} of {len(rows.texts)} {task} dev examples also occur in its training data"
-            )
 
 
 def make_model(args: Namespace, bert: BertModel) -> MultitaskBERT:
@@ -306,21 +312,16 @@ def limit_examples(data: TaskData, limit: int | None, seed: int) -> TaskData:
     return data.part(chosen)
 
 
-@contextmanager
-def catch_signals():
-    """Collect SIGINT and SIGTERM in the list that this yields; a second one ends the process at once."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def draw_slots(
+    args: Namespace, tasks: Iterable[str], orders: dict[str, BatchOrder], task_batches: dict[str, int]
+) -> list[tuple[str, list[np.ndarray]]]:
+    """The task of each slot and the examples of its batches; counts them in `task_batches`."""
+    slots = []
+    for task in tasks:
+        first = task_batches[task]
+        task_batches[task] += args.grad_accum
+        slots.append((task, [orders[task][i] for i in range(first, first + args.grad_accum)]))
+    return slots
 
 
 def train(
@@ -328,10 +329,11 @@ def train(
     run: Run,
     train_data: dict[str, TaskData],
     dev_data: dict[str, TaskData],
-    signals: Sequence[int] = (),
+    signals: Signals | None = None,
 ) -> None:
     """The training loop: from `run.state` to --max_steps, or until patience or a signal ends it."""
     model, memory, optimizer, state = run.model, run.memory, run.optimizer, run.state
+    signals = Signals() if signals is None else signals
     pad_token_id, autocast = run.tokenizer.pad_token_id, make_autocast(args.device, args.precision)
     orders = {
         task: BatchOrder(data.lengths, getattr(args, f"{task}_batch_size"), args.seed, task)
@@ -343,46 +345,63 @@ def train(
     plan = plan_slots(args.sampler, [len(data) for data in train_data.values()], args.max_steps, args.seed)
     print_plan(args, plan, orders)
 
-    def out_of_patience():
-        return args.patience and state["evals_without_gain"] >= args.patience
-
     interactive = sys.stdout.isatty() and sys.stderr.isatty()
     bar = tqdm(
         total=args.max_steps, initial=state["step"], unit="step", disable=not interactive, dynamic_ncols=True
     )
     model.train()
     seconds, steps, tokens = 0.0, 0, 0  # of training, since the last line of the log
-    while state["step"] < args.max_steps and not out_of_patience():
-        started, step = time.perf_counter(), state["step"]
-        slots = []
-        for k in plan[step]:
-            task, batches = args.tasks[k], []
-            for _ in range(args.grad_accum):
-                examples = orders[task][state["task_batches"][task]]
-                state["task_batches"][task] += 1
-                batch = train_data[task].batch(examples, pad_token_id)
-                batches.append({key: value.to(args.device) for key, value in batch.items()})
-            slots.append((task, batches))
+    while True:
+        step = state["step"]
+        if step > state["evaluated"] and (step % args.eval_every == 0 or step >= args.max_steps):
+            run.check_weights()
+            try:
+                with signals.stop_at_once():
+                    summary, predictions = evaluate(model, dev_part, pad_token_id, autocast)
+            except Stopped:
+                pass  # it comes first when the run goes on
+            else:
+                log_evaluation(args, run, summary, find_warnings(args, summary, dev_part, predictions))
+                run.save_last()
+        if signals:
+            bar.close()
+            if run.saved_step != step:
+                run.save_last()
+            print(
+                f"stopped by a signal at step {step}, saved; to go on: --output_dir {args.output_dir} --resume",
+                flush=True,
+            )
+            sys.exit(128 + signals[0])
+        out_of_patience = args.patience and state["evals_without_gain"] >= args.patience
+        if step >= args.max_steps or out_of_patience:
+            break
 
+        started = time.perf_counter()
+        drawn = draw_slots(args, [args.tasks[k] for k in plan[step]], orders, state["task_batches"])
+        slots = [
+            (task, [to_device(train_data[task].batch(part, pad_token_id), args.device) for part in parts])
+            for task, parts in drawn
+        ]
         factor = lr_factor(args.schedule, step, warmup_steps=args.warmup_steps, total_steps=args.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         ema = None if state["cosine_ema"] is None else torch.tensor(state["cosine_ema"])
-        result = train_step(
-            model,
-            memory,
-            optimizer,
-            slots,
-            step=step,
-            seed=args.seed,
-            grad_method=args.grad_method,
-            grad_reduction=args.grad_reduction,
-            task_weights=args.task_weights,
-            clip_norm=args.clip_norm,
-            surgery_tasks=args.surgery_tasks,
-            cosine_ema=ema,
-            autocast=autocast,
-        )
+        with explain_memory(lambda slots=slots: describe_batches(slots) + f"; {run.say_saved()}"):
+            result = train_step(
+                model,
+                memory,
+                optimizer,
+                slots,
+                step=step,
+                seed=args.seed,
+                grad_method=args.grad_method,
+                grad_reduction=args.grad_reduction,
+                task_weights=args.task_weights,
+                clip_norm=args.clip_norm,
+                surgery_tasks=args.surgery_tasks,
+                cosine_ema=ema,
+                autocast=autocast,
+            )
         state["step"] = step = step + 1
         if result.applied:
             state["bad_steps"] = 0
@@ -391,12 +410,13 @@ def train(
         else:
             state["bad_steps"] += 1
             state["skipped_steps"] += 1
-            tqdm.write(
-                f"warning: step {step} skipped: loss or gradient not finite, losses {result.losses.tolist()}"
-            )
-            if state["bad_steps"] >= MAX_BAD_STEPS:
+            culprits = find_culprits(run, result, drawn, train_data, autocast)
+            run.log({"step": step, "skipped": culprits})
+            tqdm.write(f"warning: step {step} skipped for all tasks: {say_culprits(culprits)}")
+            if state["bad_steps"] >= args.max_bad_steps:
                 raise UserError(
-                    f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; try a smaller --lr"
+                    f"{args.max_bad_steps} steps in a row without a finite loss and gradient (--max_bad_steps);"
+                    f" try a smaller --lr, or look at the examples named above; {run.say_saved()}"
                 )
         state["tokens"] += result.num_tokens
         tokens, steps = tokens + result.num_tokens, steps + 1
@@ -417,36 +437,101 @@ def train(
                 left = (args.max_steps - step) * seconds / steps
                 print(f"step {step}/{args.max_steps}  {text}  {left:.0f} s left", flush=True)
             state["window"], seconds, steps, tokens = [], 0.0, 0, 0
-
-        last = step == args.max_steps
-        if step % args.eval_every == 0 or last:
-            summary, _ = evaluate(model, dev_part, pad_token_id, autocast)
-            score = select_score(summary, args.select_by, model.tasks)
-            better = state["best_score"] is None or score > state["best_score"]
-            tqdm.write(
-                f"step {step}/{args.max_steps}  dev {one_line(summary, model.tasks)}{'  best' if better else ''}"
-            )
-            run.log({"step": step, "dev": summary, "select_by": args.select_by, "score": score})
-            if better:
-                state.update(best_score=score, best_step=step, evals_without_gain=0)
-                run.save_best(summary)
-            else:
-                state["evals_without_gain"] += 1
-            run.save_last()
-        if signals:
-            run.save_last()
-            bar.close()
-            print(
-                f"stopped by a signal at step {step}, saved; to go on: --output_dir {args.output_dir} --resume"
-            )
-            sys.exit(128 + signals[0])
     bar.close()
     if state["step"] > args.max_steps:
         print(f"nothing to train: the run is at step {state['step']}, beyond --max_steps {args.max_steps}")
-    if out_of_patience():
+    elif out_of_patience:
+        print(f"stopped at step {step}: {args.patience} evaluations without a better {args.select_by}")
+    if state["skipped_steps"]:
         print(
-            f"stopped at step {state['step']}: {args.patience} evaluations without a better {args.select_by}"
+            f"warning: {state['skipped_steps']} of {step} steps were skipped; metrics.jsonl names the examples"
         )
+
+
+def to_device(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def describe_batches(slots: list[tuple[str, list[dict[str, torch.Tensor]]]]) -> str:
+    """The batches of a step by task and shape, and the flags that make the largest one smaller."""
+    shapes = [(task, tuple(batch["input_ids"].shape)) for task, batches in slots for batch in batches]
+    largest = max(shapes, key=lambda item: math.prod(item[1]))[0]
+    listed = ", ".join(f"{task} {shape}" for task, shape in shapes[:8])
+    return (
+        f"in a step with batches (sequences, word pieces) {listed}; try a smaller --{largest}_batch_size or --batch_size"
+        " (with --grad_accum for as many examples a step), or a smaller --max_length"
+    )
+
+
+def find_culprits(
+    run: Run,
+    result: StepResult,
+    drawn: list[tuple[str, list[np.ndarray]]],
+    train_data: dict[str, TaskData],
+    autocast,
+) -> dict[str, dict]:
+    """The tasks whose loss or gradient was not finite in a step, each with the ids of the examples to blame.
+
+    Those are the ones whose loss is not finite by itself, without dropout; all of the task's batches if there are none.
+    """
+    culprits = {}
+    squares = result.gram.diagonal()
+    for k, task in enumerate(run.memory.tasks):
+        examples = [example for name, parts in drawn if name == task for part in parts for example in part]
+        if not examples or (result.losses[k].isfinite() and squares[k].isfinite()):
+            continue
+        data, device = train_data[task], run.args.device
+        run.model.eval()
+        with torch.no_grad(), autocast():
+            losses = [
+                run.model.loss(task, to_device(data.batch(np.array([n]), run.tokenizer.pad_token_id), device))
+                for n in examples
+            ]
+        run.model.train()
+        alone = [n for n, loss in zip(examples, losses, strict=True) if not loss.isfinite()]
+        what = "gradient" if result.losses[k].isfinite() else "loss"
+        culprits[task] = {"not_finite": what, "examples": [data.rows.ids[n] for n in alone or examples]}
+    return culprits
+
+
+def say_culprits(culprits: dict[str, dict]) -> str:
+    if not culprits:
+        return "the combined gradient is not finite"
+    return "; ".join(
+        f"{task} {found['not_finite']} is not finite, examples {', '.join(found['examples'])}"
+        for task, found in culprits.items()
+    )
+
+
+def find_warnings(
+    args: Namespace, summary: dict, dev_data: dict[str, TaskData], predictions: dict[str, np.ndarray]
+) -> list[str]:
+    """What looks wrong with an evaluation, a sentence each."""
+    return [
+        warning
+        for task, data in dev_data.items()
+        for warning in score_warnings(
+            task, TASKS[task], summary["tasks"][task], predictions[task], data.rows.labels
+        )
+    ]
+
+
+def log_evaluation(args: Namespace, run: Run, summary: dict, warnings: list[str]) -> None:
+    """Print and log an evaluation, and keep the model if it is the best yet by --select_by."""
+    state, step = run.state, run.state["step"]
+    score = select_score(summary, args.select_by, run.model.tasks)
+    better = state["best_score"] is None or score > state["best_score"]
+    line = say_scores(summary, run.model.tasks)
+    tqdm.write(f"step {step}/{args.max_steps}  dev {line}{'  best' if better else ''}")
+    for warning in warnings:
+        tqdm.write(f"       warning: {warning}")
+    run.log({"step": step, "dev": summary, "select_by": args.select_by, "score": score, "warnings": warnings})
+    state["evaluated"] = step
+    if better:
+        state.update(best_score=score, best_step=step, evals_without_gain=0)
+        run.save_best(summary)
+    else:
+        state["evals_without_gain"] += 1
 
 
 def print_plan(args: Namespace, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
@@ -462,7 +547,7 @@ def print_plan(args: Namespace, plan: np.ndarray, orders: dict[str, BatchOrder])
     )
 
 
-def one_line(summary: dict, tasks: dict[str, TaskSpec]) -> str:
+def say_scores(summary: dict, tasks: dict[str, TaskSpec]) -> str:
     scores = [f"{task} {select_score(summary, task, tasks):.3f}" for task in summary["tasks"]]
     return "  ".join(scores + [f"{name} {summary[name]:.3f}" for name in OVERALLS])
 
@@ -473,18 +558,19 @@ def finish(
     tokenizer: BertTokenizer,
     dev_data: dict[str, TaskData],
     *,
-    write: bool,
+    test_rows: dict[str, Rows] | None,
     own_data: bool = True,
 ) -> None:
     """Evaluate the best checkpoint on all of dev, and print what there is.
 
     Args:
-        write: write prediction files.
+        test_rows: what to predict besides dev; None: write no prediction files.
         own_data: the dev data are the run's own, so that its `scores.json` may be written.
     """
     folder = Path(args.output_dir)
-    best = load_state(folder / "best")
-    load_model(folder / "best", model)
+    checkpoint = need_checkpoint(folder / "best")
+    best = load_state(checkpoint)
+    load_model(checkpoint, model)
     autocast = make_autocast(args.device, args.precision)
     summary, predictions = evaluate(model, dev_data, tokenizer.pad_token_id, autocast)
     if own_data:
@@ -498,15 +584,13 @@ def finish(
         named = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         floor = kind.floor(labels)
         print(f"  {task:6s} {named}  (answering blindly: {floor:.4f}; {len(labels)} examples; {spec.title})")
-        if scores[kind.main_score] <= floor:
-            print(f"         warning: {task} is no better than answering blindly")
-        collapse = collapse_warning(predictions[task].tolist(), spec)
-        if collapse:
-            print(f"         warning: {collapse}")
+        for warning in score_warnings(task, spec, scores, predictions[task], labels):
+            print(f"         warning: {warning}")
     print(f"  overall, plain mean (poster, class of 2023): {summary['mean']:.4f}")
     print(f"  overall, similarity as (r + 1) / 2 (class of 2024): {summary['mean_2024']:.4f}")
-    if write:
-        write_predictions(args, model, tokenizer, dev_data, predictions)
+    if test_rows is not None:
+        test_data = tokenize_split(args, test_rows, tokenizer)
+        write_predictions(args, model, tokenizer, dev_data, predictions, test_data)
 
 
 def write_predictions(
@@ -515,13 +599,9 @@ def write_predictions(
     tokenizer: BertTokenizer,
     dev_data: dict[str, TaskData],
     dev_predictions: dict[str, np.ndarray],
+    test_data: dict[str, TaskData],
 ) -> None:
     """Write the prediction files of every task and of each of --predict_splits."""
-    asked = args.tasks if "test" in args.predict_splits else ()
-    present = [task for task in asked if data_file(args, task, "test").exists()]
-    for task in (task for task in asked if task not in present):
-        print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
-    test_data = tokenize_split(args, read_split(args, "test", present), tokenizer)
     autocast = make_autocast(args.device, args.precision)
     print("predictions")
     for task in args.tasks:
@@ -546,77 +626,116 @@ def fingerprint(rows: Rows) -> str:
 
 def load_encoder(args: Namespace, source: str | Path) -> tuple[BertModel, BertTokenizer]:
     """The encoder and tokenizer to start from, or those of a checkpoint."""
+    damage = find_damage(Path(source)) if (Path(source) / SUMS_FILE).is_file() else None
+    if damage:
+        raise UserError(f"--pretrained {source}: {damage}")
     tokenizer = BertTokenizer.from_pretrained(source)
     overrides = {} if args.hidden_dropout_prob is None else {"hidden_dropout_prob": args.hidden_dropout_prob}
     bert = BertModel.from_pretrained(source, **overrides)
-    if len(tokenizer) > bert.config.vocab_size:
-        raise UserError(
-            f"--pretrained {source}: vocabulary of {len(tokenizer)} word pieces, embeddings for {bert.config.vocab_size}"
-        )
+    check_vocab_size(len(tokenizer), bert.config.vocab_size, source)
     return bert, tokenizer
 
 
 def read_again(args: Namespace) -> None:
     """--eval_only and --predict_only: the best checkpoint of a run, on its own or other data."""
     folder = Path(args.output_dir)
-    load_state(folder / "best")  # says so if there is none
+    best = need_checkpoint(folder / "best")
     dev_rows = read_split(args, "dev", args.tasks)
-    bert, tokenizer = load_encoder(args, folder / "best")
+    test_rows = read_test_rows(args) if args.predict_only else None
+    bert, tokenizer = load_encoder(args, best)
     for line in resolve_machine(args, bert.config):
         print(f"chosen: {line}")
     check_outputs(args)
     dev_data = tokenize_split(args, dev_rows, tokenizer)
-    own_data = json.loads((folder / "args.json").read_text(encoding="utf-8"))["data"]["dev"] == {
+    own_data = read_args_file(folder)["data"].get("dev") == {
         task: fingerprint(rows) for task, rows in dev_rows.items()
     }
     # Another machine's last digits differ: scores.json and the dev predictions are written together or not at all.
     together = not args.predict_only or "dev" in args.predict_splits
     model = make_model(args, bert)
-    finish(args, model, tokenizer, dev_data, write=args.predict_only, own_data=own_data and together)
+    finish(args, model, tokenizer, dev_data, test_rows=test_rows, own_data=own_data and together)
+
+
+def read_data(args: Namespace) -> tuple[dict[str, dict[str, Rows]], dict]:
+    """All rows of a run, by split and task, and what is known about their files."""
+    files = {split: read_split(args, split, args.tasks) for split in ("train", "dev")}
+    train_rows, extra_lines = add_extra_data(args, files["train"])
+    for line in extra_lines:
+        print(line)
+    files["test"] = read_test_rows(args)
+    rows = files | {"train": train_rows}
+    batch_sizes = {task: getattr(args, f"{task}_batch_size") or args.batch_size for task in args.tasks}
+    checks = cross_checks(rows["train"], rows["dev"], batch_sizes)
+    for check in checks:
+        print(f"warning: {check['message']}")
+    return rows, make_report(files, checks) | {"extra_data": extra_lines}
+
+
+def check_same_run(args: Namespace, last: Path | None, data: dict, folder: Path) -> dict:
+    """Refuse to go on with other data or settings; returns what the run's `args.json` holds."""
+    stored = read_args_file(folder)
+    if stored["data"] != data:
+        raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
+    changed = find_changed(last, args, RESUME_MAY_CHANGE) if last else []
+    if changed:
+        raise UserError(
+            f"{folder / 'args.json'}: has been changed since {last} was saved: {', '.join(changed)}"
+        )
+    return stored
 
 
 def start(args: Namespace) -> None:
     """Train from --pretrained, or go on from where --resume finds the run; then evaluate and predict."""
-    folder = Path(args.output_dir or "")
-    if args.resume:
-        load_state(folder / "last")  # says so if there is none
-    rows = {split: read_split(args, split, args.tasks) for split in ("train", "dev")}
-    rows["train"] = add_extra_data(args, rows["train"])
-    data = {split: {task: fingerprint(found) for task, found in rows[split].items()} for split in rows}
-    warn_overlap(rows["train"], rows["dev"])
-    bert, tokenizer = load_encoder(args, folder / "last" if args.resume else args.pretrained)
-    for line in resolve_args(
-        args, bert.config, {task: len(found.ids) for task, found in rows["train"].items()}
-    ):
+    folder = Path(args.output_dir or default_output_dir(args))
+    last = find_last(folder, args.eval_every) if args.resume else None
+    rows, report = read_data(args)
+    bert, tokenizer = load_encoder(args, last or args.pretrained)
+    sizes = {task: len(found.ids) for task, found in rows["train"].items()}
+    for line in resolve_args(args, bert.config, sizes):
         print(f"chosen: {line}")
     for line in idle_flags(args):
         print(f"no effect: {line}")
     check_outputs(args)
+    data = {
+        split: {task: fingerprint(found) for task, found in rows[split].items()} for split in ("train", "dev")
+    }
+    files = {
+        found["path"]: found["sha256"] for splits in report["tasks"].values() for found in splits.values()
+    }
+    facts = {"data": data, "data_files": files, "encoder": bert.load_report}
     if args.resume:
-        stored = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        if stored["data"] != data:
-            raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
-        facts = {"data": data, "encoder": stored["encoder"]}
+        stored = check_same_run(args, last, data, folder)
+        facts["encoder"] = stored.get("encoder") if last else bert.load_report
     else:
         prepare_folder(args)
-        facts = {"data": data, "encoder": bert.load_report}
         print(f"encoder {args.pretrained}: {bert.load_report}")
-    write_args(args, facts)
-    train_data, dev_data = (tokenize_split(args, rows[split], tokenizer) for split in ("train", "dev"))
     run = Run(args, make_model(args, bert), tokenizer)
+    if last:
+        run.load_last(last)
+    write_args(args, facts)
+    write_text(folder / "data_report.json", json.dumps(report, indent=2) + "\n")
     if args.resume:
-        run.load_last()
-        print(f"continuing {args.output_dir} at step {run.state['step']}")
+        run.cut_log()
+        print(f"continuing {folder} at step {run.state['step']}")
+    train_data, dev_data = (tokenize_split(args, rows[split], tokenizer) for split in ("train", "dev"))
     with catch_signals() as signals:
         train(args, run, train_data, dev_data, signals)
-    finish(args, run.model, tokenizer, dev_data, write=True)
+    try:
+        finish(args, run.model, tokenizer, dev_data, test_rows=rows["test"])
+    except KeyboardInterrupt:
+        print(
+            f"training is finished and saved; for scores and predictions: --output_dir {folder} --resume",
+            flush=True,
+        )
+        raise
     plot = plot_run(run.folder)
     print(f"run folder: {run.folder}" + (f"  (curves: {plot})" if plot else ""))
 
 
 def work(argv: list[str] | None) -> None:
     args = get_args(argv)
-    read_again(args) if args.eval_only or args.predict_only else start(args)
+    with lock_folder(Path(args.output_dir or default_output_dir(args))):
+        read_again(args) if args.eval_only or args.predict_only else start(args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,7 +69,9 @@ def check_folder(
 
 def write_zip(path: Path, predictions: list[Path], code: list[Path]) -> None:
     """Write the zip whole or not at all; names inside are fixed, whatever the folders are called."""
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    # strict_timestamps: a file from before 1980, as some package managers date all of theirs, is no error.
+    form = {"compression": zipfile.ZIP_DEFLATED, "strict_timestamps": False}
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", **form) as archive:
         for file in code:
             archive.write(file, file.name)
         for file in predictions:
@@ -100,7 +102,7 @@ def submit(argv: list[str] | None) -> None:
         raise UserError(errors[-1])
     print(f"{len(files)} prediction files are complete and legal")
     if not args.check_only:
-        code = sorted(Path(__file__).parent.glob("*.py"))
+        code = sorted(file for file in Path(__file__).parent.glob("*.py") if file.is_file())  # no pipes
         write_zip(args.output, files, code)
         print(f"wrote {args.output}: {len(files)} prediction files, {len(code)} Python files")
 

@@ -25,16 +25,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from base_bert import OFFLINE_ENCODER, encoder_name, read_tensors, resolve_pretrained
+from base_bert import OFFLINE_ENCODER, check_vocab_size, encoder_name, read_tensors, resolve_pretrained
 from bert import ACTIVATIONS, BertModel
-from checkpoint import copy_tensors, cpu_tensors, load_tensors, sync, whole_file, write_args, write_text
-from command_line import OneLineParser, number, run_script
+from checkpoint import (
+    STATE_FILE,
+    copy_tensors,
+    find_checkpoint,
+    load_state,
+    load_tensors,
+    remove_checkpoints,
+    save_tensors,
+    sync,
+    versions,
+    write_checkpoint,
+    write_text,
+)
+from command_line import OneLineParser, catch_signals, number, run_script
 from config import DEFAULT_TASKS, EXTRA_SOURCES, TASKS, BertConfig, UserError, read_json
-from datasets import BatchOrder, TokenArrays, read_rows
+from datasets import BatchOrder, TokenArrays, read_rows, warning_lines
 from extra_data import add_sources, text_key
 from flags import (
     COUNT,
@@ -48,15 +58,17 @@ from flags import (
     task_list,
 )
 from flat_memory import has_weight_decay
-from multitask_classifier import catch_signals, make_autocast, make_seed
+from multitask_classifier import make_autocast, make_seed
 from optimizer import SCHEDULES, AdamW, lr_factor
+from run_folder import lock_folder, write_args
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 HEAD_PREFIX = "cls.predictions."  # of the head's weights in Hugging Face's checkpoints
-LAST_FILE = "last.safetensors"  # what an unfinished run goes on from
+LAST = "last"  # the checkpoint that an unfinished run goes on from
+TENSORS_FILE = "training.safetensors"  # in it
 ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
 # In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is ours.
-OUTPUT_FILES = (*ENCODER_FILES, LAST_FILE, "metrics.jsonl", "args.json")
+OUTPUT_FILES = (*ENCODER_FILES, "metrics.jsonl", "args.json")
 RESUME_MAY_CHANGE = {"output_dir", "data_dir", "overwrite", "log_every", "save_every"}
 
 
@@ -314,19 +326,18 @@ def find_run(args: argparse.Namespace) -> dict | None:
         UserError: if the folder holds a finished run (without --overwrite) or files of something else.
     """
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: is a file; expected a folder")
     present = [name for name in OUTPUT_FILES if (folder / name).exists()]
+    present += [path.name for path in versions(folder / LAST)]
     if not present:
         return None
     stored = read_json(folder / "args.json") if "args.json" in present else {}
-    if "mlm_prob" not in stored.get("args", {}):
+    if not isinstance(stored.get("args"), dict) or "mlm_prob" not in stored["args"]:
         raise UserError(f"--output_dir {folder}: {present[0]} is not this script's; expected another folder")
     if resolve_pretrained(args.pretrained).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder}: is --pretrained itself; expected another folder")
     if "config.json" in present and not args.overwrite:
         raise UserError(f"--output_dir {folder}: holds a finished encoder; start anew with --overwrite")
-    return stored if LAST_FILE in present and not args.overwrite else None
+    return stored if versions(folder / LAST) and not args.overwrite else None
 
 
 def read_sentences(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -335,6 +346,8 @@ def read_sentences(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     for split in ("train", "dev"):
         paths = {task: Path(args.data_dir) / TASKS[task].files[split] for task in args.tasks}
         rows[split] = {task: read_rows(path, TASKS[task], split) for task, path in paths.items()}
+        for line in (line for found in rows[split].values() for line in warning_lines(found)):
+            print(f"warning: {line}")
     held_out = set()  # sentences of any dev or test file that is there, of whatever task
     for spec in TASKS.values():
         for split in ("dev", "test"):
@@ -368,11 +381,7 @@ def load_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenizer
     torch.manual_seed(make_seed(args.seed))
     tokenizer = BertTokenizer.from_pretrained(args.pretrained)
     model = BertForMaskedLM(BertModel.from_pretrained(args.pretrained))
-    vocab_size = model.bert.config.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"--pretrained {args.pretrained}: vocabulary of {len(tokenizer)} word pieces, embeddings for {vocab_size}"
-        )
+    check_vocab_size(len(tokenizer), model.bert.config.vocab_size, args.pretrained)
     head_report = load_head(model, args.pretrained)
     return model, tokenizer, f"{model.bert.load_report}\nprediction head: {head_report}"
 
@@ -389,13 +398,17 @@ def resolve_args(args: argparse.Namespace, config: BertConfig) -> None:
 
 def check_same(args: argparse.Namespace, stored: dict, data: str) -> None:
     """Refuse to go on with a run under other settings or with other sentences."""
-    for name, value in json.loads(json.dumps(vars(args))).items():
-        before = stored["args"].get(name)
-        if name not in RESUME_MAY_CHANGE and value != before:
-            raise UserError(
-                f"--{name} {value} does not fit the unfinished run in {args.output_dir}, which was started with"
-                f" {before}; give that again, or start anew with --overwrite"
-            )
+    before, now = stored["args"], json.loads(json.dumps(vars(args)))
+    changed = [
+        f"--{name} {now[name]} (the run has {before.get(name)})"
+        for name in now
+        if name not in RESUME_MAY_CHANGE and now[name] != before.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"--output_dir {args.output_dir}: the unfinished run there was started with other settings than"
+            f" {', '.join(changed)}; give those of the run, or start anew with --overwrite"
+        )
     if stored.get("data") != data:
         raise UserError(
             f"--data_dir {args.data_dir}: not the sentences that {args.output_dir} was started with"
@@ -411,23 +424,30 @@ def run_tensors(model: BertForMaskedLM, optimizer: AdamW) -> dict[str, torch.Ten
     return tensors
 
 
-def save_last(path: Path, model: BertForMaskedLM, optimizer: AdamW, state: dict) -> None:
-    with whole_file(path) as temporary:
-        save_file(
-            cpu_tensors(run_tensors(model, optimizer)), temporary, metadata={"state": json.dumps(state)}
-        )
+def save_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW, state: dict) -> None:
+    def write(new):
+        save_tensors(run_tensors(model, optimizer), new / TENSORS_FILE)
+        (new / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    write_checkpoint(folder / LAST, write, keep=2)
 
 
-def load_last(path: Path, model: BertForMaskedLM, optimizer: AdamW) -> dict:
-    """Put weights, moments and counters back; returns the run's state."""
-    tensors = load_tensors(path)  # says so if the file is damaged
-    with safe_open(path, "pt") as file:
-        state = json.loads(file.metadata()["state"])
+def load_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW) -> dict:
+    """Put weights, moments and counters back from a checkpoint; returns the run's state.
+
+    Raises:
+        UserError: if its content does not fit this run.
+    """
+    tensors, state = load_tensors(folder / TENSORS_FILE), load_state(folder)
+    if type(state.get("step")) is not int or not all(
+        isinstance(state.get(k), list) for k in ("losses", "log")
+    ):
+        raise UserError(f"{folder / STATE_FILE}: does not fit this run")
     for group in optimizer.param_groups:
         for param in group["params"]:
             moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
             optimizer.state[param] = {"step": state["step"], **moments}
-    copy_tensors(tensors, run_tensors(model, optimizer), path)
+    copy_tensors(tensors, run_tensors(model, optimizer), folder / TENSORS_FILE)
     return state
 
 
@@ -440,12 +460,18 @@ def save_encoder(folder: Path, model: BertForMaskedLM, tokenizer: BertTokenizer)
         sync(new / name)
         os.replace(new / name, folder / name)
     sync(folder)
-    (folder / LAST_FILE).unlink(missing_ok=True)
+    remove_checkpoints(folder / LAST)
     shutil.rmtree(new)
 
 
 def work(argv: list[str] | None) -> None:
     args = get_args(argv)
+    with lock_folder(Path(args.output_dir)):
+        start(args)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Train, from where a stopped run left off if there is one."""
     folder = Path(args.output_dir)
     stored = find_run(args)
     sentences, dev_sentences = read_sentences(args)
@@ -460,9 +486,9 @@ def work(argv: list[str] | None) -> None:
     if stored:
         check_same(args, stored, data)
     else:
+        remove_checkpoints(folder / LAST)
         for name in OUTPUT_FILES:
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_args(args, {"data": data, "encoder": report})
     print(f"encoder {args.pretrained}: {report}")
     with catch_signals() as signals:
@@ -478,7 +504,7 @@ def train(
     order: BatchOrder,
     signals: list[int],
 ) -> None:
-    """The run: from where `last.safetensors` says to --max_steps, or until a signal ends it; then write the encoder."""
+    """The run: from where the checkpoint says to --max_steps, or until a signal ends it; then write the encoder."""
     folder, autocast = Path(args.output_dir), make_autocast(args.device, args.precision)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     state = {"step": 0, "losses": [], "log": []}  # losses since the last line of the log
@@ -492,8 +518,9 @@ def train(
         print(f"step {state['step']}/{args.max_steps}  dev loss {loss:.4f}", flush=True)
         log({"step": state["step"], "dev_loss": loss})
 
-    if (folder / LAST_FILE).exists():
-        state = load_last(folder / LAST_FILE, model, optimizer)
+    last = find_checkpoint(folder / LAST)
+    if last:
+        state = load_last(last, model, optimizer)
         print(f"continuing {folder} at step {state['step']}")
     else:
         check()
@@ -528,7 +555,7 @@ def train(
                 flush=True,
             )
         if not last and (signals or step % args.save_every == 0):
-            save_last(folder / LAST_FILE, model, optimizer, state)
+            save_last(folder, model, optimizer, state)
         if signals and not last:
             print(f"stopped by a signal at step {step}, saved; the same command goes on from here")
             sys.exit(128 + signals[0])

@@ -98,13 +98,10 @@ def pretrain_folder(args: argparse.Namespace, row: str, seed: int) -> Path:
 def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
     folder = run_folder(args.runs_dir, row, seed)
     train = [sys.executable, str(HERE / "multitask_classifier.py"), "--output_dir", str(folder)]
-    # A run that was killed between its first best/ and its first last/ cannot go on.
-    stuck = (folder / "best").exists() and not (folder / "last").exists() and not is_finished(folder)
-    anew = ["--overwrite"] if stuck else []
     stages = [
         Stage(
             folder,
-            [*train, "--data_dir", args.data_dir, *run_flags(args, row, seed), *anew],
+            [*train, "--data_dir", args.data_dir, *run_flags(args, row, seed)],
             is_finished,
             resume=[*train, "--data_dir", args.data_dir, "--resume"],
             num_steps=args.max_steps,

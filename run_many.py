@@ -7,7 +7,6 @@ folders, share the work, and one that is started after the other was killed wait
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
+
+from checkpoint import remove_checkpoints
 
 POLL_SECONDS = 0.5
 
@@ -28,9 +29,9 @@ class Stage:
     Args:
         command: starts the run, or continues it where `resume` is None.
         is_finished: looks into the folder.
-        resume: continues a run that has a checkpoint.
+        resume: continues a run that was started.
         num_steps: of the run, for the progress line; its `metrics.jsonl` says how many are done.
-        discard: folder inside the run's that nobody needs once it is finished.
+        discard: checkpoint inside the run's folder that nobody needs once it is finished.
     """
 
     folder: Path
@@ -41,7 +42,7 @@ class Stage:
     discard: str | None = None
 
     def next_command(self) -> Sequence[str]:
-        started = any((self.folder / name).exists() for name in ("last", "last.old"))
+        started = (self.folder / "args.json").exists()
         return self.resume if self.resume and started else self.command
 
     def steps_done(self) -> int:
@@ -162,7 +163,7 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
                 running.remove(job)
                 for stage in job.stages if job.failure is None else ():
                     if stage.discard:
-                        shutil.rmtree(stage.folder / stage.discard, ignore_errors=True)
+                        remove_checkpoints(stage.folder / stage.discard)
                 job.give_back_lock()
                 if job.failure:
                     failed.append(job)

@@ -5,6 +5,7 @@ Gives exactly what Hugging Face's BERT tokenizer gives, for single sentences and
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,21 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from base_bert import resolve_pretrained
-from config import UserError, read_json
+from config import UserError, quote, read_bytes, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_ID = 2**22  # eight times the largest word-piece vocabulary that we know
+# What a tokenizer.json may say of its parts and still mean what this file does.
+BERT_PARTS = {
+    "model": {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+    },
+    "normalizer": {"type": "BertNormalizer"},
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+}
 
 
 class BertTokenizer:
@@ -76,26 +89,14 @@ class BertTokenizer:
             UserError: if there is no vocabulary, or it is no word-piece vocabulary.
         """
         folder = resolve_pretrained(str(name))
-        settings = (
-            read_json(folder / "tokenizer_config.json")
-            if (folder / "tokenizer_config.json").is_file()
-            else {}
-        )
-        normalizer = {}
-        if (folder / "vocab.txt").is_file():
-            vocab = read_vocab(folder / "vocab.txt")
-        elif (folder / "tokenizer.json").is_file():
-            stored = read_json(folder / "tokenizer.json")
-            model = stored.get("model")
-            vocab = model.get("vocab") if isinstance(model, dict) else None
-            if (
-                not isinstance(vocab, dict)
-                or model.get("type", "WordPiece") != "WordPiece"
-                or not all(type(index) is int for index in vocab.values())
-            ):
-                raise UserError(f"{folder / 'tokenizer.json'}: not a word-piece vocabulary")
-            if isinstance(stored.get("normalizer"), dict):
-                normalizer = stored["normalizer"]
+        # lexists: what is there but is no file is refused, not passed over.
+        settings, normalizer = {}, {}
+        if os.path.lexists(folder / "tokenizer_config.json"):
+            settings = read_json(folder / "tokenizer_config.json")
+        if os.path.lexists(path := folder / "vocab.txt"):
+            vocab = read_vocab(path)
+        elif os.path.lexists(path := folder / "tokenizer.json"):
+            vocab, normalizer = read_tokenizer_json(path)
         else:
             raise UserError(f"--pretrained {name}: {folder} holds neither vocab.txt nor tokenizer.json")
         choices = {
@@ -107,10 +108,12 @@ class BertTokenizer:
         }
         for key, value in choices.items():
             if not isinstance(value, bool) and not (key == "strip_accents" and value is None):
-                raise UserError(
-                    f"{folder / 'tokenizer_config.json'}: {key} is {value!r}; expected true or false"
-                )
-        return cls(vocab, max_length=max_length, **choices)
+                where = folder / "tokenizer_config.json" if key in settings else path
+                raise UserError(f"{where}: {key} is {quote(value)}; expected true or false")
+        try:
+            return cls(vocab, max_length=max_length, **choices)
+        except UserError as error:  # a special token is missing
+            raise UserError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `vocab.txt` and `tokenizer_config.json`, which Hugging Face's tokenizer reads too."""
@@ -215,12 +218,59 @@ def clean_surrogates(text: str) -> str:
 
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """Read `vocab.txt`: one word piece a line, its id is the line's number from 0."""
+    """Read `vocab.txt`: one word piece a line, its id is the line's number from 0.
+
+    Raises:
+        UserError: if it cannot be read, is not UTF-8, or a piece stands there twice: one of the two ids would be
+            out of use, and every piece after a line that was doubled by mistake would have its neighbour's.
+    """
     try:
         # Only \n ends a line: some pieces are odd spaces that splitlines would take for line ends.
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     if lines[-1] == "":
         lines.pop()
-    return {line.rstrip("\r"): index for index, line in enumerate(lines)}
+    vocab = {}
+    for index, line in enumerate(lines):
+        piece = line.rstrip("\r")
+        if vocab.setdefault(piece, index) != index:
+            raise UserError(
+                f"{path}:{index + 1}: {quote(piece)} stands here for the second time, first in line"
+                f" {vocab[piece] + 1}; expected each word piece once"
+            )
+    return vocab
+
+
+def read_tokenizer_json(path: Path) -> tuple[dict[str, int], dict]:
+    """Vocabulary and normalizer's settings of a `tokenizer.json`.
+
+    Raises:
+        UserError: if it cannot be read, or describes another tokenizer than BERT's, or two pieces with one id.
+    """
+    stored = read_json(path)
+    parts = {name: stored.get(name) or {} for name in BERT_PARTS}
+    vocab = parts["model"].get("vocab") if isinstance(parts["model"], dict) else None
+    if not isinstance(vocab, dict):
+        raise UserError(f"{path}: not a word-piece vocabulary")
+    for name, expected in BERT_PARTS.items():
+        if not isinstance(parts[name], dict):
+            raise UserError(f"{path}: {name} is {quote(parts[name])}; expected a JSON object")
+        for key, value in expected.items():
+            if parts[name].get(key, value) != value:
+                raise UserError(
+                    f"{path}: not a word-piece vocabulary as BERT's: {name} has {key} {quote(parts[name][key])};"
+                    f" expected {json.dumps(value)}"
+                )
+    pieces = {}
+    for piece, index in vocab.items():
+        if type(index) is not int or not 0 <= index < MAX_ID:
+            raise UserError(
+                f"{path}: {quote(piece)} has the id {quote(index)}; expected a whole number from 0 to {MAX_ID - 1}"
+            )
+        if pieces.setdefault(index, piece) != piece:
+            raise UserError(f"{path}: {quote(pieces[index])} and {quote(piece)} have the same id {index}")
+        # No text holds half a character; and what is saved as a line must be read back as the same line.
+        if clean_surrogates(piece) != piece or "\n" in piece or piece.endswith("\r"):
+            raise UserError(f"{path}: {quote(piece)} is no word piece")
+    return vocab, parts["normalizer"]

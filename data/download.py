@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import os
 import secrets
+import stat
 import sys
 import time
 import urllib.error
@@ -85,6 +86,8 @@ def git_blob_id(path: Path) -> str:
 def find_problem(path: Path, blob_id: str) -> str | None:
     """What is wrong with the file on disk, in one line, or None if it is right."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to read a pipe is to wait
+            return "not a regular file"
         actual = git_blob_id(path)
     except FileNotFoundError:
         return "missing"
@@ -107,6 +110,16 @@ def as_fetch_error(error: Exception) -> FetchError:
     return TransientError(reason) if is_transient else FetchError(reason)
 
 
+class WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to the web only; urllib refuses those to files of this machine, but follows those to ftp."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        scheme = urllib.parse.urlsplit(url).scheme
+        if scheme not in ("http", "https"):
+            raise FetchError(f"redirected to {scheme}://, expected http:// or https://")
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
 def read_chunks(url: str, file_name: str) -> Iterator[bytes]:
     """Yields the body of `url` piece by piece, with a progress bar on a terminal.
 
@@ -116,7 +129,8 @@ def read_chunks(url: str, file_name: str) -> Iterator[bytes]:
         FetchError: if the body cannot be had, is cut short or exceeds MAX_BYTES.
     """
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        opener = urllib.request.build_opener(WebRedirects)
+        with opener.open(url, timeout=TIMEOUT_SECONDS) as response:
             length = response.headers.get("Content-Length")
             num_expected = int(length) if length else None  # in bytes
             if (num_expected or 0) > MAX_BYTES:

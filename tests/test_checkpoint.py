@@ -1,16 +1,28 @@
-"""Checkpoints are whole or not there, and a cut-off replacement never loses the last good one."""
+"""Checkpoints are whole or not there, damage is found, and a cut-off replacement never loses the last good one."""
 
-import json
+import os
 import shutil
-from argparse import Namespace
 
 import pytest
 import torch
 
 import checkpoint
 from bert import BertModel
-from checkpoint import Run, copy_tensors, load_model, load_state, load_tensors, recover, save_checkpoint
-from compiled import PLAIN, Passes
+from checkpoint import (
+    copy_tensors,
+    find_checkpoint,
+    find_damage,
+    load_model,
+    load_state,
+    load_tensors,
+    need_checkpoint,
+    remove_checkpoints,
+    versions,
+    whole_file,
+    write_checkpoint,
+    write_model,
+    write_text,
+)
 from config import TASKS, UserError
 from multitask_bert import MultitaskBERT
 from tests.tiny import make_config, make_encoder
@@ -33,53 +45,91 @@ def same(a, b):
     )
 
 
-def settings(folder, **changes):
-    options = {"precision": "fp32", "grad_accum": 1, "compile": "off", "lr": 0.1, "head_lr": 0.1}
-    options |= {"weight_decay": 0.0, "rectify": False, "tasks": ("sst",), "output_dir": str(folder)}
-    return Namespace(**options | changes)
+def save(folder, model, tokenizer, state, keep=1):
+    write_checkpoint(folder, lambda new: write_model(new, model, tokenizer, state), keep)
 
 
-def test_run_trains_with_the_passes_and_types_that_its_flags_say(tokenizer, tmp_path, monkeypatch):
-    passes = Passes(adamw_update=lambda *args: None)
-    monkeypatch.setattr(checkpoint, "compile_passes", lambda: passes)
-    for compiled, expected in (("on", passes), ("off", PLAIN)):
-        run = Run(settings(tmp_path, compile=compiled), make_model(tokenizer), tokenizer)
-        assert run.memory.passes is expected and run.optimizer.update is expected.adamw_update
-    types = {("fp32", 1): None, ("bf16", 1): torch.bfloat16, ("bf16", 2): torch.bfloat16}
-    for (precision, grad_accum), copy in types.items():
-        args = settings(tmp_path, precision=precision, grad_accum=grad_accum)
-        memory = Run(args, make_model(tokenizer), tokenizer).memory
-        assert getattr(memory.weight_copy, "dtype", None) == copy
-        # Sums of several batches are kept in float32.
-        assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and grad_accum == 1 else torch.float32)
+def write_number(folder, number, keep=1):
+    """A checkpoint that holds nothing but a number."""
+    write_checkpoint(folder, lambda new: (new / "state.json").write_text(f'{{"step": {number}}}'), keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- whole files -------------------------------------------------------------------------------------------------
+
+
+def test_file_that_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "folder" / "file"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
+        temporary.write_text("ne")
+        assert path.read_text() == "old"
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and names(path.parent) == ["file"]
+
+
+def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "file.tmp").symlink_to(victim)
+    write_text(tmp_path / "file", "new")
+    assert victim.read_text() == "precious" and (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink() and names(tmp_path) == ["file", "victim"]
+
+
+# --- checkpoint folders ------------------------------------------------------------------------------------------
 
 
 def test_round_trip(tokenizer, tmp_path):
     model, other = make_model(tokenizer), make_model(tokenizer, seed=1)
     state = {"step": 3, "cosine_ema": [[0.1, -1 / 3]], "best_score": None}
-    save_checkpoint(tmp_path / "last", model, tokenizer, {"moments": torch.arange(3.0)}, state)
+    save(tmp_path / "last", model, tokenizer, state)
     assert load_state(tmp_path / "last") == state  # JSON keeps every bit of a float
     assert not same(model, other)
     load_model(tmp_path / "last", other)
     assert same(model, other)
-    assert load_tensors(tmp_path / "last" / "optimizer.safetensors")["moments"].tolist() == [0, 1, 2]
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    assert names(tmp_path) == ["last"]
 
 
 def test_checkpoint_is_an_encoder_folder(tokenizer, tmp_path):
     model = make_model(tokenizer)
-    save_checkpoint(tmp_path / "best", model, tokenizer, {}, {})
+    save(tmp_path / "best", model, tokenizer, {})
     encoder = BertModel.from_pretrained(tmp_path / "best")
     assert same(model.bert, encoder)
     assert "heads.sst" in encoder.load_report  # named as not used
-    assert not (tmp_path / "best" / "optimizer.safetensors").exists()
 
 
-@pytest.mark.parametrize("failing_call", range(6))
-def test_failure_at_any_moment_leaves_a_good_checkpoint(tokenizer, tmp_path, monkeypatch, failing_call):
-    """Let the n-th file operation of a second save fail, and find the first or the second checkpoint."""
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
+def test_checksums_are_those_of_sha256sum(tokenizer, tmp_path):
+    save(tmp_path / "last", make_model(tokenizer), tokenizer, {})
+    assert os.system(f"cd {tmp_path}/last && sha256sum --check --strict --quiet SHA256SUMS") == 0
+    listed = {line.split()[1] for line in (tmp_path / "last" / "SHA256SUMS").read_text().splitlines()}
+    assert listed == set(names(tmp_path / "last")) - {"SHA256SUMS"}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_so_many_are_kept_newest_first(tmp_path, keep):
+    for number in range(5):
+        write_number(tmp_path / "last", number, keep)
+    steps = [load_state(path)["step"] for path in versions(tmp_path / "last")]
+    assert steps == [4, 3, 2][:keep]
+    assert names(tmp_path) == ["last", "last.1", "last.2"][:keep]
+    write_number(tmp_path / "last", 5, 1)  # fewer from now on
+    assert names(tmp_path) == ["last"]
+    remove_checkpoints(tmp_path / "last")
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("failing_call", range(12))
+def test_failure_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch, failing_call, keep):
+    """Let the n-th file operation of a third save fail, and find the second or the third checkpoint."""
     folder = tmp_path / "last"
-    save_checkpoint(folder, make_model(tokenizer), tokenizer, {}, {"step": 1})
+    for number in (1, 2):
+        write_number(folder, number, keep)
     calls = iter(range(100))
 
     def failing(real):
@@ -90,38 +140,112 @@ def test_failure_at_any_moment_leaves_a_good_checkpoint(tokenizer, tmp_path, mon
 
         return call
 
-    for owner, name in [(checkpoint, "save_file"), (checkpoint.os, "replace"), (shutil, "rmtree")]:
+    for owner, name in [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint, "file_digest")]:
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    failed = False
     try:
-        save_checkpoint(folder, make_model(tokenizer, seed=1), tokenizer, {}, {"step": 2})
+        write_number(folder, 3, keep)
     except KeyboardInterrupt:
-        pass
+        failed = True
     monkeypatch.undo()
-    step = load_state(folder)["step"]
-    model = make_model(tokenizer, seed=2)
-    load_model(folder, model)
-    assert same(model, make_model(tokenizer, seed=step - 1))  # weights and state belong together
-    save_checkpoint(folder, make_model(tokenizer), tokenizer, {}, {"step": 3})
-    assert load_state(folder)["step"] == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]  # nothing is left over
+    assert failed or next(calls) <= failing_call  # or else the save went on after a failure
+    assert load_state(find_checkpoint(folder))["step"] in ((2, 3) if failed else (3,))
+    write_number(folder, 4, keep)
+    assert load_state(folder)["step"] == 4
+    assert names(tmp_path) == ["last", "last.1"][:keep]  # nothing is left over
 
 
-def test_recover_between_the_two_renames(tmp_path):
-    (tmp_path / "last.old").mkdir()
-    (tmp_path / "last.old" / "state.json").write_text('{"step": 7}')
-    recover(tmp_path / "last")
-    assert load_state(tmp_path / "last") == {"step": 7}
+def test_failed_save_gives_its_space_back(tmp_path):
+    def write(new):
+        (new / "model.safetensors").write_bytes(b"0" * 1000)
+        raise OSError(28, "No space left on device")
+
+    write_number(tmp_path / "last", 1)
+    with pytest.raises(OSError, match="No space"):
+        write_checkpoint(tmp_path / "last", write)
+    assert names(tmp_path) == ["last"] and load_state(find_checkpoint(tmp_path / "last"))["step"] == 1
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no state", "broken state"])
-def test_missing_or_damaged_state(tmp_path, damage):
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": lambda path: flip(path, 0.5),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "state.json", "config.json", "vocab.txt", "tokenizer_config.json", "SHA256SUMS"],
+)
+def test_every_damage_is_found_and_the_one_before_takes_its_place(tokenizer, tmp_path, capsys, name, damage):
     folder = tmp_path / "last"
-    if damage != "no folder":
-        folder.mkdir()
-    if damage == "broken state":
-        (folder / "state.json").write_text("{")
-    with pytest.raises(UserError, match="last"):
-        load_state(folder)
+    for step in (1, 2):
+        save(folder, make_model(tokenizer, seed=step), tokenizer, {"step": step}, keep=2)
+    assert find_damage(folder) is None and find_checkpoint(folder) == folder
+    assert not capsys.readouterr().out
+    DAMAGES[damage](folder / name)
+    assert find_checkpoint(folder) == tmp_path / "last.1"
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: ") and str(folder) in printed and printed.count("\n") == 1
+    assert load_state(tmp_path / "last.1")["step"] == 1
+    DAMAGES[damage](tmp_path / "last.1" / name)
+    with pytest.raises(UserError, match="no undamaged checkpoint is left"):
+        find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_checksums_that_lost_a_line(tmp_path, number):
+    def write(new):
+        for name in ("a.json", "state.json", "z.txt"):
+            (new / name).write_text("{}")
+
+    write_checkpoint(tmp_path / "last", write)
+    path = tmp_path / "last" / "SHA256SUMS"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:number] + lines[number + 1 :]))
+    assert "SHA256SUMS" in find_damage(tmp_path / "last")
+
+
+def test_checksums_cannot_point_elsewhere(tmp_path):
+    write_number(tmp_path / "last", 1)
+    outside = tmp_path / "outside"
+    outside.write_text("")
+    with open(tmp_path / "last" / "SHA256SUMS", "a") as file:
+        file.write(f"{checkpoint.file_digest(outside)}  ../outside\n")
+    assert "'../outside' is not of this checkpoint" in find_damage(tmp_path / "last")
+
+
+def test_no_checkpoint(tmp_path):
+    assert find_checkpoint(tmp_path / "last") is None
+    with pytest.raises(UserError, match="no checkpoint there"):
+        need_checkpoint(tmp_path / "last")
+    (tmp_path / "last.new").mkdir()  # was never finished
+    (tmp_path / "last.backup").mkdir()  # the user's
+    assert find_checkpoint(tmp_path / "last") is None
+
+
+def test_gap_between_two_renames(tmp_path, capsys):
+    write_number(tmp_path / "last", 7)
+    (tmp_path / "last").rename(tmp_path / "last.1")
+    assert find_checkpoint(tmp_path / "last") == tmp_path / "last.1" and not capsys.readouterr().out
+    write_number(tmp_path / "last", 8, keep=2)
+    assert [load_state(path)["step"] for path in versions(tmp_path / "last")] == [8, 7]
+
+
+# --- what is in them ---------------------------------------------------------------------------------------------
 
 
 def test_damaged_tensors(tmp_path):
@@ -143,39 +267,3 @@ def test_copy_tensors_keeps_views(tmp_path):
     memory = torch.zeros(4)
     copy_tensors({"a": torch.ones(2)}, {"a": memory[1:3]}, tmp_path)
     assert memory.tolist() == [0, 1, 1, 0]
-
-
-def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
-    for name in ("best", "last", "mine", "report"):
-        (tmp_path / name).mkdir()
-    for name in ("args.json", "report.md", "report.html", "report/sst.png"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "predictions").mkdir()
-    for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
-        (tmp_path / "predictions" / name).write_text("")
-    with pytest.raises(UserError, match="holds a run already"):
-        checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
-    checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=True))
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt", "predictions", "report"}
-    assert not list((tmp_path / "report").iterdir())
-    assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["mine.csv"]
-
-
-def test_run_that_ended_before_its_first_checkpoint_may_be_started_again(tmp_path):
-    for name in ("args.json", "metrics.jsonl"):
-        (tmp_path / name).write_text("{}")
-    checkpoint.prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
-    assert not list(tmp_path.iterdir())  # lines of its log would otherwise stand in the new one
-
-
-def test_write_args_keeps_every_command(tmp_path, monkeypatch):
-    args = Namespace(output_dir=str(tmp_path), seed=5, device="cpu")
-    for command in (["start"], ["go on"]):
-        monkeypatch.setattr(checkpoint.sys, "argv", command)
-        checkpoint.write_args(args, {"data": "facts"})
-    stored = json.loads((tmp_path / "args.json").read_text())
-    assert stored["commands"] == [["start"], ["go on"]]
-    assert stored["args"]["seed"] == 5 and stored["data"] == "facts"
-    assert stored["versions"]["torch"] == torch.__version__
-    assert stored["machine"]["threads"] == torch.get_num_threads() and stored["machine"]["processor"]

@@ -1,11 +1,23 @@
 """The size of a BERT: what is accepted, read and written. The tasks: each row fits the tables it names."""
 
 import json
+import os
 from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from config import DEFAULT_TASKS, SIZES, SPLITS, TASKS, BertConfig, TaskSpec, UserError, course_files
+from config import (
+    DEFAULT_TASKS,
+    SIZES,
+    SPLITS,
+    TASKS,
+    BertConfig,
+    TaskSpec,
+    UserError,
+    course_files,
+    one_line,
+    quote,
+)
 from evaluation import TASK_KINDS
 from heads import HEADS, PAIR_HEADS
 
@@ -70,6 +82,8 @@ def test_probability_in_range(value):
         ("layer_norm_eps", None),
         ("initializer_range", "0.02"),
         ("initializer_range", -0.02),
+        ("initializer_range", 1e300),
+        ("layer_norm_eps", 2),
         ("initializer_range", float("inf")),
         ("pad_token_id", -1),
         ("pad_token_id", 30522),
@@ -135,6 +149,8 @@ def test_json_keys_that_are_not_sizes_are_left_alone(tmp_path):
             "position_embedding_type": "absolute",
             "architectures": ["BertForMaskedLM"],
             "torch_dtype": "float32",
+            "is_decoder": False,
+            "add_cross_attention": None,
             "classifier_dropout": None,
             "hidden_act": None,
             "pad_token_id": None,
@@ -157,6 +173,27 @@ def test_json_of_a_checkpoint_older_than_model_type(tmp_path):
         (b"[" * 100_000, "not a JSON file"),
         (b"[]", "expected a JSON object, found list"),
         (b"null", "expected a JSON object, found NoneType"),
+        (
+            b'{"hidden_size": 24, "hidden_size": 36}',
+            "not a JSON file (the key 'hidden_size' stands there twice)",
+        ),
+        (b'{"a": [{"b": 1, "b": 1}]}', "not a JSON file (the key 'b' stands there twice)"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "not a JSON file (Exceeds the limit"),
+        (b'{"hidden_size": ' + b"9" * 4000 + b"}", "hidden_size 99999999"),
+        (b'{"layer_norm_eps": 1e400}', "layer_norm_eps is inf; expected a number in [0, 1]"),
+        (b'{"hidden_size": true}', "hidden_size is True; expected a whole number"),
+        (b" " * 2**24 + b"{}", "too large; expected at most 16 MiB"),
+        ({"hidden_act": "x" * 99}, "hidden_act is 'xxxx"),
+        ({"model_type": "\x1b[31m\u202e"}, r"model_type is '\x1b[31m\u202e'; only 'bert'"),
+        ({"model_type": [[["bert"]]]}, "model_type is [[[...]]]; only 'bert'"),
+        ({"is_decoder": True}, "is_decoder is True; expected false"),
+        ({"add_cross_attention": 1}, "add_cross_attention is 1; expected false"),
+        (
+            {"architectures": ["RobertaModel"]},
+            "architectures is ['RobertaModel']; expected names such as 'BertModel'",
+        ),
+        ({"architectures": {}}, "architectures is {}; expected names"),
+        ({"architectures": [1]}, "architectures is [1]; expected names"),
         ({"model_type": "roberta"}, "model_type is 'roberta'; only 'bert' can be loaded"),
         ({"model_type": "distilbert"}, "model_type is 'distilbert'; only 'bert' can be loaded"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
@@ -172,12 +209,53 @@ def test_json_that_is_refused(tmp_path, contents, message):
         BertConfig.from_json(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
-def test_json_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="config.json: cannot be read"):
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (lambda path: path.mkdir(), "not a regular file"),
+        (os.mkfifo, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+)
+def test_json_that_is_no_file(tmp_path, make, reason):
+    make(tmp_path / "config.json")
+    with pytest.raises(UserError) as caught:
         BertConfig.from_json(tmp_path / "config.json")
+    assert str(caught.value) == f"{tmp_path / 'config.json'}: cannot be read ({reason})"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("ab", "'ab'"),
+        ("\x1b[2J\n\u202e\ud800", r"'\x1b[2J\n\u202e\ud800'"),
+        ("a" * 10**7, "'" + "a" * 27 + "..." + "a" * 28 + "'"),
+        ([1] * 10**6, "[1, 1, 1, 1, 1, 1, ...]"),
+        (10**4000, "1" + "0" * 27 + "..." + "0" * 29),
+    ],
+)
+def test_quote(value, shown):
+    assert quote(value).isprintable() and len(quote(value)) < 80
+    if type(value) is not int:
+        assert quote(value) == shown
+
+
+def test_quote_of_deep_nesting():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert len(quote(nested)) < 20
+
+
+def test_one_line():
+    assert one_line("a  b\r\nc\x1b[2J\u202e\ud800") == "a b c?[2J??"
+    assert one_line("a" * 10**7, 60) == "a" * 57 + "..."
+    assert one_line(OSError("x")) == "x"
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------

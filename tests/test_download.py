@@ -1,6 +1,7 @@
 """Tests of data/download.py against a local web server and a file:// folder."""
 
 import errno
+import gzip
 import hashlib
 import http.server
 import importlib.util
@@ -306,6 +307,60 @@ def test_check_only_looks(download, tmp_path, capsys):
     assert run(download, tmp_path, "--check") == 1
     assert capsys.readouterr().out == "first.csv: missing\nsecond.csv: right\n"
     assert files_in(tmp_path) == {"second.csv": b"hello\n"}
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("file://{folder}/second.csv", "is not allowed"),
+        ("FILE://{folder}/second.csv", "is not allowed"),
+        ("ftp://127.0.0.1/second.csv", "redirected to ftp://, expected http:// or https://"),
+        ("data:text/plain,hello", "is not allowed"),
+        ("http://[", "Invalid"),
+    ],
+)
+def test_redirects_lead_to_the_web_only(download, server, tmp_path, capsys, location, reason):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "second.csv").write_bytes(b"hello\n")  # even though it would be the right one
+    (tmp_path / "out").mkdir()
+    location = location.format(folder=tmp_path / "secret")
+    server.replies["/second.csv"] = [(302, {"Location": location}, b"")]
+    assert run(download, tmp_path / "out", "--base_url", server.url, "--files", "second") == 2
+    error = capsys.readouterr().err
+    assert "second.csv: " in error and reason in error and error.count("\n") == 1
+    assert files_in(tmp_path / "out") == {}
+
+
+def test_redirects_in_a_circle(download, server, tmp_path, capsys):
+    server.replies["/second.csv"] = [(302, {"Location": "/second.csv"}, b"")]
+    assert run(download, tmp_path, "--base_url", server.url, "--files", "second") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and files_in(tmp_path) == {}
+
+
+def test_compressed_body_is_not_unpacked(download, server, tmp_path, capsys):
+    server.replies["/second.csv"] = [(200, {"Content-Encoding": "gzip"}, gzip.compress(b"hello\n"))]
+    assert run(download, tmp_path, "--base_url", server.url, "--files", "second") == 2
+    assert "blob id" in capsys.readouterr().err and files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("length", ["-1", "1e9", "9" * 5000, "\u0663"])
+def test_odd_length_is_one_line(download, server, tmp_path, capsys, length):
+    server.replies["/second.csv"] = [(200, {"Content-Length": length.encode().decode("latin-1")}, b"hello\n")]
+    run(download, tmp_path, "--base_url", server.url, "--files", "second")
+    assert capsys.readouterr().err.count("\n") <= 1 and files_in(tmp_path) in ({}, {"second.csv": b"hello\n"})
+
+
+def test_links_and_pipes_are_replaced_not_followed(download, server, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"as it was")
+    (tmp_path / "out" / "first.csv").symlink_to("../elsewhere")
+    os.mkfifo(tmp_path / "out" / "second.csv")
+    assert run(download, tmp_path / "out", "--base_url", server.url, "--check") == 1
+    assert "second.csv: not a regular file" in capsys.readouterr().out
+    assert run(download, tmp_path / "out", "--base_url", server.url) == 0
+    assert (tmp_path / "elsewhere").read_bytes() == b"as it was"
+    assert files_in(tmp_path / "out") == ALL_RIGHT
+    assert not (tmp_path / "out" / "first.csv").is_symlink()
 
 
 def test_unknown_file_is_refused(download, tmp_path, capsys):

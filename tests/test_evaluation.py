@@ -25,6 +25,7 @@ from evaluation import (
     correlation_scores,
     evaluate,
     format_predictions,
+    is_class,
     majority_floor,
     pearson,
     predict,
@@ -299,6 +300,34 @@ BAD_PREDICTIONS = {
     "no id": ("sst", HEADERS["sst"] + " , 3 \n", r"p\.csv:2: row"),
     "too many values": ("sst", HEADERS["sst"] + "ab , 3 , 4 \n", r"p\.csv:2: row"),
     "blank line": ("sst", HEADERS["sst"] + "ab , 3 \n\ncd , 3 \n", r"p\.csv:3: row"),
+    "number of 10,000 digits": (
+        "sts",
+        HEADERS["sts"] + "ab , " + "9" * 10_000 + "\n",
+        r"p\.csv:2: value is 9999",
+    ),
+    "class beyond float": (
+        "sst",
+        HEADERS["sst"] + "ab , 1e999\n",
+        r"p\.csv:2: value is 1e999; expected a whole",
+    ),
+    "number beyond float": (
+        "sts",
+        HEADERS["sts"] + "ab , -1e999\n",
+        r"p\.csv:2: value is -1e999; expected a finite",
+    ),
+    "digits in groups": ("sts", HEADERS["sts"] + "ab , 1_0\n", r"p\.csv:2: row is 'ab , 1_0'; expected"),
+    "digits of another script": ("sst", HEADERS["sst"] + "ab , \u0663\n", r"p\.csv:2: row is"),
+    "escapes": ("sst", HEADERS["sst"] + "ab\x1b[2J ; 3 \n", r"p\.csv:2: row is 'ab\\x1b\[2J ; 3 '"),
+    "escapes in an id": ("sst", HEADERS["sst"] + "\x1b[2J,3\n" * 2, r"p\.csv:3: id \?\[2J stands here"),
+    "NUL": ("sst", HEADERS["sst"] + "ab , \0003 \n", r"p\.csv:2: row is 'ab , \\x003 '"),
+    "huge field": ("sst", HEADERS["sst"] + "a" * 10**6 + " , x\n", r"p\.csv:2: row is 'aaa"),
+    "huge header": ("sst", "a" * 10**6, r"p\.csv:1: header is 'aaa"),
+    "huge file": ("sst", b"a" * (2**24 + 1), r"p\.csv: too large; expected at most 16 MiB"),
+    "unclosed quotation mark": (
+        "sst",
+        HEADERS["sst"] + '"ab , 3\ncd , 3\n"ab , 3\n',
+        r"p\.csv:4: id \"ab stands",
+    ),
     "not UTF-8": ("sst", b"id,Predicted_Sentiment\nna\xefve,3\n", r"p\.csv: not UTF-8"),
 }
 
@@ -308,8 +337,27 @@ def test_bad_prediction_file_raises_and_names_the_line(tmp_path, case):
     task, content, message = BAD_PREDICTIONS[case]
     path = tmp_path / "p.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_predictions(path, TASKS[task])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_prediction_file_that_is_no_file(tmp_path, make):
+    make(tmp_path / "p.csv")
+    with pytest.raises(UserError, match=r"p\.csv: cannot be read .not a regular file"):
+        read_predictions(tmp_path / "p.csv", TASKS["sst"])
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1, 5, 0.5])
+def test_what_is_no_class(value):
+    assert not is_class(value, TASKS["sst"])
+
+
+@pytest.mark.parametrize("text", ["3", "+3", "3.", "3.0", "0.3e1", "30E-1", " 3 "])
+def test_numbers_in_other_forms(tmp_path, text):
+    (tmp_path / "p.csv").write_text(f"{HEADERS['sst']}ab,{text}\n")
+    assert read_predictions(tmp_path / "p.csv", TASKS["sst"]) == {"ab": 3}
 
 
 def test_missing_prediction_file(tmp_path):

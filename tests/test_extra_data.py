@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,11 +135,44 @@ TREES = {"form": "trees", "task": "sst", "text_columns": ("phrase",), "label_col
         ("a\tb\ty\nx\tz\t0.5\n", {"task": "para", "labels": None}, "s.txt:2: y is '0.5'"),
         ("a\tc\ty\nx\tz\t3\n", {}, "s.txt:1: no column 'b'"),
         ("a\tb\ty\nx\tz\t3\t4\n", {}, "more fields than the header"),
-        (b"a\tb\ty\n\xff\tz\t3\n", {}, "not readable as plain"),
+        (b"a\tb\ty\nx\tz\t3\n\xff\tz\t3\n", {}, "s.txt:3: not UTF-8 text (byte 0xff)"),
+        ("a\tb\ty\nx\0\tz\t3\n", {}, "s.txt:2: a NUL byte"),
+        ("", {}, "s.txt: holds no row; expected the form plain"),
+        ("a\tb\ty\n", {}, "s.txt: holds no row"),
+        ("a\tb\ta\n", {}, "s.txt:1: not readable as plain (two columns have the same name)"),
+        ("a\tb\ty\nx\tz\t" + "9" * 10_000 + "\n", {}, "s.txt:2: y is '9999"),
+        ("a\tb\ty\nx\tz\t\x1b[2J\n", {}, r"s.txt:2: y is '\x1b[2J'"),
+        (
+            "a\tb\ty\n" + "x" * 10**7 + "\tz\t3\n",
+            {},
+            "s.txt:2: not readable as plain (field larger than field limit",
+        ),
+        (
+            'a\tb\ty\n"x\tz\t3\nu\tv"\tw\t3\n',
+            {"form": "quoted"},
+            "s.txt:3: not readable as quoted (a quotation mark in an earlier line has swallowed the rows",
+        ),
         ('a\tb\ty\n"x\tz\t3\n', {"form": "quoted"}, "not readable as quoted"),
         ("a\tb\ty\nb'x\tz\t3\n", {"form": "byte_literals"}, "s.txt:2: not readable as byte_literals"),
-        ("(3 (2 x)\n", TREES, "s.txt:1: not readable as trees"),
-        ("(3 x))\n", TREES, "s.txt:1: not readable as trees"),
+        ("a\tb\ty\nb'x' + b'y'\tz\t3\n", {"form": "byte_literals"}, "goes on after its end"),
+        ("a\tb\ty\nb'x'" + "(" * 10**5 + "\tz\t3\n", {"form": "byte_literals"}, "goes on after its end"),
+        ("a\tb\ty\nb'" + "\\" * 10**5 + "\tz\t3\n", {"form": "byte_literals"}, "is not closed"),
+        (
+            "a\tb\ty\nb'\\xff'\tz\t3\n",
+            {"form": "byte_literals"},
+            "s.txt:2: not readable as byte_literals ('utf-8'",
+        ),
+        ("a\tb\ty\nb'\\xg'\tz\t3\n", {"form": "byte_literals"}, "s.txt:2: not readable as byte_literals"),
+        ("a\tb\ty\nb'é'\tz\t3\n", {"form": "byte_literals"}, "s.txt:2: not readable as byte_literals"),
+        ("(3 (2 x)\n", TREES, "s.txt:1: not readable as trees (1 brackets are not closed)"),
+        ("(3 x))\n", TREES, "s.txt:1: not readable as trees (a bracket too many is closed)"),
+        ("(3 x)\n(3 x) y\n", TREES, "s.txt:2: not readable as trees (a word outside of all brackets)"),
+        (
+            "(0 x " * 10**4 + ")" * 10**4,
+            TREES,
+            "s.txt:1: not readable as trees (more than 100 brackets in each other)",
+        ),
+        ("(0 x) " * 10**5, TREES, "s.txt:1: not readable as trees (a line of more than 131072 characters"),
         ("a,b\n1,2\n", {"form": "triplets"}, "s.txt:2: not readable as triplets (no column 'sent0')"),
     ],
 )
@@ -145,7 +180,21 @@ def test_broken_sources_name_the_line(source, tmp_path, text, changes, message):
     source("s", text, **changes)
     with pytest.raises(UserError, match="s.txt") as error:
         read_source("s", tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_long_bytes_literal_is_read(source, tmp_path):
+    source("s", "a\tb\ty\nb'" + "\\xc3\\xa9" * 10**4 + "'\tz\t3\n", form="byte_literals")
+    assert read_source("s", tmp_path)[0] == [(("é" * 10**4, "z"), 2.5)]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_source_that_is_no_file(source, tmp_path, make):
+    source("s", "")
+    (tmp_path / "s.txt").unlink()
+    make(tmp_path / "s.txt")
+    with pytest.raises(UserError, match="--extra_data: .*s.txt: cannot be read .not a regular file"):
+        read_source("s", tmp_path)
 
 
 def test_missing_source_is_named(tmp_path):
@@ -161,7 +210,7 @@ def test_text_key():
 
 def make_rows():
     texts = [("old one", "other"), ("old two", "other")]
-    return Rows("train.csv", ["1", "2"], texts, np.array([1, 2], dtype=np.float32), ["a line"])
+    return Rows("train.csv", ["1", "2"], texts, np.array([1, 2], dtype=np.float32), {"no label": [7]})
 
 
 def test_what_leaks_or_is_known_is_dropped_and_counted(source, tmp_path):
@@ -177,7 +226,7 @@ def test_what_leaks_or_is_known_is_dropped_and_counted(source, tmp_path):
     rows, said = add_sources(make_rows(), {"s": None}, tmp_path, {text_key(("dev b", "dev a"))})
     assert rows.texts == [*make_rows().texts, ("new", "pair"), ("more", "pair")]
     assert rows.labels.tolist() == [1, 2, 5, 0] and rows.labels.dtype == np.float32
-    assert len(set(rows.ids)) == 4 and rows.ids[:2] == ["1", "2"] and rows.skipped == ["a line"]
+    assert len(set(rows.ids)) == 4 and rows.ids[:2] == ["1", "2"] and rows.warnings == {"no label": [7]}
     assert len(said) == 1
     assert "2 examples from s (of 6: 1 in a dev or test file, 2 known already, 1 without" in said[0]
 

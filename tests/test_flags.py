@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import checkpoint
 import flags as flags_module
 import multitask_classifier
+import run_folder
 import token_cache
 from command_line import run_script
 from compiled import PLAIN, find_compiler
@@ -215,11 +215,30 @@ def test_patience(run):
     ]  # nothing changes, so 2 is no better than 1
 
 
+def test_keep_last(run):
+    for number in (1, 3):
+        folder = run(f"--eval_every 1 --keep_last {number}")
+        steps = {
+            path.name: json.loads((path / "state.json").read_text())["step"] for path in folder.glob("last*")
+        }
+        assert steps == dict(list({"last": 3, "last.1": 2, "last.2": 1}.items())[:number])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_max_bad_steps(place, capsys, number):
+    flags = f"{BASE} --lr 1e30 --clip_norm 0 --max_bad_steps {number} --eval_every 9 --max_steps 9"
+    command = f"{flags} --pretrained {place}/encoder --data_dir {place}/data --output_dir {place}/bad{number}"
+    assert multitask_classifier.main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and f"{number} steps in a row" in captured.err
+    assert captured.out.count("skipped for all tasks") == number
+
+
 def test_compile(run, monkeypatch):
     if find_compiler() is None:
         pytest.skip("no C++ compiler here")
     seen = []
-    monkeypatch.setattr(checkpoint, "compile_passes", lambda: seen.append("compiled") or PLAIN)
+    monkeypatch.setattr(run_folder, "compile_passes", lambda: seen.append("compiled") or PLAIN)
     assert stored_args(run())["compile"] == "off" and not seen  # auto: three steps are too few
     assert stored_args(run("--compile on"))["compile"] == "on" and seen == ["compiled"]
 
@@ -323,6 +342,8 @@ OTHERS = {
         "predict_only",
         "device",
         "use_gpu",
+        "keep_last",
+        "max_bad_steps",
     ),
     *(f"{task}_{split}" for task in TASKS for split in ("dev", "test")),
     *(f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")),
@@ -380,7 +401,7 @@ def test_bad_flags_end_in_one_line(flags, message, capsys):
     [
         ("--output_dir nowhere --resume", "no run there"),
         ("--output_dir broken --eval_only", "not a JSON file"),
-        ("--output_dir old --predict_only", "damaged, or from another version"),
+        ("--output_dir old --predict_only", "damaged (it holds no commands or data)"),
         ("--output_dir file --resume", "no run there"),
     ],
 )
@@ -398,10 +419,11 @@ def test_runs_that_cannot_be_read(flags, message, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
 def test_a_run_read_again_may_not_become_another_run(run, mode, capsys):
     with pytest.raises(SystemExit) as end:
-        get_args(["--output_dir", str(run()), mode, "--sts_head", "concat"])
+        get_args(["--output_dir", str(run()), mode, "--sts_head", "concat", "--seed", "5"])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert f"{mode}: --sts_head concat" in error and "started with diff" in error
+    assert f"{mode} goes on with the run's own settings" in error
+    assert error.endswith("other than --seed 5 (the run has 11711), --sts_head concat (the run has diff)\n")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The update, the run, and the command line from end to end."""
 
+import hashlib
 import json
 import math
 import os
@@ -13,17 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import multitask_classifier
 from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
-from datasets import read_rows
-from evaluation import TASK_KINDS, read_predictions
+from datasets import TaskData, read_rows
+from evaluation import TASK_KINDS, read_predictions, summarise
 from heads import HEADS, PAIR_HEADS
 from multitask_bert import MultitaskBERT
 from multitask_classifier import average, main, make_seed, train_step
 from optimizer import AdamW
 from pcgrad import cosine_matrix
+from run_folder import Run, lock_folder
 from tests.test_pcgrad import draw_orders, textbook_pcgrad
 from tests.tiny import make_config, make_data, make_encoder, shared_grads
 
@@ -526,11 +529,12 @@ def command(place, name, extra=""):
 
 
 def read_run(folder):
-    """Everything a run leaves that must be the same bits; speed is not."""
+    """Everything a run leaves that must be the same bits; speed is not, nor how often it was saved."""
+    differ = ("args.json", "SHA256SUMS", "metrics.jsonl", "curves.png")
     files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("args.json", "metrics.jsonl", "curves.png")
+        if path.is_file() and path.name not in differ and path.parent.name != "last.1"
     }
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:
@@ -569,6 +573,212 @@ def test_resumed_run_has_the_same_bits(place, no_plot, monkeypatch, number, caps
     assert read_run(place / f"whole{number}") == read_run(place / f"parts{number}")
 
 
+def signal_in(monkeypatch, name, number, times=1):
+    """Let a signal come when a function of the training loop is called for the third time."""
+    real, calls = getattr(multitask_classifier, name), iter(range(100))
+
+    def call(*args, **options):
+        if next(calls) == 2:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return real(*args, **options)
+
+    monkeypatch.setattr(multitask_classifier, name, call)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("where", "saved"), [("train_step", 3), ("evaluate", 9), ("write_predictions", 9), ("read_rows", None)]
+)
+def test_signal_at_any_time_saves_what_there_is(place, no_plot, capsys, where, saved, number):
+    """Also in an evaluation, which is given up at once and comes first when the run goes on."""
+    settings = "--max_steps 9 --eval_every 4"
+    if not (place / "undisturbed").exists():
+        assert main(command(place, "undisturbed", settings)) == 0
+    name = f"{where}{number}"
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "write_predictions":
+            patch.setattr(
+                multitask_classifier, "format_predictions", lambda *args: signal.raise_signal(number)
+            )
+        else:
+            signal_in(patch, where, number)
+        try:
+            code = main(command(place, name, settings))
+        except SystemExit as end:
+            code = end.code
+    assert code == 128 + number
+    printed = capsys.readouterr()
+    folder = place / name
+    assert not (folder / ".lock").exists()
+    if saved is None:
+        assert not folder.exists()
+        return
+    assert f"--output_dir {folder} --resume" in printed.out
+    assert json.loads((folder / "last" / "state.json").read_text())["step"] == saved
+    assert main(["--output_dir", str(folder), "--resume"]) == 0
+    assert read_run(folder) == read_run(place / "undisturbed")
+
+
+def test_second_signal_ends_at_once(place):
+    """In a process of its own, which the second one kills."""
+    code = f"""
+import signal, sys
+import pytest
+import multitask_classifier
+from tests.test_multitask_classifier import signal_in
+signal_in(pytest.MonkeyPatch(), "train_step", signal.SIGTERM, times=2)
+multitask_classifier.main({command(place, "twice", "--max_steps 9")!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == -signal.SIGTERM and not done.stderr
+    folder = place / "twice"
+    assert json.loads((folder / "last" / "state.json").read_text())["step"] == 2
+    assert main(["--output_dir", str(folder), "--resume", "--max_steps", "3"]) == 0
+
+
+def test_signal_before_the_first_step(place, no_plot):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multitask_classifier, "print_plan", lambda *args: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            main(command(place, "step0", "--max_steps 4"))
+    assert json.loads((place / "step0" / "last" / "state.json").read_text())["step"] == 0
+    assert main(["--output_dir", str(place / "step0"), "--resume"]) == 0
+    assert main(command(place, "step0_whole", "--max_steps 4")) == 0
+    assert read_run(place / "step0") == read_run(place / "step0_whole")
+
+
+def test_run_killed_before_its_first_checkpoint_goes_on_from_the_start(place, no_plot, capsys):
+    settings = "--max_steps 4 --eval_every 2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save_last", interrupt)  # best/ is there by then
+        assert main(command(place, "early", settings)) == 130
+    assert (place / "early" / "best").exists() and not (place / "early" / "last").exists()
+    assert main(["--output_dir", str(place / "early"), "--resume"]) == 0
+    assert "at step 0" in capsys.readouterr().out
+    assert main(command(place, "early_whole", settings)) == 0
+    assert read_run(place / "early") == read_run(place / "early_whole")
+
+
+def interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(place, no_plot, capsys):
+    settings = "--max_steps 6 --eval_every 2"
+    assert main(command(place, "sound", settings)) == 0
+    assert main(command(place, "damaged", settings)) == 0
+    folder = place / "damaged"
+    (folder / "scores.json").unlink()
+    path = folder / "last" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    capsys.readouterr()
+    assert main(["--output_dir", str(folder), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert f"warning: {path}: damaged" in printed and f"going on with {folder / 'last.1'}" in printed
+    assert "at step 4" in printed
+    assert read_run(folder) == read_run(place / "sound")
+
+
+def test_nothing_undamaged_is_an_error_and_changes_nothing(place, no_plot, capsys):
+    assert main(command(place, "ruined", "--max_steps 2 --eval_every 1")) == 0
+    folder = place / "ruined"
+    for name in ("last", "last.1"):
+        (folder / name / "state.json").write_text("{}")
+    before = read_run(folder), (folder / "args.json").read_bytes()
+    assert main(["--output_dir", str(folder), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "last.1/state.json: damaged" in error and "no undamaged" in error
+    assert (read_run(folder), (folder / "args.json").read_bytes()) == before
+
+
+def test_damaged_best_is_made_again_from_here_on(place, no_plot, capsys):
+    assert main(command(place, "no_best", "--max_steps 2 --eval_every 1")) == 0
+    folder = place / "no_best"
+    (folder / "best" / "model.safetensors").write_bytes(b"x")
+    assert main(["--output_dir", str(folder), "--eval_only"]) == 2
+    assert "best/model.safetensors: damaged" in capsys.readouterr().err
+    assert main(["--output_dir", str(folder), "--resume", "--max_steps", "3"]) == 0
+    assert "the best checkpoint from step 2 on will take its place" in capsys.readouterr().out
+    assert json.loads((folder / "best" / "state.json").read_text())["step"] == 3
+    assert main(["--output_dir", str(folder), "--eval_only"]) == 0
+
+
+def test_settings_changed_in_args_json_are_refused_by_name(place, no_plot, capsys):
+    assert main(command(place, "edited", "--max_steps 2")) == 0
+    path = place / "edited" / "args.json"
+    path.write_text(
+        path.read_text().replace('"lr": 0.003', '"lr": 0.03').replace('"seed": 11711', '"seed": 11')
+    )
+    assert main(["--output_dir", str(place / "edited"), "--resume", "--max_steps", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--lr was 0.003, is 0.03, --seed was 11711, is 11" in error
+
+
+def test_second_run_on_a_folder_is_refused(place, no_plot, capsys):
+    with lock_folder(place / "locked"):
+        code = f"import multitask_classifier, sys; sys.exit(multitask_classifier.main({command(place, 'locked')!r}))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "in use by another run" in done.stderr
+
+
+LIMITED = """
+import resource, sys
+import multitask_classifier
+multitask_classifier.plot_run = lambda folder: None
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(multitask_classifier.main(sys.argv[2:]))
+"""
+
+
+def test_full_disk_ends_in_one_line_and_keeps_the_last_good_state(place, no_plot):
+    """A limit on file sizes lets every large write fail as a full disk does."""
+    assert main(command(place, "full", "--max_steps 2 --schedule constant --warmup_steps 0")) == 0
+    folder = place / "full"
+    before = read_run(folder)[0]
+    flags = ["--output_dir", str(folder), "--resume", "--max_steps", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "60000", *flags],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert read_run(folder)[0] == before
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".new", ".tmp"))]
+    assert main(flags) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, whom only root can become")
+def test_folder_that_may_not_be_written_ends_in_one_line(place, tmp_path_factory):
+    code = "import os, sys, multitask_classifier as script; os.setuid(65534); sys.exit(script.main(sys.argv[1:]))"
+    folder = tmp_path_factory.mktemp("read_only")
+    for path in (folder, *folder.parents[:2]):
+        path.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(folder, "run")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "Permission denied" in done.stderr and not (folder / "run").exists()
+
+
 def test_longer_run_can_continue_a_shorter_one(place, no_plot):
     assert main(command(place, "short", "--max_steps 2 --schedule constant --warmup_steps 0")) == 0
     assert main(["--output_dir", str(place / "short"), "--resume", "--max_steps", "4"]) == 0
@@ -579,6 +789,203 @@ def test_too_many_bad_steps_end_the_run_in_one_line(place, no_plot, capsys):
     assert main(command(place, "bad", "--max_steps 40 --eval_every 5 --lr 1e30 --clip_norm 0")) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--lr" in error
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """Chosen training examples have a label that is not a number, as a fault of our own would make it."""
+
+    def spoil(task, row_ids):
+        real = TaskData.batch
+
+        def batch(data, examples, pad_token_id):
+            made = real(data, examples, pad_token_id)
+            if data.rows.path.name == TASKS[task].files["train"]:
+                bad = [data.rows.ids[n] in row_ids for n in examples]
+                made["labels"] = made["labels"].masked_fill(torch.tensor(bad), math.nan)
+            return made
+
+        monkeypatch.setattr(TaskData, "batch", batch)
+
+    return spoil
+
+
+def test_skipped_steps_are_counted_and_name_the_examples(place, no_plot, capsys, spoiled):
+    ids = read_rows(place / "data" / TASKS["sts"].files["train"], TASKS["sts"], "train").ids
+    spoiled("sts", {ids[4]})
+    settings = "--max_steps 12 --eval_every 6"  # two epochs of 24 examples in batches of 4
+    assert main(command(place, "skipped", settings)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"skipped for all tasks: sts loss is not finite, examples {ids[4]}\n") == 2
+    assert "warning: 2 of 12 steps were skipped" in printed
+    state = json.loads((place / "skipped" / "last" / "state.json").read_text())
+    assert state["skipped_steps"] == 2
+    lines = [json.loads(line) for line in (place / "skipped" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if "skipped" in line]
+    expected = {"sts": {"not_finite": "loss", "examples": [ids[4]]}}
+    assert [line["skipped"] for line in skipped] == [expected] * 2
+    assert [1 <= line["step"] <= 6 for line in skipped] == [True, False]
+
+
+def test_run_with_skipped_steps_resumes_with_the_same_bits(place, no_plot, spoiled):
+    ids = read_rows(place / "data" / TASKS["para"].files["train"], TASKS["para"], "train").ids
+    spoiled("para", set(ids[:9]))
+    settings = "--max_steps 9 --eval_every 4"
+    assert main(command(place, "bad_whole", settings)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in(patch, "train_step", signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            main(command(place, "bad_parts", settings))
+    assert main(["--output_dir", str(place / "bad_parts"), "--resume"]) == 0
+    assert read_run(place / "bad_whole") == read_run(place / "bad_parts")
+
+
+def test_gradient_that_is_not_finite_names_the_batch(place, no_plot, capsys, monkeypatch):
+    real = multitask_classifier.train_step
+
+    def spoiled_step(model, *args, step, **options):
+        def spoil(module, inputs, output):
+            output.register_hook(lambda grad: grad * math.nan)
+
+        hook = model.heads["para"].register_forward_hook(spoil) if step == 1 else None
+        result = real(model, *args, step=step, **options)
+        if hook:
+            hook.remove()
+        return result
+
+    monkeypatch.setattr(multitask_classifier, "train_step", spoiled_step)
+    assert main(command(place, "nan_gradient", "--max_steps 3")) == 0
+    named = re.search(r"para gradient is not finite, examples (.*)", capsys.readouterr().out)[1].split(", ")
+    ids = read_rows(place / "data" / TASKS["para"].files["train"], TASKS["para"], "train").ids
+    assert len(named) == 4 and set(named) <= set(ids)
+
+
+def test_lack_of_memory_names_batch_and_flags(place, no_plot, capsys, monkeypatch):
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    def no_cpu_memory(*args, **options):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 5 bytes"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multitask_classifier, "train_step", no_memory)
+        assert main(command(place, "memory", "--max_steps 3 --sts_batch_size 9")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--sts_batch_size" in error and "--max_length" in error
+    assert re.search(r"batches .* sst \(4, \d+\), para \(8, \d+\), sts \(18, \d+\)", error)
+    assert "there is no checkpoint yet" in error
+    monkeypatch.setattr(MultitaskBERT, "embed", no_cpu_memory)
+    assert main(command(place, "memory", "--max_steps 3 --eval_every 1 --overwrite")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(r"predicting sst.* \(\d+, \d+\).*--max_length", error)
+
+
+def test_our_own_runtime_errors_keep_their_traceback(place, no_plot, monkeypatch):
+    def wrong(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(multitask_classifier, "train_step", wrong)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(command(place, "own_error", "--max_steps 3"))
+
+
+SCORES = {  # step: scores of each task; each aggregate is best at another step
+    1: (0.6, 0.5, 0.10),
+    2: (0.2, 0.9, 0.09),
+    3: (0.4, 0.4, 0.65),
+    4: (0.45, 0.82, -0.2),
+}
+
+
+@pytest.mark.parametrize(
+    ("select_by", "best"), [("sst", 1), ("para", 2), ("sts", 3), ("mean", 3), ("mean_2024", 4)]
+)
+def test_best_is_the_checkpoint_that_is_best_by_the_stated_aggregate(
+    place, no_plot, monkeypatch, select_by, best
+):
+    """Aggregates worked out by hand: means .400 .397 .483 .357; 2024's .550 .548 .542 .557."""
+    calls = iter(range(1, 99))
+    real = multitask_classifier.evaluate
+
+    def scripted(model, dev_data, *args):
+        summary, predictions = real(model, dev_data, *args)
+        step = next(calls)
+        if step in SCORES:
+            for (task, spec), score in zip(model.tasks.items(), SCORES[step], strict=True):
+                summary["tasks"][task][TASK_KINDS[spec.kind].main_score] = score
+            summary = summarise(summary["tasks"], model.tasks)
+        weights.append(model.bert.embeddings.word_embeddings.weight.detach().clone())
+        return summary, predictions
+
+    weights = []
+    monkeypatch.setattr(multitask_classifier, "evaluate", scripted)
+    name = f"best_{select_by}"
+    assert main(command(place, name, f"--max_steps 4 --eval_every 1 --select_by {select_by}")) == 0
+    stored = load_file(place / name / "best" / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    assert [torch.equal(stored, weight) for weight in weights[:4]] == [step == best for step in SCORES]
+    assert torch.equal(stored, weights[4])  # it is the best one that is evaluated at the end
+    assert json.loads((place / name / "scores.json").read_text())["step"] == best
+
+
+def test_collapse_constant_similarity_and_scores_below_the_floor_are_warned_about(
+    place, no_plot, capsys, monkeypatch
+):
+    real = multitask_classifier.evaluate
+
+    def collapsed(model, dev_data, *args):
+        _, predictions = real(model, dev_data, *args)
+        predictions = {task: np.zeros_like(values) for task, values in predictions.items()}
+        scores = {
+            task: TASK_KINDS[TASKS[task].kind].scores(values, dev_data[task].rows.labels)
+            for task, values in predictions.items()
+        }
+        return summarise(scores, model.tasks), predictions
+
+    monkeypatch.setattr(multitask_classifier, "evaluate", collapsed)
+    assert main(command(place, "collapsed", "--max_steps 1")) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "sst: 11 of 11 predictions are 0: the model seems to have collapsed",
+        "sts: all predictions lie between 0 and 0: the model seems to have collapsed",
+        "sts is no better than answering blindly",
+    ):
+        assert printed.count(f"warning: {text}") == 2  # in the log of the run, and at its end
+    lines = [json.loads(line) for line in (place / "collapsed" / "metrics.jsonl").read_text().splitlines()]
+    assert any("sts is no better" in text for text in lines[-1]["warnings"])
+
+
+def test_args_and_data_report_say_what_was_used(place, no_plot, tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    dev, train = data / TASKS["sst"].files["dev"], data / TASKS["sst"].files["train"]
+    rows = train.read_text(encoding="utf-8").splitlines(keepends=True)
+    with open(dev, "a", encoding="utf-8") as file:  # the first training row, and one without a label
+        file.write(rows[1] + rows[2].rpartition("\t")[0] + "\t\n")
+    assert main([*command(place, "facts", "--max_steps 1 --sst_batch_size 99"), "--data_dir", str(data)]) == 0
+    printed = capsys.readouterr().out
+    stored = json.loads((place / "facts" / "args.json").read_text())
+    digest = hashlib.sha256(dev.read_bytes()).hexdigest()
+    assert stored["data_files"][str(dev)] == digest and len(stored["data_files"]) == 9
+    assert stored["args"]["seed"] == 11711 and "git" in stored and stored["versions"]["torch"]
+    report = json.loads((place / "facts" / "data_report.json").read_text())
+    found = report["tasks"]["sst"]["dev"]
+    assert (found["rows"], found["examples"], found["sha256"]) == (13, 12, digest)
+    assert found["warnings"]["no label"]["count"] == 1
+    checks = {check["check"]: check["message"] for check in report["cross_checks"]}
+    assert set(checks) >= {"overlap", "fewer rows than a batch"}
+    assert all(f"warning: {message}" in printed for message in checks.values())
+    assert "1 row without a label, left out (line 14)" in printed
+
+
+def test_bad_test_file_is_an_error_before_training(place, tmp_path, no_plot, capsys):
+    data = make_data(tmp_path / "data")
+    with open(data / TASKS["sts"].files["test"], "ab") as file:
+        file.write(b"9\tx\xff\ta\tb\n")
+    assert main([*command(place, "bad_test", "--max_steps 1"), "--data_dir", str(data)]) == 2
+    captured = capsys.readouterr()
+    assert ":11: not UTF-8" in captured.err and "step 1/1" not in captured.out
+    assert not (place / "bad_test").exists()
 
 
 def test_missing_data_says_what_to_do(place, capsys):
@@ -593,6 +1000,14 @@ def test_vocabulary_and_embeddings_must_fit(place, tmp_path, capsys):
         file.write("more\n")
     assert main(f"--pretrained {folder} --data_dir {place}/data".split()) == 2
     assert "vocabulary" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_no_encoder(place, no_plot, capsys):
+    assert main(command(place, "source", "--max_steps 1")) == 0
+    path = place / "source" / "best" / "vocab.txt"
+    path.write_text(path.read_text().replace("a\n", "A\n", 1))
+    assert main(command(place, "target", f"--max_steps 1 --pretrained {place}/source/best")) == 2
+    assert "best/vocab.txt: damaged" in capsys.readouterr().err and not (place / "target").exists()
 
 
 def test_missing_test_file_is_a_warning_not_an_end(place, tmp_path, no_plot, capsys):
@@ -630,8 +1045,8 @@ def test_command_line_from_end_to_end(place):
             assert str(path) in done.stdout and path.exists()
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("args.json", "metrics.jsonl", "scores.json", "curves.png"),
-        *("best", "last", "predictions"),
+        *("args.json", "data_report.json", "metrics.jsonl", "scores.json", "curves.png"),
+        *("best", "last", "last.1", "predictions"),
     }
     scores = json.loads((folder / "scores.json").read_text())["dev"]
     mains = [scores["tasks"][task][TASK_KINDS[TASKS[task].kind].main_score] for task in DEFAULT_TASKS]

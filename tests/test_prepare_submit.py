@@ -1,5 +1,7 @@
 """The checker finds each fault, and the zip holds the needed files and nothing else."""
 
+import os
+import re
 import zipfile
 
 import pytest
@@ -95,6 +97,52 @@ def test_each_fault_is_one_line_and_no_zip(place, change, message, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "sst-test" in error and message in error
     assert not (place / "x.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (os.mkfifo, "neither sst-test-output.csv nor sst-test-out.csv"),
+        (os.mkdir, "neither sst-test-output.csv nor sst-test-out.csv"),
+        (lambda path: path.symlink_to("/dev/zero"), "neither sst-test-output.csv nor sst-test-out.csv"),
+        (lambda path: path.symlink_to("../../secret"), "header is 'not a prediction'"),
+    ],
+)
+def test_what_is_no_prediction_file_is_not_handed_in(place, make, message, capsys):
+    (place / "secret").write_text("not a prediction")
+    path = place / "run" / "predictions" / "sst-test-output.csv"
+    path.unlink()
+    make(path)
+    assert run(place) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert not (place / "x.zip").exists()
+
+
+def test_links_are_not_written_through(place):
+    (place / "elsewhere").write_text("as it was")
+    for name in ("x.zip", "x.zip.tmp"):
+        (place / name).symlink_to("elsewhere")
+    assert run(place) == 0
+    assert (place / "elsewhere").read_text() == "as it was"
+    assert not (place / "x.zip").is_symlink() and zipfile.is_zipfile(place / "x.zip")
+
+
+def test_names_in_the_zip_do_not_depend_on_folders(place):
+    (place / "run").rename(place / "..run\n")
+    flags = ["--data_dir", str(place / "data"), "--output", str(place / "x.zip")]
+    assert main([str(place / "data" / ".." / "..run\n"), *flags]) == 0
+    names = zipfile.ZipFile(place / "x.zip").namelist()
+    assert all(
+        re.fullmatch(r"\w+\.py|predictions/(sst|para|sts)-(dev|test)-output\.csv", name) for name in names
+    )
+    assert len(set(names)) == len(names)
+
+
+def test_files_from_before_1980(place):
+    for path in (place / "run" / "predictions").iterdir():
+        os.utime(path, (0, 0))
+    assert run(place) == 0
 
 
 def test_all_faults_are_listed(place, capsys):

@@ -24,7 +24,8 @@ from multitask_classifier import make_seed
 from optimizer import lr_factor
 from pretrain_mlm import (
     ENCODER_FILES,
-    LAST_FILE,
+    LAST,
+    TENSORS_FILE,
     BertForMaskedLM,
     MaskedText,
     evaluate,
@@ -456,17 +457,17 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
         stop_at(patch, 4, act)
         assert run(place, out=out) == code
     folder = place / out
-    assert (folder / LAST_FILE).exists() and not (folder / "config.json").exists()
+    assert (folder / LAST).exists() and not (folder / "config.json").exists()
     for flags, name in (("--lr 0.02", "--lr"), ("--mlm_prob 0.2", "--mlm_prob"), ("--tasks sst", "--tasks")):
         capsys.readouterr()
-        before = (folder / LAST_FILE).read_bytes()
+        before = (folder / LAST / TENSORS_FILE).read_bytes()
         assert run(place, flags, out) == 2
         error = capsys.readouterr().err
-        assert name in error and "started with" in error and error.count("\n") == 1
-        assert (folder / LAST_FILE).read_bytes() == before
+        assert name in error and "was started with" in error and error.count("\n") == 1
+        assert (folder / LAST / TENSORS_FILE).read_bytes() == before
     assert run(place, out=out) == 0
     assert f"at step {saved}\n" in capsys.readouterr().out
-    assert not (folder / LAST_FILE).exists()
+    assert not (folder / LAST).exists()
     for name in ("model.safetensors", "config.json", "metrics.jsonl", "vocab.txt"):
         assert (folder / name).read_bytes() == (place / "run" / name).read_bytes(), name
 
@@ -475,7 +476,7 @@ def test_run_that_ended_before_its_first_save_starts_anew(place, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 1, interrupt)
         assert run(place, out="early") == 130
-    assert not (place / "early" / LAST_FILE).exists()
+    assert not (place / "early" / LAST).exists()
     assert run(place, "--lr 0.02", out="early") == 0
     assert json.loads((place / "early" / "args.json").read_text())["args"]["lr"] == 0.02
 

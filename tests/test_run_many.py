@@ -45,6 +45,7 @@ LONG = """
 trap 'echo INT >> signals' INT
 trap 'echo TERM >> signals' TERM
 echo start >> marks
+touch args.json
 until [ -e signals ] || [ -e ../go ]; do sleep 0.02; done
 if [ -e signals ]; then
     until [ -e ../save ]; do sleep 0.02; done
@@ -209,14 +210,14 @@ def test_command_that_cannot_be_started_leaves_nothing_behind(folder):
     again.give_back_lock()
 
 
-@pytest.mark.parametrize("present", [None, "last/", "last.old/", "best/", "metrics.jsonl"])
-def test_resume_is_for_runs_with_a_checkpoint(folder, present):
+@pytest.mark.parametrize("present", [None, "args.json", "best/", "metrics.jsonl"])
+def test_resume_is_for_runs_that_were_started(folder, present):
     fill(folder, *([f"a/{present}"] if present else []))
     stage = make_stage(folder / "a", "echo start >> marks; touch done")
     resume = make_stage(folder / "a", "echo resume >> marks; touch done").command
     stage = Stage(stage.folder, stage.command, is_finished, resume=resume)
     assert run_jobs([Job("a", [stage])], at_once=1) == []
-    expected = "resume" if present in ("last/", "last.old/") else "start"
+    expected = "resume" if present == "args.json" else "start"
     assert read_lines(folder / "a" / "marks") == [expected]
 
 

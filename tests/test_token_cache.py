@@ -1,7 +1,15 @@
 """Cached tokens are the tokens; whatever is wrong with the cache, the tokens are right."""
 
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import token_cache
 from config import TASKS
@@ -61,7 +69,7 @@ def test_everything_that_changes_tokens_has_a_file_of_its_own(place):
         assert len(list((place / "cache").iterdir())) == n
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign", "folder", "pipe"])
 def test_damaged_file_is_made_again(place, damage):
     rows, tokenizer = rows_of(place), BertTokenizer.from_pretrained(place / "encoder")
     options = {"joint": False, "max_length": 9, "cache_dir": place / "cache"}
@@ -74,11 +82,117 @@ def test_damaged_file_is_made_again(place, damage):
     path.unlink()
     if damage == "folder":
         path.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(path)
     else:
         path.write_bytes(damaged[damage])
     assert_same(tokenize_cached(rows, tokenizer, **options), expected)
     if damage != "folder":
-        assert token_cache.read(path, rows) is not None
+        limits = {"width": 2, "max_length": 9, "num_pieces": len(tokenizer)}
+        assert token_cache.read(path, rows, **limits) is not None
+
+
+def change(name, edit):
+    """Change one array, which may return another one, or be changed in place."""
+
+    def apply(arrays):
+        edited = edit(arrays[name])
+        return arrays | ({} if edited is None else {name: edited})
+
+    return apply
+
+
+def put(place, value):
+    def edit(array):
+        array[place] = value
+
+    return edit
+
+
+# What a file with a right checksum may yet hold; each would end in an error far from here, or in wrong tokens.
+UNFIT = {
+    "id_of_no_piece": change("input_ids", put(3, 9999)),
+    "negative_id": change("input_ids", put(3, -1)),
+    "segment_2": change("token_type_ids", put(3, 2)),
+    "offsets_fall": change("offsets", put(1, 10**6)),
+    "empty_sequence": change("offsets", put(1, 0)),
+    "sequence_backwards": change("offsets", lambda offsets: offsets[[0, 2, 1, *range(3, len(offsets))]]),
+    "offsets_start_late": change("offsets", put(0, 1)),
+    "offsets_end_late": change("offsets", put(-1, 10**6)),
+    "offsets_overflow": change("offsets", put(1, 2**63 - 1)),
+    "sequence_too_long": change("offsets", lambda offsets: offsets[[0, -1]]),
+    "index_beyond": change("index", put((0, 0), 10**6)),
+    "negative_index": change("index", put((0, 0), -1)),
+    "row_missing": change("index", lambda index: index[1:]),
+    "row_too_many": change("index", lambda index: np.concatenate([index, index[:1]])),
+    "one_column": change("index", lambda index: index[:, :1]),
+    "flat_index": change("index", np.ravel),
+    "no_sequence": lambda arrays: arrays | {name: arrays[name][:0] for name in ("input_ids", "offsets")},
+    "types": change("token_type_ids", lambda array: array[:-1]),
+    "wide_ids": change("input_ids", lambda array: array.astype(np.int64)),
+    "floats": change("index", lambda array: array.astype(np.float64)),
+    "array_missing": lambda arrays: {name: arrays[name] for name in arrays if name != "index"},
+    "very_large": change("input_ids", lambda array: np.resize(array, 10**6)),
+}
+
+
+@pytest.mark.parametrize("damage", UNFIT)
+def test_file_of_other_tokens_is_made_again(place, damage):
+    rows, tokenizer = rows_of(place), BertTokenizer.from_pretrained(place / "encoder")
+    options = {"joint": False, "max_length": 9, "cache_dir": place / "cache"}
+    expected = tokenize_cached(rows, tokenizer, **options)
+    (path,) = (place / "cache").iterdir()
+    before = path.read_bytes()
+    arrays = UNFIT[damage](load_file(path))
+    save_file(arrays, path, metadata={"checksum": token_cache.checksum(arrays)})
+    assert_same(tokenize_cached(rows, tokenizer, **options), expected)
+    assert path.read_bytes() == before
+
+
+def test_header_that_claims_terabytes_is_not_believed(place):
+    rows, tokenizer = rows_of(place), BertTokenizer.from_pretrained(place / "encoder")
+    options = {"joint": False, "max_length": 9, "cache_dir": place / "cache"}
+    expected = tokenize_cached(rows, tokenizer, **options)
+    (path,) = (place / "cache").iterdir()
+    names = {"input_ids": 4, "token_type_ids": 1, "offsets": 8, "index": 8}
+    kinds = {"input_ids": "I32", "token_type_ids": "I8", "offsets": "I64", "index": "I64"}
+    header, end = {}, 0
+    for name, width in names.items():
+        header[name] = {
+            "dtype": kinds[name],
+            "shape": [2**37],
+            "data_offsets": [end, end := end + width * 2**37],
+        }
+    header = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + end)  # takes no place
+    assert_same(tokenize_cached(rows, tokenizer, **options), expected)
+
+
+def test_two_processes_that_write_at_once(place, capsys):
+    """Each has a name of its own until its file is whole."""
+    rows, tokenizer = rows_of(place), BertTokenizer.from_pretrained(place / "encoder")
+    options = {"joint": False, "max_length": 9, "cache_dir": place / "cache"}
+    expected = tokenize_cached(rows, tokenizer, **options)
+    (path,) = (place / "cache").iterdir()
+    code = f"from tests import test_token_cache as other; other.write_again({str(path)!r})"
+    done = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    while done.poll() is None:
+        token_cache.write(path, expected)
+        assert_same(tokenize_cached(rows, tokenizer, **options), expected)
+    assert done.returncode == 0
+    assert capsys.readouterr().out == ""  # no warning
+    assert list((place / "cache").iterdir()) == [path]
+
+
+def write_again(path):
+    """What the other process does."""
+    place = Path(path).parent.parent
+    data = tokenize(
+        rows_of(place), BertTokenizer.from_pretrained(place / "encoder"), joint=False, max_length=9
+    )
+    for _ in range(30):
+        token_cache.write(Path(path), data)
 
 
 def test_cache_that_cannot_be_written_is_a_warning(place, capsys):
