@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from base_bert import OFFLINE_ENCODER, resolve_pretrained
 from benchmark_page import write_page
 from bert import BertModel
-from checkpoint import describe_machine, write_text
+from checkpoint import write_text
 from command_line import OneLineParser, number, run_script
 from config import DEFAULT_TASKS, TASKS, BertConfig, TaskSpec, UserError, read_json
 from contenders import (
@@ -50,6 +50,7 @@ from evaluation import TASK_KINDS
 from flags import COUNT, PRECISIONS, is_bf16_fast, resolve_device
 from multitask_classifier import limit_examples
 from race import check_losses, race, start_workers
+from run_folder import describe_machine
 from tokenizer import BertTokenizer
 
 HERE = Path(__file__).resolve().parent

@@ -136,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--pretrained",
         default=OFFLINE_ENCODER,
         metavar="NAME|DIR",
-        help=f"encoder to start from: a folder, a hub name (NAME@REVISION), or {OFFLINE_ENCODER}, which needs no network"
+        help=f"encoder to start from: a folder, a hub name (NAME@COMMIT), or {OFFLINE_ENCODER}, which needs no network"
         f" (default: {OFFLINE_ENCODER})",
     )
     model.add_argument(

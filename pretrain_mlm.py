@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base_bert import OFFLINE_ENCODER, check_vocab_size, encoder_name, read_tensors, resolve_pretrained
+from base_bert import (
+    OFFLINE_ENCODER,
+    check_shape,
+    check_vocab_size,
+    copy_weight,
+    encoder_tensors,
+    read_tensors,
+    resolve_pretrained,
+)
 from bert import ACTIVATIONS, BertModel
 from checkpoint import (
     STATE_FILE,
@@ -177,18 +185,15 @@ def load_head(model: BertForMaskedLM, name: str) -> str:
     """Take the head's weights from the checkpoint `name` as far as it has them; the line says which.
 
     Raises:
-        UserError: if one has another shape than the encoder asks for.
+        UserError: if one has another shape than the encoder asks for, or is not finite.
     """
-    stored = {encoder_name(key): tensor for key, tensor in read_tensors(resolve_pretrained(name)).items()}
+    folder = resolve_pretrained(name)
+    stored = encoder_tensors(read_tensors(folder), folder)
     expected = model.predictions.state_dict()
     found = {key: stored[HEAD_PREFIX + key] for key in expected if HEAD_PREFIX + key in stored}
     for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
-            raise UserError(
-                f"--pretrained {name}: {HEAD_PREFIX + key} has shape {tuple(tensor.shape)};"
-                f" config.json asks for {tuple(expected[key].shape)}"
-            )
-        expected[key].copy_(tensor)
+        check_shape(name, HEAD_PREFIX + key, tensor, tuple(expected[key].shape))
+        copy_weight(name, HEAD_PREFIX + key, tensor, expected[key])
     new = [key for key in expected if key not in found]
     return f"{len(found)} of {len(expected)} weights loaded" + (f"; new: {', '.join(new)}" if new else "")
 
@@ -281,7 +286,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data("--max_length", type=number(int, 3), default=128, help="longest sentence, in word pieces")
 
     model = parser.add_argument_group("model").add_argument
-    model("--pretrained", default=OFFLINE_ENCODER, help="encoder to start from: folder, hub name or minilm")
+    model(
+        "--pretrained",
+        default=OFFLINE_ENCODER,
+        help="encoder to start from: folder, NAME@COMMIT of the hub, or minilm",
+    )
 
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group().add_argument
