@@ -73,10 +73,6 @@ def keep_freed_memory() -> None:
 class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGINT came, and nothing had to be finished first."""
 
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
 
 class Signals(list):
     """Numbers of the signals that have come, for work that stops where it can be taken up again."""
@@ -91,7 +87,7 @@ class Signals(list):
         self.interrupts = True
         try:
             if self:
-                raise Stopped(self[0])
+                raise Stopped
             yield
         finally:
             self.interrupts = False
@@ -121,7 +117,7 @@ def catch_signals():
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
         if signals.interrupts:
-            raise Stopped(number)
+            raise Stopped
 
     with handle_signals(receive):
         yield signals
@@ -150,6 +146,19 @@ def explain_memory(explain: Callable[[], str]):
         raise UserError(f"out of memory {explain()}") from None
 
 
+def explain(error: Exception) -> str | None:
+    """What to tell the user of an error that they can mend; None for our own mistakes."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # disk full, no permission
+        return f"{error.filename or 'writing'}: {error.strerror or error}"
+    if isinstance(error, SafetensorError):  # the same, while tensors are written
+        return f"a checkpoint could not be written ({error})"
+    if is_out_of_memory(error):
+        return "out of memory; try a smaller --batch_size with a larger --grad_accum"
+    return None
+
+
 def run_script(prog: str, work: Callable[[], None]) -> int:
     """Run a script's work and turn what the user can mend into one line.
 
@@ -157,33 +166,30 @@ def run_script(prog: str, work: Callable[[], None]) -> int:
         the exit code: 0; 2 for an error; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM; 141 when the reader of a
         pipe is gone.
     """
+    received = []
 
     def stop(number, frame):
+        received.append(number)
         for each in (signal.SIGINT, signal.SIGTERM):  # a second one need not wait for files to be removed
             signal.signal(each, signal.SIG_DFL)
-        raise Stopped(number)
+        raise Stopped
 
     keep_freed_memory()
     try:
         with handle_signals(stop):
             work()
         return 0
-    except KeyboardInterrupt as error:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 128 + getattr(error, "number", signal.SIGINT)
-    except BrokenPipeError:
-        # Python flushes once more at its end; let that go nowhere instead of failing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except UserError as error:
-        message = str(error)
-    except OSError as error:  # disk full, no permission
-        message = f"{error.filename or 'writing'}: {error.strerror or error}"
-    except SafetensorError as error:  # the same, while tensors are written
-        message = f"a checkpoint could not be written ({error})"
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        # Whatever a library may have made of our exception, it was the signal.
+        if received or isinstance(error, KeyboardInterrupt):
+            print(f"{prog}: interrupted", file=sys.stderr)
+            return 128 + (received[0] if received else signal.SIGINT)
+        if isinstance(error, BrokenPipeError):
+            # Python flushes once more at its end; let that go nowhere instead of failing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        message = explain(error)
+        if message is None:
             raise
-        message = "out of memory; try a smaller --batch_size with a larger --grad_accum"
     print(f"{prog}: error: {printable(message)}", file=sys.stderr)
     return 2

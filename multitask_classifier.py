@@ -358,8 +358,10 @@ def train(
             try:
                 with signals.stop_at_once():
                     summary, predictions = evaluate(model, dev_part, pad_token_id, autocast)
-            except Stopped:
-                pass  # it comes first when the run goes on
+            except (Exception, Stopped):  # a library may make another exception of it
+                if not signals:
+                    raise
+                # It comes first when the run goes on.
             else:
                 log_evaluation(args, run, summary, find_warnings(args, summary, dev_part, predictions))
                 run.save_last()
