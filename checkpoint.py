@@ -81,8 +81,8 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], keep: int = 1)
         write: fills an empty folder with files.
         keep: how many to keep, this one included.
     """
+    remove_leftovers(folder)
     new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         write(new)
@@ -98,14 +98,27 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], keep: int = 1)
         os.replace(numbered(folder, number - 1), numbered(folder, number))
     os.replace(new, folder)
     sync(folder.parent)
-    for path in versions(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+    remove_versions(folder, keep)
+
+
+def remove_versions(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints; each loses its name first, so that no half of one is left under it."""
+    old = folder.with_name(folder.name + ".old")
+    for path in reversed(versions(folder)[keep:]):
+        os.replace(path, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written or removed."""
+    for ending in (".new", ".old"):
+        shutil.rmtree(folder.with_name(folder.name + ending), ignore_errors=True)
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a checkpoint, those before it, and what a kill left of a new one."""
-    for path in [*versions(folder), folder.with_name(folder.name + ".new")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove a checkpoint, those before it, and what a kill left of one."""
+    remove_leftovers(folder)
+    remove_versions(folder, 0)
 
 
 def file_digest(path: Path) -> str:

@@ -9,7 +9,6 @@ needs no other file. The page is a list of blocks; each kind of block knows how 
 import base64
 import html
 import io
-import json
 import re
 import shlex
 import sys
@@ -24,10 +23,12 @@ import numpy as np
 
 from checkpoint import whole_file, write_text
 from command_line import OneLineParser, run_script
-from config import TASKS, UserError, read_json
+from config import TASKS, UserError
 from datasets import Rows, read_rows
 from evaluation import TASK_KINDS, check_predictions, read_predictions
-from flags import data_file, head_name, make_parser, prediction_file
+from flags import data_file, head_name, prediction_file, read_run
+from run_files import read_metrics, read_scores
+from run_folder import ARGS_FILE, read_args_file
 
 CLASS_NAMES = {  # other tasks' classes go by their numbers
     "sst": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
@@ -170,47 +171,23 @@ def write_picture(run_dir: Path, picture: Picture) -> Path:
 # --- what a run folder holds -------------------------------------------------------------------------------------
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`; one that was cut off at the end when the run was killed is left out.
-
-    Raises:
-        UserError: if there are none, or one is not a JSON object.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the folder of a run") from None
-    metrics = []
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number == len(lines) and not text.endswith("\n"):
-                break
-            raise UserError(f"{path}:{number}: not a JSON line ({error})") from None
-    return metrics
-
-
 def read_settings(run_dir: Path) -> tuple[Namespace, dict]:
     """A run's flags and all of its `args.json`; flags that an older version did not have yet are at their defaults.
 
     Raises:
         UserError: if there is no run, or the file is damaged.
     """
-    path = run_dir / "args.json"
-    if not path.is_file():
-        raise UserError(f"{run_dir}: no run there (no args.json)")
-    stored = read_json(path)
-    try:
-        # The folder may have been moved since.
-        settings = vars(make_parser().parse_args([])) | stored["args"] | {"output_dir": str(run_dir)}
-        unknown = [task for task in settings["tasks"] if task not in TASKS]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or from another version ({error!r})") from None
-    if unknown:
-        raise UserError(f"{path}: task {unknown[0]!r} is not known; expected some of {','.join(TASKS)}")
+    settings = read_run(run_dir)[0] | {"output_dir": str(run_dir)}  # the folder may have been moved since
+    stored = read_args_file(run_dir)
+    for name in ("versions", "machine", "data"):
+        if not isinstance(stored.setdefault(name, {}), dict):
+            raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} is no table of names and values)")
+    for split, values in stored["data"].items():
+        if not isinstance(values, dict):
+            raise UserError(f"{run_dir / ARGS_FILE}: damaged (data of {split!r} are no names and values)")
+    for name in ("lr", "head_lr", "max_steps", "warmup_steps"):
+        if settings[name] is None:
+            raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} was never resolved)")
     return Namespace(**settings), stored
 
 
@@ -425,7 +402,7 @@ def make_page(run_dir: Path) -> tuple[str, list]:
     summary, finished = None, (run_dir / "scores.json").exists()
     evaluated = [line for line in metrics if "dev" in line]
     if finished:
-        scores = read_json(run_dir / "scores.json")
+        scores = read_scores(run_dir)
         summary = scores["dev"] | {"step": scores["step"], "finished": True}
     elif evaluated:
         best = max(evaluated, key=lambda line: line["score"])

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import TASKS, UserError, read_json
+from config import TASKS, UserError
 from datasets import Rows, read_rows
 from evaluation import OVERALLS, TASK_KINDS, prediction_name, read_predictions, select_score
-from report import SCORE_TOLERANCE, read_metrics
+from report import SCORE_TOLERANCE
+from run_files import read_facts, read_metrics, read_scores
 from significance import Interval, resampled_means, to_interval
 
 
@@ -47,14 +48,9 @@ def read_finished_run(folder: Path, dev_data: DevData) -> FinishedRun:
     Raises:
         UserError: if something is missing or damaged, or scores, predictions and dev data do not belong together.
     """
-    summary, facts = read_json(folder / "scores.json"), read_json(folder / "args.json")
-    try:
-        stored = {task: select_score(summary["dev"], task, TASKS) for task in summary["dev"]["tasks"]}
-        style = facts["args"]["prediction_style"]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}: scores.json or args.json is damaged, or from another version ({error!r})"
-        ) from None
+    summary, facts = read_scores(folder), read_facts(folder)
+    stored = {task: select_score(summary["dev"], task, TASKS) for task in summary["dev"]["tasks"]}
+    style = facts["args"]["prediction_style"]
     scores, predictions = {}, {}
     for task, before in stored.items():
         rows, kind = dev_data[task], TASK_KINDS[TASKS[task].kind]

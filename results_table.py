@@ -37,6 +37,7 @@ from flags import get_args as get_run_args
 from poster import ROWS
 from results_data import DevData, FinishedRun, Table, read_finished_run
 from results_output import claims_text, compare_text, write_results
+from run_files import read_scores
 from run_many import Job, Stage, run_jobs
 
 HERE = Path(__file__).parent
@@ -81,9 +82,7 @@ def is_finished(folder: Path) -> bool:
     """Whether a run got to its end, where it writes scores, then one prediction file after the other."""
     if not (folder / "scores.json").exists():
         return False
-    names = [
-        prediction_name(task, "dev", "starter") for task in read_json(folder / "scores.json")["dev"]["tasks"]
-    ]
+    names = [prediction_name(task, "dev", "starter") for task in read_scores(folder)["dev"]["tasks"]]
     return all((folder / "predictions" / name).exists() for name in names)
 
 

@@ -26,6 +26,7 @@ from checkpoint import (
     load_state,
     load_tensors,
     remove_checkpoints,
+    remove_leftovers,
     save_tensors,
     sync,
     versions,
@@ -165,8 +166,14 @@ def read_args_file(folder: Path) -> dict:
         stored = read_json(path)
         if not isinstance(stored.get("args"), dict):
             raise UserError(f"{path}: damaged (it holds no settings)")
-        if not isinstance(stored.get("commands"), list) or not isinstance(stored.get("data"), dict | str):
-            raise UserError(f"{path}: damaged (it holds no commands or data)")
+        commands = stored.get("commands")
+        if not isinstance(commands, list) or not all(
+            isinstance(command, list) and all(isinstance(part, str) for part in command)
+            for command in commands
+        ):
+            raise UserError(f"{path}: damaged (it holds no commands)")
+        if not isinstance(stored.get("data"), dict | str):
+            raise UserError(f"{path}: damaged (it holds no data)")
     except UserError as error:
         copies = [copy / ARGS_FILE for copy in versions(folder / "last") if (copy / ARGS_FILE).exists()]
         hint = f"; {copies[0]} is a copy, made with its last checkpoint" if copies else ""
@@ -341,6 +348,8 @@ class Run:
             raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
         path = folder / "optimizer.safetensors"
         copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
+        for name in ("last", "best"):
+            remove_leftovers(self.folder / name)
         self.state, self.saved_step = state, state["step"]
         self._check_best()
 

@@ -419,6 +419,7 @@ class Outcome:
 
     name: str
     num_cases: int = 0
+    num_wrong: int = 0  # cases
     wrong: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)  # of Markdown
     seconds: float = 0.0
@@ -433,7 +434,7 @@ class Outcome:
         return {first[place]: count for place, count in counts.most_common()}
 
     def summary(self) -> str:
-        return f"{self.name}: {self.num_cases} cases, {len(self.wrong)} wrong, {self.seconds:.0f} s"
+        return f"{self.name}: {self.num_cases} cases, {self.num_wrong} wrong, {self.seconds:.0f} s"
 
 
 def go_through(outcome: Outcome, work, cases, jobs: int, take) -> Outcome:
@@ -443,13 +444,14 @@ def go_through(outcome: Outcome, work, cases, jobs: int, take) -> Outcome:
     for case, result in in_parallel(work, cases, jobs):
         outcome.num_cases += 1
         wrong = [str(result)] if isinstance(result, Died) else take(result)
+        outcome.num_wrong += bool(wrong)
         outcome.wrong += [f"{outcome.name} {case}: {text}" for text in wrong]
         outcome.seconds = time.monotonic() - started
         last = outcome.num_cases == len(cases)
         if last or time.monotonic() - shown > (0.5 if sys.stdout.isatty() else 15):
             shown = time.monotonic()
             left = outcome.seconds / outcome.num_cases * (len(cases) - outcome.num_cases)
-            line = f"{outcome.name}: {outcome.num_cases}/{len(cases)}, {len(outcome.wrong)} wrong, {left:.0f} s left"
+            line = f"{outcome.name}: {outcome.num_cases}/{len(cases)}, {outcome.num_wrong} wrong, {left:.0f} s left"
             print(line, end="\r" if sys.stdout.isatty() and not last else "\n", flush=True)
     return outcome
 
@@ -491,6 +493,10 @@ def run_kills(bench: Bench, num_runs: int, jobs: int, num_settings: int = NUM_SE
 
     outcome = go_through(Outcome("kills"), partial(kill_case, bench), range(num_runs), jobs, take)
     outcome.wrong[:0] = whole.wrong
+    outcome.num_cases, outcome.num_wrong = (
+        outcome.num_cases + whole.num_cases,
+        outcome.num_wrong + whole.num_wrong,
+    )
     outcome.lines = [
         f"{num_runs} runs of {len(bench.settings)} settings were killed {sum(counts.values())} times: "
         + ", ".join(f"{runs} runs {times} times" for times, runs in sorted(chains.items()))
@@ -544,7 +550,7 @@ def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) ->
         module.__name__: module.__version__ for module in modules
     }
     machine = describe_machine()
-    num_wrong = sum(len(outcome.wrong) for outcome in outcomes)
+    num_wrong = sum(outcome.num_wrong for outcome in outcomes)
     lines = [
         "# Faults",
         "",
@@ -606,6 +612,9 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that the folder is removed
     memory = Path("/dev/shm")  # in memory, where there is that: thousands of small files
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=memory if os.access(memory, os.W_OK) else None))
     keep = args.keep_failures or Path(tempfile.mkdtemp(prefix="faults-failed-"))

@@ -252,7 +252,7 @@ def spoil_header(content: bytes, rng: random.Random, pools: Pools) -> bytes:
             key = rng.choice(list(changes))
             header[name] = header[name] | {key: changes[key]}
         text = json.dumps(header).encode()
-    except (ValueError, RecursionError, TypeError, AttributeError):
+    except (ValueError, RecursionError, TypeError, AttributeError, LookupError):  # spoilt before
         return flip(content, rng, pools)
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 

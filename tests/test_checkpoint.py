@@ -155,6 +155,24 @@ def test_failure_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch, f
     assert names(tmp_path) == ["last", "last.1"][:keep]  # nothing is left over
 
 
+def test_half_removed_checkpoint_has_no_name(tmp_path, monkeypatch):
+    """A kill while old ones are removed leaves nothing that looks like a checkpoint, and the next save clears it away."""
+    for number in (1, 2):
+        write_number(tmp_path / "last", number, 2)
+
+    def die(*args, **options):
+        raise KeyboardInterrupt
+
+    real, calls = shutil.rmtree, iter(range(9))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **o: die() if next(calls) == 2 else real(*args, **o))
+    with pytest.raises(KeyboardInterrupt):
+        write_number(tmp_path / "last", 3, 2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["last", "last.1", "last.old"]
+    checkpoint.remove_leftovers(tmp_path / "last")
+    assert names(tmp_path) == ["last", "last.1"]
+
+
 def test_failed_save_gives_its_space_back(tmp_path):
     def write(new):
         (new / "model.safetensors").write_bytes(b"0" * 1000)

@@ -327,7 +327,18 @@ def test_model_that_learned_nothing(run_dir):
         ("args.json", None, "no run there"),
         ("args.json", "{", "args.json: not a JSON file"),
         ("args.json", "{}", "args.json: damaged"),
-        ("args.json", '{"args": {"tasks": ["nli"]}}', "task 'nli' is not known"),
+        (
+            "args.json",
+            '{"args": {"tasks": ["nli"], "given": {}}, "commands": [], "data": {}}',
+            "args.json: damaged; tasks is ('nli',)",
+        ),
+        (
+            "args.json",
+            '{"args": {"given": {}}, "commands": [], "data": {}}',
+            "damaged (lr was never resolved)",
+        ),
+        ("metrics.jsonl", '{"step": 1, "loss": {"nli": 1.0}}\n', "'nli', which is not known"),
+        ("scores.json", '{"step": 1, "dev": {"tasks": {"sst": {}}}}', "scores.json: damaged"),
         ("metrics.jsonl", '{"step": 1}\n{\n', "metrics.jsonl:2"),
         ("metrics.jsonl", "3\n", "metrics.jsonl:1"),
         ("scores.json", "[]", "scores.json: expected a JSON object"),
@@ -371,8 +382,8 @@ def test_code_cannot_be_closed_by_its_text():
 
 def test_plot_run(tmp_path):
     lines = [LINE | {"step": step} for step in (1, 2)]
-    scores = {"tasks": {"sst": {"accuracy": 0.4}, "sts": {"pearson": 0.7}}, "mean": 0.55}
-    write_log(tmp_path, *lines, {"step": 2, "dev": scores})
+    scores = {"tasks": {"sst": {"accuracy": 0.4}, "sts": {"pearson": 0.7}}, "mean": 0.55, "mean_2024": 0.625}
+    write_log(tmp_path, *lines, {"step": 2, "dev": scores, "score": 0.55})
     assert plot_run(tmp_path) == tmp_path / "curves.png"
     picture = image.imread(tmp_path / "curves.png")
     assert picture.shape[0] > 300 and picture.shape[1] > 500

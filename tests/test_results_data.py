@@ -109,22 +109,22 @@ DAMAGE = {  # what is done to a run, what the error says
         edit("scores.json", lambda scores: scores["dev"]["tasks"]["sst"].update(accuracy=float("nan"))),
         r"sst-dev-output\.csv: gives sst .* scores\.json says nan",
     ),
-    "no scores": (edit("scores.json", dict.clear), r"run: scores\.json or args\.json is damaged.*'dev'"),
+    "no scores": (edit("scores.json", dict.clear), r"run.scores\.json: damaged.*lacks step"),
     "no score of a task": (
         edit("scores.json", lambda scores: scores["dev"]["tasks"]["sst"].clear()),
-        r"run: scores\.json .*'accuracy'",
+        r"run.scores\.json: .*sst lacks accuracy",
     ),
     "a task that nobody knows": (
         edit("scores.json", lambda scores: scores["dev"]["tasks"].update(poems={"accuracy": 1.0})),
-        r"run: scores\.json .*'poems'",
+        r"run.scores\.json: .*'poems', which is not known",
     ),
     "no settings": (
         edit("args.json", lambda facts: facts.pop("args")),
-        r"run: .*args\.json is damaged.*'args'",
+        r"run.args\.json: damaged \(it holds no settings\)",
     ),
     "scores missing": (lambda run: (run / "scores.json").unlink(), r"run.scores\.json: cannot be read"),
-    "settings missing": (lambda run: (run / "args.json").unlink(), r"run.args\.json: cannot be read"),
-    "log missing": (lambda run: (run / "metrics.jsonl").unlink(), r"run.metrics\.jsonl: no such file"),
+    "settings missing": (lambda run: (run / "args.json").unlink(), r"run: no run there \(no args\.json\)"),
+    "log missing": (lambda run: (run / "metrics.jsonl").unlink(), r"run.metrics\.jsonl: cannot be read"),
     "half of the scores": (
         lambda run: (run / "scores.json").write_text('{"dev'),
         r"run.scores\.json: not a JSON",
