@@ -13,7 +13,6 @@ import json
 import math
 import sys
 import time
-import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -29,9 +28,8 @@ from base_bert import check_vocab_size
 from bert import BertModel
 from checkpoint import SUMS_FILE, find_damage, load_model, load_state, need_checkpoint, write_text
 from command_line import Signals, Stopped, catch_signals, explain_memory, run_script
-from config import EXTRA_SOURCES, TASKS, TaskSpec, UserError
-from data_report import cross_checks, make_report
-from datasets import BatchOrder, Rows, TaskData, plan_slots, read_rows, warning_lines
+from config import TASKS, TaskSpec, UserError
+from datasets import BatchOrder, Rows, TaskData, plan_slots
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
@@ -41,13 +39,10 @@ from evaluation import (
     score_warnings,
     select_score,
 )
-from extra_data import add_sources, held_out_keys
 from flags import (
     HEAD_DROPOUT_PROB,
     RESUME_MAY_CHANGE,
-    cache_dir,
     check_outputs,
-    data_file,
     default_output_dir,
     get_args,
     head_name,
@@ -57,11 +52,11 @@ from flags import (
     resolve_machine,
 )
 from flat_memory import FlatMemory
-from heads import HEADS
 from multitask_bert import MultitaskBERT
 from optimizer import lr_factor
 from pcgrad import GRAD_METHODS, cosine_matrix, update_cosine_ema
 from report import plot_run
+from run_data import fingerprint, read_data, read_split, read_test_rows, tokenize_split
 from run_folder import (
     Run,
     find_changed,
@@ -71,7 +66,6 @@ from run_folder import (
     read_args_file,
     write_args,
 )
-from token_cache import tokenize_cached
 from tokenizer import BertTokenizer
 
 
@@ -180,62 +174,6 @@ def make_autocast(device: str, precision: str):
     if precision == "fp32":
         return nullcontext
     return partial(torch.autocast, torch.device(device).type, dtype=torch.bfloat16)
-
-
-def read_split(args: Namespace, split: str, tasks: Iterable[str]) -> dict[str, Rows]:
-    """Read one split of each task, and say what was found and what was left out."""
-    split_rows = {}
-    for task in tasks:
-        rows = split_rows[task] = read_rows(data_file(args, task, split), TASKS[task], split)
-        print(f"{task:6s} {split:5s} {len(rows.ids):6d} examples from {rows.path}")
-        for line in warning_lines(rows):
-            print(f"       warning: {line}")
-    return split_rows
-
-
-def read_test_rows(args: Namespace) -> dict[str, Rows]:
-    """The test rows that --predict_splits asks for; before training, which a bad row should not come after."""
-    asked = args.tasks if "test" in args.predict_splits else ()
-    present = [task for task in asked if data_file(args, task, "test").exists()]
-    for task in (task for task in asked if task not in present):
-        print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
-    return read_split(args, "test", present)
-
-
-def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
-    """Training rows with those of --extra_data after them, and lines that say what was taken and what was dropped."""
-    if not args.extra_data:
-        return train_rows, []
-    files = [
-        (data_file(args, task, split), spec, split)
-        for task, spec in TASKS.items()
-        for split in ("dev", "test")
-    ]
-    for path in (path for path, _, _ in files if not path.exists()):
-        print(f"warning: {path} does not exist, so its rows are not kept out of the additional data")
-    held_out = held_out_keys([file for file in files if file[0].exists()])
-    extended, said = {}, []
-    for task, rows in train_rows.items():
-        sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
-        extended[task], lines = add_sources(rows, sources, args.data_dir, held_out)
-        said += [f"{task:6s} extra {line}" for line in lines]
-    return extended, said
-
-
-def tokenize_split(
-    args: Namespace, split_rows: dict[str, Rows], tokenizer: BertTokenizer
-) -> dict[str, TaskData]:
-    """Tokenize what `read_split` read, and say how much --max_length cuts off."""
-    data = {}
-    for task, rows in split_rows.items():
-        joint = HEADS[head_name(args, task)].joint
-        data[task] = tokenize_cached(
-            rows, tokenizer, joint=joint, max_length=args.max_length, cache_dir=cache_dir(args)
-        )
-        cut = int((data[task].sequences.lengths >= args.max_length).sum())
-        if cut:
-            print(f"{rows.path}: {cut} sequences reach the limit of {args.max_length} word pieces")
-    return data
 
 
 def make_model(args: Namespace, bert: BertModel) -> MultitaskBERT:
@@ -620,12 +558,6 @@ def write_predictions(
             print(f"  {path}  ({len(data)} rows)")
 
 
-def fingerprint(rows: Rows) -> str:
-    """A short name for the content of a data file: equal for equal ids, texts and labels."""
-    labels = None if rows.labels is None else rows.labels.tolist()
-    return f"{zlib.crc32(repr((rows.ids, rows.texts, labels)).encode('utf-8', 'replace')):08x}"
-
-
 def load_encoder(args: Namespace, source: str | Path) -> tuple[BertModel, BertTokenizer]:
     """The encoder and tokenizer to start from, or those of a checkpoint."""
     damage = find_damage(Path(source)) if (Path(source) / SUMS_FILE).is_file() else None
@@ -656,21 +588,6 @@ def read_again(args: Namespace) -> None:
     together = not args.predict_only or "dev" in args.predict_splits
     model = make_model(args, bert)
     finish(args, model, tokenizer, dev_data, test_rows=test_rows, own_data=own_data and together)
-
-
-def read_data(args: Namespace) -> tuple[dict[str, dict[str, Rows]], dict]:
-    """All rows of a run, by split and task, and what is known about their files."""
-    files = {split: read_split(args, split, args.tasks) for split in ("train", "dev")}
-    train_rows, extra_lines = add_extra_data(args, files["train"])
-    for line in extra_lines:
-        print(line)
-    files["test"] = read_test_rows(args)
-    rows = files | {"train": train_rows}
-    batch_sizes = {task: getattr(args, f"{task}_batch_size") or args.batch_size for task in args.tasks}
-    checks = cross_checks(rows["train"], rows["dev"], batch_sizes)
-    for check in checks:
-        print(f"warning: {check['message']}")
-    return rows, make_report(files, checks) | {"extra_data": extra_lines}
 
 
 def check_same_run(args: Namespace, last: Path | None, data: dict, folder: Path) -> dict:

@@ -46,19 +46,17 @@ import safetensors
 import tokenizers
 import torch
 
-import checkpoint
 import multitask_classifier
+from checkpoint import write_text
 from config import TASKS
 from datasets import SAMPLERS, read_rows
 from evaluation import prediction_name
-from flags import make_parser
 from heads import PAIR_HEADS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
+from run_folder import ARGS_FILE, describe_machine
 from tests.forks import (
-    ARGS_FILE,
     DOING,
-    SEALED,
     Cell,
     Died,
     Ended,
@@ -198,8 +196,7 @@ def draw_settings(bench: Bench, number: int) -> Setting:
     choices["seed"] = rng.randrange(1000)
     max_steps, eval_every = rng.randint(*bench.steps), rng.randint(2, 3)
     setting = Setting([], max_steps)
-    if "keep_last" in vars(make_parser().parse_args([])):
-        setting.keep_last = choices["keep_last"] = rng.choice((1, 2, 3))
+    setting.keep_last = choices["keep_last"] = rng.choice((1, 2, 3))
     setting.flags = bench.flags(max_steps, eval_every, **choices)
     return setting
 
@@ -211,7 +208,7 @@ def run_undisturbed(bench: Bench, setting: Setting) -> Setting:
     setting.seconds, setting.operations = ended.seconds, bench.cell["operations"]
     if ended.code == 0:
         setting.result = comparable(folder)
-        setting.wrong += find_problems(folder, bench.num_rows, setting.keep_last)
+        setting.wrong += find_problems(folder, bench.num_rows)
     else:
         setting.wrong.append(f"undisturbed run: {ended}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -220,11 +217,7 @@ def run_undisturbed(bench: Bench, setting: Setting) -> Setting:
 
 def next_command(setting: Setting, folder: Path) -> list[str]:
     """How a user would go on after a kill."""
-    if not (folder / ARGS_FILE).exists():
-        return setting.flags
-    if SEALED or checkpoints(folder):
-        return ["--resume"]
-    return [*setting.flags, "--overwrite"]
+    return ["--resume"] if (folder / ARGS_FILE).exists() else setting.flags
 
 
 # --- kills -------------------------------------------------------------------------------------------------------
@@ -310,10 +303,9 @@ def kill_case(bench: Bench, number: int) -> Killed:
     """Start a run, kill it, go on, maybe kill it again, and compare what it leaves in the end."""
     rng = random.Random(f"{bench.seed} kills {number}")
     setting = rng.choice(bench.settings)
-    kinds = KINDS if SEALED else KINDS[:-1]
-    planned = [kinds[number % len(kinds)]]
+    planned = [KINDS[number % len(KINDS)]]
     while len(planned) < 4 and rng.random() < 0.4:
-        planned.append(rng.choice(kinds))
+        planned.append(rng.choice(KINDS))
     folder = bench.own() / f"run{number}"
     for _ in range(10):  # a signal that comes too late kills nothing
         shutil.rmtree(folder, ignore_errors=True)
@@ -345,7 +337,7 @@ def kill_until_done(
             killed.wrong.append("went on from an older checkpoint without a warning")
         if ended.code == 0:
             killed.wrong += find_differences(folder, setting.result)
-            killed.wrong += find_problems(folder, bench.num_rows, 99, ever_damaged)
+            killed.wrong += find_problems(folder, bench.num_rows, ever_damaged)
             left_over = [number for number in older(folder) if number >= setting.keep_last]
             killed.wrong += [f"last.{number}/ is left over" for number in left_over]
             return killed
@@ -354,7 +346,7 @@ def kill_until_done(
             return killed
         killed.kills.append((kind, cell.what()))
         killed.wrong += check_end(kind, ended)
-        killed.wrong += find_problems(folder, bench.num_rows, setting.keep_last, ever_damaged)
+        killed.wrong += find_problems(folder, bench.num_rows, ever_damaged)
         saved, damaged = max(saved, cell["started_at"], cell["saved_step"]), False
         stopped = re.search(r"stopped by a signal at step (\d+)", ended.out)
         if stopped and int(stopped[1]) != saved:
@@ -504,8 +496,6 @@ def run_kills(bench: Bench, num_runs: int, jobs: int, num_settings: int = NUM_SE
         "",
         *table(counts, "kill"),
     ]
-    if not SEALED:
-        outcome.lines += ["", "Damaged checkpoints were not tried: these carry no checksums."]
     return outcome
 
 
@@ -549,7 +539,8 @@ def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) ->
     versions = {"Python": platform.python_version()} | {
         module.__name__: module.__version__ for module in modules
     }
-    machine = describe_machine()
+    facts = describe_machine("cpu")
+    machine = f"{facts['processor']}, {facts['cores']} cores, 1 thread a run"
     num_wrong = sum(outcome.num_wrong for outcome in outcomes)
     lines = [
         "# Faults",
@@ -575,13 +566,6 @@ def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) ->
     for path, name in hide.items():
         page = page.replace(path, name)
     return page
-
-
-def describe_machine() -> str:
-    """Processor and cores, as a run's args.json has them."""
-    owner = checkpoint if hasattr(checkpoint, "describe_machine") else importlib.import_module("run_folder")
-    facts = owner.describe_machine("cpu")
-    return f"{facts['processor']}, {facts['cores']} cores, 1 thread a run"
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -638,8 +622,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if args.output:
         hide = {str(folder): "WORK", str(PROJECT) + os.sep: "", str(keep): "FAILED"}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(make_page(outcomes, typed, hide), encoding="utf-8")
+        write_text(args.output, make_page(outcomes, typed, hide))
         print(f"wrote {os.path.relpath(args.output)}")
     wrong = any(outcome.wrong for outcome in outcomes)
     if wrong:

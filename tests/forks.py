@@ -31,8 +31,10 @@ from safetensors.numpy import load_file
 
 import checkpoint
 import multitask_classifier
+from checkpoint import SUMS_FILE
 from config import TASKS
 from evaluation import read_predictions
+from run_folder import ARGS_FILE
 
 DOING = (
     "reading data, encoder or checkpoint",
@@ -50,9 +52,6 @@ OPERATIONS = {
     shutil: ("rmtree", "copyfile"),
     checkpoint: ("save_file",),
 }
-# Whether checkpoints carry checksums, older ones are kept, and --resume starts a run that has no checkpoint yet.
-SEALED = hasattr(checkpoint, "SUMS_FILE")
-SUMS_FILE, ARGS_FILE = "SHA256SUMS", "args.json"
 # Endings of names under which a file or folder may be half there.
 UNFINISHED = (".tmp", ".new", ".old", ".lock")
 MEMORY_LIMIT = 8 * 2**30  # bytes of address space; a damaged file must not ask for more
@@ -103,8 +102,8 @@ def older(folder: Path) -> list[int]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints to go on from, newest first; `last.old` is what a kill between two renames leaves."""
-    names = ["last", "last.old", *(f"last.{number}" for number in older(folder))]
+    """Checkpoints to go on from, newest first."""
+    names = ["last", *(f"last.{number}" for number in older(folder))]
     return [folder / name for name in names if (folder / name / "state.json").exists()]
 
 
@@ -151,20 +150,16 @@ def check_file(path: Path, num_rows: dict[str, int]) -> None:
         raise ValueError("cut off")
 
 
-def find_problems(
-    folder: Path, num_rows: dict[str, int], keep_last: int = 2, damaged: bool = False
-) -> set[str]:
+def find_problems(folder: Path, num_rows: dict[str, int], damaged: bool = False) -> set[str]:
     """What is not whole under a final name in a run folder.
 
     Args:
-        keep_last: checkpoints beyond this number may be half deleted.
         damaged: checkpoints to go on from were damaged on purpose.
     """
 
     def is_exempt(parts):
-        name, _, number = parts[0].partition(".")
-        beyond = number.isdecimal() and int(number) >= {"last": keep_last, "best": 1}.get(name, 99)
-        return beyond or (damaged and name == "last") or any(part.endswith(UNFINISHED) for part in parts)
+        is_last = parts[0].partition(".")[0] == "last"
+        return (damaged and is_last) or any(part.endswith(UNFINISHED) for part in parts)
 
     problems = set()
     for path in sorted(folder.rglob("*")) if folder.exists() else ():
@@ -180,7 +175,7 @@ def find_problems(
             continue
         needed = {"config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors", "state.json"}
         needed |= {"optimizer.safetensors"} if path.name.startswith("last") else set()
-        needed |= {SUMS_FILE} if SEALED else set()
+        needed.add(SUMS_FILE)
         for name in sorted(needed - {file.name for file in path.iterdir()}):
             problems.add(f"{path.name}/ is not whole: {name} is missing")
     return problems

@@ -31,6 +31,7 @@ import prepare_submit
 import report
 import token_cache
 from base_bert import read_tensors
+from checkpoint import SUMS_FILE
 from config import EXTRA_SOURCES, TASKS, UserError
 from data import download
 from datasets import read_rows, tokenize
@@ -39,8 +40,6 @@ from extra_data import add_sources
 from results_data import DevData, read_finished_run
 from tests.forks import (
     HANG_SECONDS,
-    SEALED,
-    SUMS_FILE,
     comparable,
     find_differences,
     find_problems,
@@ -518,7 +517,7 @@ class Fuzzer:
             checkpoint.load_tensors(path)
         else:
             checkpoint.load_state(path.parent)
-        if SEALED and path.name != SUMS_FILE and checkpoint.find_damage(path.parent) is None:
+        if path.name != SUMS_FILE and checkpoint.find_damage(path.parent) is None:
             assert path.read_bytes() == (self.base / path.relative_to(self.job)).read_bytes(), (
                 "damage not noticed"
             )
@@ -748,7 +747,7 @@ class Fuzzer:
         broken = {text.split(" is ")[0] for text in before}
         after = find_problems(output, {}, damaged=in_last)
         found.wrong += sorted(text for text in after if text.split(" is ")[0] not in broken)
-        if SEALED and in_last and ended.code == 0 and comparable(output) != self.resumed:
+        if in_last and ended.code == 0 and comparable(output) != self.resumed:
             found.wrong.append(f"resumed to another end | {find_differences(output, self.resumed)}")
         found.place = place_in(ended.err) if found.wrong else ""
         shutil.rmtree(output, ignore_errors=True)

@@ -573,12 +573,12 @@ def test_resumed_run_has_the_same_bits(place, no_plot, monkeypatch, number, caps
     assert read_run(place / f"whole{number}") == read_run(place / f"parts{number}")
 
 
-def signal_in(monkeypatch, name, number, times=1):
-    """Let a signal come when a function of the training loop is called for the third time."""
-    real, calls = getattr(multitask_classifier, name), iter(range(100))
+def signal_in(monkeypatch, name, number, times=1, call_number=3):
+    """Let a signal come when a function of the training loop is called, for the third time or another."""
+    real, calls = getattr(multitask_classifier, name), iter(range(1, 100))
 
     def call(*args, **options):
-        if next(calls) == 2:
+        if next(calls) == call_number:
             for _ in range(times):
                 signal.raise_signal(number)
         return real(*args, **options)
@@ -588,7 +588,7 @@ def signal_in(monkeypatch, name, number, times=1):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("where", "saved"), [("train_step", 3), ("evaluate", 9), ("write_predictions", 9), ("read_rows", None)]
+    ("where", "saved"), [("train_step", 3), ("evaluate", 9), ("write_predictions", 9), ("read_data", None)]
 )
 def test_signal_at_any_time_saves_what_there_is(place, no_plot, capsys, where, saved, number):
     """Also in an evaluation, which is given up at once and comes first when the run goes on."""
@@ -602,7 +602,7 @@ def test_signal_at_any_time_saves_what_there_is(place, no_plot, capsys, where, s
                 multitask_classifier, "format_predictions", lambda *args: signal.raise_signal(number)
             )
         else:
-            signal_in(patch, where, number)
+            signal_in(patch, where, number, call_number=1 if where == "read_data" else 3)
         try:
             code = main(command(place, name, settings))
         except SystemExit as end:

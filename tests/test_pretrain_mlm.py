@@ -472,6 +472,21 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
         assert (folder / name).read_bytes() == (place / "run" / name).read_bytes(), name
 
 
+def test_damaged_checkpoint_falls_back_to_the_one_before(place, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, interrupt)
+        assert run(place, "--save_every 2", out="damaged") == 130
+    path = place / "damaged" / LAST / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert run(place, "--save_every 2", out="damaged") == 0
+    printed = capsys.readouterr().out
+    assert f"warning: {path}: damaged" in printed and "at step 2\n" in printed
+    assert not list((place / "damaged").glob("last*"))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (place / "damaged" / name).read_bytes() == (place / "run" / name).read_bytes(), name
+
+
 def test_run_that_ended_before_its_first_save_starts_anew(place, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 1, interrupt)
