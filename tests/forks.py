@@ -55,7 +55,7 @@ OPERATIONS = {
 # Endings of names under which a file or folder may be half there.
 UNFINISHED = (".tmp", ".new", ".old", ".lock")
 MEMORY_LIMIT = 8 * 2**30  # bytes of address space; a damaged file must not ask for more
-HANG_SECONDS = 10  # for one case; then it counts as hanging
+HANG_SECONDS = 30  # for one case, on a busy machine; then it counts as hanging
 SILENCE_SECONDS = 90  # of a worker, before it is given up
 
 
@@ -416,6 +416,7 @@ def in_child(work: Callable[[], int], out: Path, err: Path, seconds: float) -> N
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        os.chdir(out.parent)  # relative paths of random command lines lead there
         for descriptor, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         sys.stdout, sys.stderr = (
