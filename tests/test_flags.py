@@ -401,7 +401,7 @@ def test_bad_flags_end_in_one_line(flags, message, capsys):
     [
         ("--output_dir nowhere --resume", "no run there"),
         ("--output_dir broken --eval_only", "not a JSON file"),
-        ("--output_dir old --predict_only", "damaged (it holds no commands or data)"),
+        ("--output_dir old --predict_only", "damaged (it holds no commands)"),
         ("--output_dir file --resume", "no run there"),
     ],
 )
