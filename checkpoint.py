@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError, read_json
+from config import UserError, is_regular, read_bytes, read_json
 from multitask_bert import MultitaskBERT
 from tokenizer import BertTokenizer
 
@@ -102,17 +102,45 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], keep: int = 1)
 
 
 def remove_versions(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints; each loses its name first, so that no half of one is left under it."""
-    old = folder.with_name(folder.name + ".old")
+    """Remove all but the newest checkpoints."""
     for path in reversed(versions(folder)[keep:]):
+        remove_checkpoint(path, folder)
+
+
+def remove_newer(folder: Path, good: Path) -> None:
+    """Remove the checkpoints that are newer than one of `versions(folder)`."""
+    found = versions(folder)
+    for path in found[: found.index(good)]:
+        remove_checkpoint(path, folder)
+
+
+def remove_checkpoint(path: Path, folder: Path) -> None:
+    """Remove one of the versions of a checkpoint; it loses its name first, so that no half of it is left under it.
+
+    A run does not end because something old cannot be removed: that is a warning.
+    """
+    old = folder.with_name(folder.name + ".old")
+    try:
+        remove(old)
         os.replace(path, old)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
+    except OSError as error:
+        print(f"warning: {path}: cannot be removed ({error.strerror})", flush=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a kill left of a checkpoint that was being written or removed."""
     for ending in (".new", ".old"):
-        shutil.rmtree(folder.with_name(folder.name + ending), ignore_errors=True)
+        with suppress(OSError):
+            remove(folder.with_name(folder.name + ending))
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, file or link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -135,7 +163,7 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words; None if all are as they were written."""
     path = folder / SUMS_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8")
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
         if text != sums_text(sums):
             return f"{path}: damaged"
@@ -143,10 +171,12 @@ def find_damage(folder: Path) -> str | None:
         for name in sorted(present | set(sums)):
             if name not in sums or name != Path(name).name:
                 return f"{path}: damaged, or {name!r} is not of this checkpoint"
-            if file_digest(folder / name) != sums[name]:
+            if not is_regular(folder / name) or file_digest(folder / name) != sums[name]:
                 return f"{folder / name}: damaged (its checksum is not that in {SUMS_FILE})"
     except FileNotFoundError as error:
         return f"{error.filename}: missing"
+    except UserError as error:
+        return str(error)
     except (OSError, ValueError) as error:
         return f"{path}: cannot be read ({error})"
     return None
@@ -211,7 +241,10 @@ def load_state(folder: Path) -> dict:
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -130,9 +130,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is torch's, of GPU or CPU, or Python's way to say so."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and (
-        "t allocate memory" in str(error) or "bad_alloc" in str(error)
-    )
+    said = ("t allocate memory", "bad_alloc", "could not create a primitive")  # the last by oneDNN
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, SafetensorError):  # the same, while tensors are written
         return f"a checkpoint could not be written ({error})"
     if is_out_of_memory(error):
-        return "out of memory; try a smaller --batch_size with a larger --grad_accum"
+        return "out of memory; try a smaller encoder, or a smaller --batch_size or --max_length"
     return None
 
 

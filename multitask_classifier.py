@@ -24,9 +24,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from base_bert import check_vocab_size
+from base_bert import check_vocab_size, find_weights, resolve_pretrained
 from bert import BertModel
-from checkpoint import SUMS_FILE, find_damage, load_model, load_state, need_checkpoint, write_text
+from checkpoint import (
+    SUMS_FILE,
+    file_digest,
+    find_damage,
+    load_model,
+    load_state,
+    need_checkpoint,
+    write_text,
+)
 from command_line import Signals, Stopped, catch_signals, explain_memory, run_script
 from config import TASKS, TaskSpec, UserError
 from datasets import BatchOrder, Rows, TaskData, plan_slots
@@ -59,11 +67,13 @@ from report import plot_run
 from run_data import fingerprint, read_data, read_split, read_test_rows, tokenize_split
 from run_folder import (
     Run,
+    begin_run,
+    check_free,
     find_changed,
     find_last,
     lock_folder,
-    prepare_folder,
     read_args_file,
+    say_circumstances,
     write_args,
 )
 from tokenizer import BertTokenizer
@@ -305,13 +315,7 @@ def train(
                 run.save_last()
         if signals:
             bar.close()
-            if run.saved_step != step:
-                run.save_last()
-            print(
-                f"stopped by a signal at step {step}, saved; to go on: --output_dir {args.output_dir} --resume",
-                flush=True,
-            )
-            sys.exit(128 + signals[0])
+            stop_run(run, signals)
         out_of_patience = args.patience and state["evals_without_gain"] >= args.patience
         if step >= args.max_steps or out_of_patience:
             break
@@ -386,6 +390,20 @@ def train(
         print(
             f"warning: {state['skipped_steps']} of {step} steps were skipped; metrics.jsonl names the examples"
         )
+    if signals:  # since it was looked at last
+        stop_run(run, signals)
+
+
+def stop_run(run: Run, signals: Signals) -> None:
+    """Save what is not saved yet, say how to go on, and end the process."""
+    step = run.state["step"]
+    if run.saved_step != step:
+        run.save_last()
+    print(
+        f"stopped by a signal at step {step}, saved; to go on: --output_dir {run.args.output_dir} --resume",
+        flush=True,
+    )
+    sys.exit(128 + signals[0])
 
 
 def to_device(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
@@ -415,11 +433,17 @@ def find_culprits(
     Those are the ones whose loss is not finite by itself, without dropout; all of the task's batches if there are none.
     """
     culprits = {}
-    squares = result.gram.diagonal()
-    for k, task in enumerate(run.memory.tasks):
-        examples = [example for name, parts in drawn if name == task for part in parts for example in part]
-        if not examples or (result.losses[k].isfinite() and squares[k].isfinite()):
-            continue
+    drawn_of = {
+        task: [n for name, parts in drawn if name == task for part in parts for n in part]
+        for task in train_data
+    }
+    present = [(k, task) for k, task in enumerate(run.memory.tasks) if drawn_of[task]]
+    squares = {
+        task: result.gram[k, k] + run.memory.head_grad(task).square().sum().cpu() for k, task in present
+    }
+    bad = [(k, task) for k, task in present if not (result.losses[k] + squares[task]).isfinite()]
+    for k, task in bad or present:  # where only all of them together are too large, each has its part in it
+        examples = drawn_of[task]
         data, device = train_data[task], run.args.device
         run.model.eval()
         with torch.no_grad(), autocast():
@@ -435,8 +459,6 @@ def find_culprits(
 
 
 def say_culprits(culprits: dict[str, dict]) -> str:
-    if not culprits:
-        return "the combined gradient is not finite"
     return "; ".join(
         f"{task} {found['not_finite']} is not finite, examples {', '.join(found['examples'])}"
         for task, found in culprits.items()
@@ -499,13 +521,13 @@ def finish(
     dev_data: dict[str, TaskData],
     *,
     test_rows: dict[str, Rows] | None,
-    own_data: bool = True,
+    write_scores: bool = True,
 ) -> None:
     """Evaluate the best checkpoint on all of dev, and print what there is.
 
     Args:
         test_rows: what to predict besides dev; None: write no prediction files.
-        own_data: the dev data are the run's own, so that its `scores.json` may be written.
+        write_scores: also write the run's `scores.json`.
     """
     folder = Path(args.output_dir)
     checkpoint = need_checkpoint(folder / "best")
@@ -513,7 +535,7 @@ def finish(
     load_model(checkpoint, model)
     autocast = make_autocast(args.device, args.precision)
     summary, predictions = evaluate(model, dev_data, tokenizer.pad_token_id, autocast)
-    if own_data:
+    if write_scores:
         write_text(
             folder / "scores.json", json.dumps({"step": best["step"], "dev": summary}, indent=2) + "\n"
         )
@@ -581,25 +603,34 @@ def read_again(args: Namespace) -> None:
         print(f"chosen: {line}")
     check_outputs(args)
     dev_data = tokenize_split(args, dev_rows, tokenizer)
-    own_data = read_args_file(folder)["data"].get("dev") == {
-        task: fingerprint(rows) for task, rows in dev_rows.items()
-    }
-    # Another machine's last digits differ: scores.json and the dev predictions are written together or not at all.
-    together = not args.predict_only or "dev" in args.predict_splits
-    model = make_model(args, bert)
-    finish(args, model, tokenizer, dev_data, test_rows=test_rows, own_data=own_data and together)
-
-
-def check_same_run(args: Namespace, last: Path | None, data: dict, folder: Path) -> dict:
-    """Refuse to go on with other data or settings; returns what the run's `args.json` holds."""
     stored = read_args_file(folder)
-    if stored["data"] != data:
+    same_data = stored["data"].get("dev") == {task: fingerprint(rows) for task, rows in dev_rows.items()}
+    same_way = all(
+        stored["args"].get(name) == getattr(args, name) for name in ("max_length", "precision", "device")
+    )
+    # Scores and dev predictions of a run are written together or not at all: other machines' last digits differ.
+    own = same_data and same_way and args.predict_only and "dev" in args.predict_splits
+    if not own:
+        print(f"{folder / 'scores.json'} stays as it is")
+    finish(args, make_model(args, bert), tokenizer, dev_data, test_rows=test_rows, write_scores=own)
+
+
+def check_same_run(args: Namespace, last: Path | None, facts: dict, folder: Path) -> dict:
+    """Refuse to go on with other data, settings or encoder; returns what the run's `args.json` holds."""
+    stored = read_args_file(folder)
+    if stored["data"] != facts["data"]:
         raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
-    changed = find_changed(last, args, RESUME_MAY_CHANGE) if last else []
+    changed = find_changed(last, args, facts["data"], RESUME_MAY_CHANGE) if last else []
     if changed:
         raise UserError(
-            f"{folder / 'args.json'}: has been changed since {last} was saved: {', '.join(changed)}"
+            f"{folder / 'args.json'}: is not that of {last}: {', '.join(changed)}; put back its copy, which is there,"
+            " or start anew with --overwrite"
         )
+    if not last and stored.get("encoder_sha256") != facts["encoder_sha256"]:
+        raise UserError(f"--resume: --pretrained {args.pretrained} is not what {folder} was started with")
+    warning = say_circumstances(stored, args.device)
+    if warning:
+        print(f"warning: {warning}")
     return stored
 
 
@@ -615,27 +646,32 @@ def start(args: Namespace) -> None:
     for line in idle_flags(args):
         print(f"no effect: {line}")
     check_outputs(args)
-    data = {
-        split: {task: fingerprint(found) for task, found in rows[split].items()} for split in ("train", "dev")
+    facts = {
+        "data": {
+            split: {task: fingerprint(found) for task, found in rows[split].items()}
+            for split in ("train", "dev")
+        },
+        "data_files": report["files"],
+        "encoder": bert.load_report,
+        "encoder_sha256": file_digest(find_weights(resolve_pretrained(str(last or args.pretrained)))),
     }
-    files = {
-        found["path"]: found["sha256"] for splits in report["tasks"].values() for found in splits.values()
-    }
-    facts = {"data": data, "data_files": files, "encoder": bert.load_report}
+    stored = None
     if args.resume:
-        stored = check_same_run(args, last, data, folder)
-        facts["encoder"] = stored.get("encoder") if last else bert.load_report
+        stored = check_same_run(args, last, facts, folder)
+        facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
     else:
-        prepare_folder(args)
-        print(f"encoder {args.pretrained}: {bert.load_report}")
+        check_free(args)
     run = Run(args, make_model(args, bert), tokenizer)
     if last:
         run.load_last(last)
-    write_args(args, facts)
-    write_text(folder / "data_report.json", json.dumps(report, indent=2) + "\n")
-    if args.resume:
+    if stored:
+        run.args_text = write_args(args, facts, stored)
         run.cut_log()
         print(f"continuing {folder} at step {run.state['step']}")
+    else:
+        run.args_text = begin_run(args, facts)
+        print(f"encoder {args.pretrained}: {bert.load_report}")
+    write_text(folder / "data_report.json", json.dumps(report, indent=2) + "\n")
     train_data, dev_data = (tokenize_split(args, rows[split], tokenizer) for split in ("train", "dev"))
     with catch_signals() as signals:
         train(args, run, train_data, dev_data, signals)
@@ -647,8 +683,17 @@ def start(args: Namespace) -> None:
             flush=True,
         )
         raise
-    plot = plot_run(run.folder)
-    print(f"run folder: {run.folder}" + (f"  (curves: {plot})" if plot else ""))
+    print(f"run folder: {folder}" + draw_curves(folder))
+
+
+def draw_curves(folder: Path) -> str:
+    """Draw a finished run's curves; says where they are. By then nothing may make the run fail."""
+    try:
+        plot = plot_run(folder)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        print(f"warning: no curves ({error})")
+        return ""
+    return f"  (curves: {plot})" if plot else ""
 
 
 def work(argv: list[str] | None) -> None:

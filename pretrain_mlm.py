@@ -50,7 +50,15 @@ from checkpoint import (
     write_checkpoint,
     write_text,
 )
-from command_line import OneLineParser, catch_signals, number, run_script
+from command_line import (
+    OneLineParser,
+    Signals,
+    Stopped,
+    catch_signals,
+    explain_memory,
+    number,
+    run_script,
+)
 from config import DEFAULT_TASKS, EXTRA_SOURCES, TASKS, BertConfig, UserError, read_json
 from datasets import BatchOrder, TokenArrays, read_rows, warning_lines
 from extra_data import add_sources, text_key
@@ -77,6 +85,7 @@ TENSORS_FILE = "training.safetensors"  # in it
 ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
 # In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is ours.
 OUTPUT_FILES = (*ENCODER_FILES, "metrics.jsonl", "args.json")
+SHRINK = "try a smaller --batch_size or --max_length"
 RESUME_MAY_CHANGE = {"output_dir", "data_dir", "overwrite", "log_every", "save_every"}
 
 
@@ -498,7 +507,7 @@ def start(args: argparse.Namespace) -> None:
         remove_checkpoints(folder / LAST)
         for name in OUTPUT_FILES:
             (folder / name).unlink(missing_ok=True)
-    write_args(args, {"data": data, "encoder": report})
+    write_args(args, {"data": data, "encoder": report}, stored)
     print(f"encoder {args.pretrained}: {report}")
     with catch_signals() as signals:
         train(args, model.to(args.device), tokenizer, text, dev_text, order, signals)
@@ -511,7 +520,7 @@ def train(
     text: MaskedText,
     dev_text: MaskedText,
     order: BatchOrder,
-    signals: list[int],
+    signals: Signals,
 ) -> None:
     """The run: from where the checkpoint says to --max_steps, or until a signal ends it; then write the encoder."""
     folder, autocast = Path(args.output_dir), make_autocast(args.device, args.precision)
@@ -522,8 +531,23 @@ def train(
         state["log"].append(line)
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
 
+    def stop():
+        if state["step"]:
+            save_last(folder, model, optimizer, state)
+        print(
+            f"stopped by a signal at step {state['step']}, saved; the same command goes on from here",
+            flush=True,
+        )
+        sys.exit(128 + signals[0])
+
     def check():
-        loss = evaluate(model, dev_text, args.batch_size, args.seed, autocast)
+        try:
+            with signals.stop_at_once(), explain_memory(lambda: f"checking the dev loss; {SHRINK}"):
+                loss = evaluate(model, dev_text, args.batch_size, args.seed, autocast)
+        except (Exception, Stopped):  # a library may make another exception of it
+            if not signals:
+                raise
+            stop()
         print(f"step {state['step']}/{args.max_steps}  dev loss {loss:.4f}", flush=True)
         log({"step": state["step"], "dev_loss": loss})
 
@@ -531,7 +555,7 @@ def train(
     if last:
         state = load_last(last, model, optimizer)
         print(f"continuing {folder} at step {state['step']}")
-    else:
+    if not state["log"]:
         check()
     warmup_steps = int(args.warmup_ratio * args.max_steps)
     model.train()
@@ -542,14 +566,16 @@ def train(
         factor = lr_factor(args.schedule, step, warmup_steps=warmup_steps, total_steps=args.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        loss, grad_norm = train_step(
-            model,
-            optimizer,
-            {key: value.to(args.device) for key, value in batch.items()},
-            seed=make_seed(args.seed, step),
-            clip_norm=args.clip_norm,
-            autocast=autocast,
-        )
+        shape = tuple(batch["input_ids"].shape)
+        with explain_memory(lambda shape=shape: f"in a batch (sentences, word pieces) {shape}; {SHRINK}"):
+            loss, grad_norm = train_step(
+                model,
+                optimizer,
+                {key: value.to(args.device) for key, value in batch.items()},
+                seed=make_seed(args.seed, step),
+                clip_norm=args.clip_norm,
+                autocast=autocast,
+            )
         state["step"] = step = step + 1
         state["losses"].append(loss)
         last = step == args.max_steps
@@ -563,11 +589,10 @@ def train(
                 f"  {(args.max_steps - step) * seconds:.0f} s left",
                 flush=True,
             )
-        if not last and (signals or step % args.save_every == 0):
+        if signals:
+            stop()
+        if not last and step % args.save_every == 0:
             save_last(folder, model, optimizer, state)
-        if signals and not last:
-            print(f"stopped by a signal at step {step}, saved; the same command goes on from here")
-            sys.exit(128 + signals[0])
     check()
     save_encoder(folder, model, tokenizer)
     print(f"encoder: {folder}")

@@ -3,7 +3,9 @@
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable
+from pathlib import Path
 
+from checkpoint import file_digest
 from config import EXTRA_SOURCES, TASKS
 from data_report import cross_checks, make_report
 from datasets import Rows, TaskData, read_rows, warning_lines
@@ -66,7 +68,14 @@ def read_data(args: Namespace) -> tuple[dict[str, dict[str, Rows]], dict]:
     checks = cross_checks(rows["train"], rows["dev"], batch_sizes)
     for check in checks:
         print(f"warning: {check['message']}")
-    return rows, make_report(files, checks) | {"extra_data": extra_lines}
+    report = make_report(files, checks) | {"extra_data": extra_lines}
+    report["files"] = {found.path: found.sha256 for split in files.values() for found in split.values()}
+    for path in (
+        Path(args.data_dir) / name for source in args.extra_data for name in EXTRA_SOURCES[source].files
+    ):
+        report["files"][path] = file_digest(path)
+    report["files"] = {str(path): digest for path, digest in report["files"].items()}
+    return rows, report
 
 
 def fingerprint(rows: Rows) -> str:

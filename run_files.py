@@ -11,9 +11,7 @@ from pathlib import Path
 
 from config import TASKS, UserError, one_line, quote, read_bytes, read_json
 from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
-from run_folder import ARGS_FILE, read_args_file
-
-MAX_LOG_BYTES = 2**30
+from run_folder import ARGS_FILE, MAX_LOG_BYTES, read_args_file
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from checkpoint import (
     load_tensors,
     remove_checkpoints,
     remove_leftovers,
+    remove_newer,
     save_tensors,
     sync,
     versions,
@@ -35,7 +35,7 @@ from checkpoint import (
     write_text,
 )
 from compiled import PLAIN, compile_passes
-from config import TASKS, UserError, read_json
+from config import TASKS, UserError, read_bytes, read_json
 from evaluation import PREDICTION_STYLES, prediction_name
 from multitask_bert import MultitaskBERT
 from optimizer import AdamW
@@ -43,6 +43,7 @@ from tokenizer import BertTokenizer
 
 ARGS_FILE = "args.json"
 LOCK_FILE = ".lock"
+MAX_LOG_BYTES = 2**30
 
 
 # --- one process at a time ---------------------------------------------------------------------------------------
@@ -160,9 +161,9 @@ def read_args_file(folder: Path) -> dict:
         UserError: if there is none, or it is damaged; the copy in its last checkpoint is named then.
     """
     path = folder / ARGS_FILE
-    if not path.exists():
-        raise UserError(f"--output_dir {folder}: no run there (no {ARGS_FILE})")
     try:
+        if not path.exists():
+            raise UserError(f"--output_dir {folder}: no run there (no {ARGS_FILE})")
         stored = read_json(path)
         if not isinstance(stored.get("args"), dict):
             raise UserError(f"{path}: damaged (it holds no settings)")
@@ -181,49 +182,97 @@ def read_args_file(folder: Path) -> dict:
     return stored
 
 
-def write_args(args: Namespace, facts: dict) -> None:
+def write_args(args: Namespace, facts: dict, before: dict | None = None) -> str:
     """Write a run's `args.json`: all settings, the commands that started and resumed it, versions, code, machine.
 
     Args:
         facts: what else should be known about the run, as JSON.
+        before: what it held, if the run goes on; where versions, code or machine have changed since, it keeps the
+            earlier ones, too.
+
+    Returns:
+        the file's text.
     """
-    folder = Path(args.output_dir)
-    commands = read_args_file(folder)["commands"] if (folder / ARGS_FILE).exists() else []
-    content = {"args": vars(args), "commands": [*commands, sys.argv], "versions": describe_versions()}
-    content |= {"git": describe_code(), "machine": describe_machine(args.device), **facts}
-    write_text(folder / ARGS_FILE, json.dumps(content, indent=2) + "\n")
+    circumstances = {"versions": describe_versions(), "git": describe_code()}
+    circumstances["machine"] = describe_machine(args.device)
+    content = {"args": vars(args), "commands": [sys.argv], **circumstances, **facts}
+    if before:
+        content["commands"] = [*before["commands"], sys.argv]
+        earlier = {name: before.get(name) for name in circumstances}
+        content["earlier"] = before.get("earlier", []) + ([earlier] if earlier != circumstances else [])
+    text = json.dumps(content, indent=2) + "\n"
+    write_text(Path(args.output_dir) / ARGS_FILE, text)
+    return text
+
+
+def say_circumstances(stored: dict, device: str) -> str | None:
+    """A sentence of warning if a run goes on with other versions or on another machine, where bits may differ."""
+    now = {"versions": describe_versions(), "machine": describe_machine(device)}
+    changed = [
+        f"{name} was {stored[kind].get(name)}, is {value}"
+        for kind, values in now.items()
+        for name, value in values.items()
+        if isinstance(stored.get(kind), dict) and stored[kind].get(name) != value
+    ]
+    return (
+        f"the run's bits may not be those of one that never stopped: {', '.join(changed)}"
+        if changed
+        else None
+    )
 
 
 # --- starting anew -----------------------------------------------------------------------------------------------
 
 
-def prepare_folder(args: Namespace) -> None:
-    """Empty the run folder of an earlier run's files; one that holds a checkpoint only with --overwrite.
-
-    A run that ended before its first checkpoint has nothing to lose: its command can simply be given again.
+def check_free(args: Namespace) -> None:
+    """Make sure that a new run may have its folder. One that ended before its first checkpoint has nothing to lose.
 
     Raises:
-        UserError: if there is a checkpoint.
+        UserError: if it holds a checkpoint, without --overwrite, or belongs to another script.
     """
     folder = Path(args.output_dir)
-    if not (folder / ARGS_FILE).exists():
-        return
+    try:
+        settings = read_args_file(folder)["args"]
+    except UserError:  # none there, or damaged
+        settings = {"given": {}}
+    if "given" not in settings:
+        raise UserError(
+            f"--output_dir {folder}: {ARGS_FILE} there is another script's; expected another folder"
+        )
     if not args.overwrite and any(versions(folder / name) for name in ("last", "best")):
         raise UserError(
             f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
         )
-    names = [
-        "predictions/" + prediction_name(task, split, style)
-        for task in TASKS
-        for split in ("dev", "test")
-        for style in PREDICTION_STYLES
-    ]
-    names += ["curves.png", "report.md", "report.html", "data_report.json", "metrics.jsonl", "scores.json"]
-    for path in [*folder.glob("report/*.png"), *(folder / name for name in names)]:
-        path.unlink(missing_ok=True)
-    for name in ("last", "best"):
-        remove_checkpoints(folder / name)
-    (folder / ARGS_FILE).unlink()  # last, so that a kill on the way leaves a folder that is known for a run's
+
+
+def begin_run(args: Namespace, facts: dict) -> str:
+    """Write a new run's `args.json`, then remove what an earlier run left in its folder; for the text see `write_args`.
+
+    In this order, a kill on the way leaves a folder that --resume either takes for the new run's or refuses.
+    """
+    folder = Path(args.output_dir)
+    had_run = (folder / ARGS_FILE).exists() or any(versions(folder / name) for name in ("last", "best"))
+    text = write_args(args, facts)
+    if had_run:
+        for name in ("last", "best"):
+            remove_checkpoints(folder / name)
+        names = [
+            "predictions/" + prediction_name(task, split, style)
+            for task in TASKS
+            for split in ("dev", "test")
+            for style in PREDICTION_STYLES
+        ]
+        names += [
+            "curves.png",
+            "report.md",
+            "report.html",
+            "data_report.json",
+            "metrics.jsonl",
+            "scores.json",
+        ]
+        for path in [*folder.glob("report/*.png"), *(folder / name for name in names)]:
+            path.unlink(missing_ok=True)
+    return text
 
 
 def find_last(folder: Path, eval_every: int | None) -> Path | None:
@@ -260,6 +309,7 @@ class Run:
         self.memory = model.make_memory(dtype, dtype if args.grad_accum == 1 else torch.float32, passes)
         groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
         self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify, update=passes.adamw_update)
+        self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
         self.state = {
             "step": 0,
@@ -327,8 +377,10 @@ class Run:
 
     def _write_model(self, folder: Path, state: dict) -> None:
         write_model(folder, self.model, self.tokenizer, state)
-        if (self.folder / ARGS_FILE).exists():
-            shutil.copyfile(self.folder / ARGS_FILE, folder / ARGS_FILE)
+        if self.args_text:
+            (folder / ARGS_FILE).write_text(self.args_text, encoding="utf-8")
+            if not (self.folder / ARGS_FILE).exists():  # without it, the checkpoint could not be found again
+                write_text(self.folder / ARGS_FILE, self.args_text)
 
     def load_last(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, moments, counters.
@@ -350,6 +402,7 @@ class Run:
         copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
         for name in ("last", "best"):
             remove_leftovers(self.folder / name)
+        remove_newer(self.folder / "last", folder)  # damaged ones
         self.state, self.saved_step = state, state["step"]
         self._check_best()
 
@@ -364,11 +417,14 @@ class Run:
             print(
                 f"warning: {problem}; the best checkpoint from step {self.state['step']} on will take its place"
             )
-            self.state.update(best_score=None, best_step=None)
+            # Where this step is one that is evaluated, it is so again.
+            self.state.update(best_score=None, best_step=None, evaluated=self.state["step"] - 1)
 
     def cut_log(self) -> None:
         """Drop the lines of the log that were written after the state was."""
-        lines = self.log_file.read_bytes().splitlines(keepends=True) if self.log_file.exists() else []
+        lines = []
+        if self.log_file.exists():
+            lines = read_bytes(self.log_file, MAX_LOG_BYTES).splitlines(keepends=True)
         kept = [line for line in lines[: self.state["log_lines"]] if line.endswith(b"\n")]
         if len(kept) < self.state["log_lines"]:
             print(f"warning: {self.log_file}: {self.state['log_lines'] - len(kept)} lines have been lost")
@@ -410,11 +466,12 @@ def check_state(state: dict, fresh: dict) -> None:
             raise ValueError(f"{name!r} is missing or of another kind")
 
 
-def find_changed(folder: Path, args: Namespace, may_change: Sequence[str]) -> list[str]:
-    """Settings in a checkpoint's copy of `args.json` that are not those of the run any more."""
-    stored = read_args_file(folder)["args"]
-    now = json.loads(json.dumps(vars(args)))
-    return [
+def find_changed(folder: Path, args: Namespace, data: dict, may_change: Sequence[str]) -> list[str]:
+    """Settings in a checkpoint's copy of `args.json` that are not those of the run any more, and its data."""
+    copy = read_args_file(folder)
+    stored, now = copy["args"], json.loads(json.dumps(vars(args)))
+    changed = ["the data"] if copy["data"] != data else []
+    return changed + [
         f"--{name} was {stored[name]}, is {now[name]}"
         for name in sorted(set(stored) & set(now) - set(may_change) - {"given"})
         if stored[name] != now[name]

@@ -164,13 +164,41 @@ def test_half_removed_checkpoint_has_no_name(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     real, calls = shutil.rmtree, iter(range(9))
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **o: die() if next(calls) == 2 else real(*args, **o))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **o: die() if next(calls) == 0 else real(*args, **o))
     with pytest.raises(KeyboardInterrupt):
         write_number(tmp_path / "last", 3, 2)
     monkeypatch.undo()
     assert names(tmp_path) == ["last", "last.1", "last.old"]
     checkpoint.remove_leftovers(tmp_path / "last")
     assert names(tmp_path) == ["last", "last.1"]
+
+
+def test_what_cannot_be_removed_is_a_warning_and_links_are_not_followed(tmp_path, monkeypatch, capsys):
+    write_number(tmp_path / "elsewhere", 1)
+    (tmp_path / "last").symlink_to("elsewhere")
+    (tmp_path / "last.new").write_text("a stray file")
+    (tmp_path / "last.old").mkdir()
+    write_number(tmp_path / "last", 2)
+    assert load_state(tmp_path / "elsewhere")["step"] == 1 and load_state(tmp_path / "last")["step"] == 2
+    assert names(tmp_path) == ["elsewhere", "last"]
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for number in (3, 4):
+        write_number(tmp_path / "last", number)
+        assert load_state(tmp_path / "last")["step"] == number
+    assert "cannot be removed (Permission denied)" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
+    for number in (1, 2, 3):
+        write_number(tmp_path / "last", number, 3)
+    checkpoint.remove_newer(tmp_path / "last", tmp_path / "last.2")
+    assert names(tmp_path) == ["last.2"]
+    write_number(tmp_path / "last", 4, 2)
+    assert [load_state(path)["step"] for path in versions(tmp_path / "last")] == [4, 1]
 
 
 def test_failed_save_gives_its_space_back(tmp_path):
@@ -200,6 +228,7 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "gone": lambda path: path.unlink(),
     "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 

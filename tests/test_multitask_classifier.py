@@ -706,6 +706,90 @@ def test_damaged_best_is_made_again_from_here_on(place, no_plot, capsys):
     assert main(["--output_dir", str(folder), "--eval_only"]) == 0
 
 
+def test_damaged_best_of_a_finished_run_is_made_again(place, no_plot, capsys):
+    assert main(command(place, "lost_best", "--max_steps 2")) == 0
+    folder = place / "lost_best"
+    (folder / "best" / "state.json").unlink()
+    assert main(["--output_dir", str(folder), "--resume"]) == 0
+    assert "from step 2 on will take its place" in capsys.readouterr().out
+    assert json.loads((folder / "best" / "state.json").read_text())["step"] == 2
+
+
+def test_args_json_that_is_lost_during_the_run_comes_back(place, no_plot, monkeypatch):
+    real = multitask_classifier.train_step
+
+    def step_and_delete(*args, step, **options):
+        if step == 1:
+            (place / "lost_args" / "args.json").unlink()
+        return real(*args, step=step, **options)
+
+    monkeypatch.setattr(multitask_classifier, "train_step", step_and_delete)
+    assert main(command(place, "lost_args", "--max_steps 3 --eval_every 1")) == 0
+    texts = [(place / "lost_args" / name / "args.json").read_text() for name in (".", "last", "best")]
+    assert len(set(texts)) == 1
+    assert main(["--output_dir", str(place / "lost_args"), "--resume", "--max_steps", "4"]) == 0
+
+
+def test_other_encoder_before_the_first_checkpoint_is_refused(place, no_plot, tmp_path, capsys):
+    encoder = make_encoder(tmp_path / "encoder")
+    flags = [*command(place, "swapped", "--max_steps 2"), "--pretrained", str(encoder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multitask_classifier, "train_step", interrupt)
+        assert main(flags) == 130
+    make_encoder(encoder, seed=1)
+    capsys.readouterr()
+    assert main(["--output_dir", str(place / "swapped"), "--resume"]) == 2
+    assert "is not what" in capsys.readouterr().err
+    make_encoder(encoder, seed=0)
+    assert main(["--output_dir", str(place / "swapped"), "--resume"]) == 0
+
+
+def test_evaluation_in_another_way_leaves_the_runs_scores(place, no_plot, capsys):
+    assert main(command(place, "scored", "--max_steps 1")) == 0
+    path = place / "scored" / "scores.json"
+    path.write_text(path.read_text() + "\n")
+    for flags in ("--eval_only", "--predict_only --max_length 5", "--predict_only --predict_splits test"):
+        assert main(["--output_dir", str(place / "scored"), *flags.split()]) == 0
+        assert path.read_text().endswith("\n\n") and f"{path} stays as it is" in capsys.readouterr().out
+    assert main(["--output_dir", str(place / "scored"), "--predict_only"]) == 0
+    assert not path.read_text().endswith("\n\n")
+
+
+def test_signal_in_the_last_moment_of_training(place, no_plot, monkeypatch):
+    """After the loop looked for the last time: it must not be lost."""
+    real = Run.save_last
+
+    def save(run):
+        real(run)
+        run.args.patience = signal_patience
+
+    class Patience(int):
+        """Zero; the signal comes when it is first looked at, which is after the signals were."""
+
+        def __bool__(self):
+            if not asked:
+                asked.append(True)
+                signal.raise_signal(signal.SIGTERM)
+            return False
+
+    asked, signal_patience = [], Patience()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save_last", save)
+        with pytest.raises(SystemExit) as end:
+            main(command(place, "last_moment", "--max_steps 1"))
+    assert end.value.code == 143 and not (place / "last_moment" / "scores.json").exists()
+    assert main(["--output_dir", str(place / "last_moment"), "--resume"]) == 0
+
+
+def test_curves_that_cannot_be_drawn_do_not_fail_the_run(place, monkeypatch, capsys):
+    def fail(folder):
+        raise MemoryError
+
+    monkeypatch.setattr(multitask_classifier, "plot_run", fail)
+    assert main(command(place, "no_curves", "--max_steps 1")) == 0
+    assert "warning: no curves" in capsys.readouterr().out
+
+
 def test_settings_changed_in_args_json_are_refused_by_name(place, no_plot, capsys):
     assert main(command(place, "edited", "--max_steps 2")) == 0
     path = place / "edited" / "args.json"
@@ -858,6 +942,18 @@ def test_gradient_that_is_not_finite_names_the_batch(place, no_plot, capsys, mon
     named = re.search(r"para gradient is not finite, examples (.*)", capsys.readouterr().out)[1].split(", ")
     ids = read_rows(place / "data" / TASKS["para"].files["train"], TASKS["para"], "train").ids
     assert len(named) == 4 and set(named) <= set(ids)
+
+
+def test_gradient_of_the_heads_that_is_not_finite_names_the_examples_too(place, no_plot, capsys):
+    """With a frozen encoder there is no other gradient."""
+    flags = "--max_steps 9 --freeze_encoder --head_lr 1e10 --clip_norm 0 --max_bad_steps 2 --precision fp32"
+    assert main(command(place, "bad_heads", flags)) == 2
+    capsys.readouterr()
+    lines = [json.loads(line) for line in (place / "bad_heads" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line["skipped"] for line in lines if "skipped" in line]
+    assert len(skipped) == 2 and all(
+        found and all(bad["examples"] for bad in found.values()) for found in skipped
+    )
 
 
 def test_lack_of_memory_names_batch_and_flags(place, no_plot, capsys, monkeypatch):

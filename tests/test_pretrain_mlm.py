@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 from contextlib import nullcontext
 
@@ -470,6 +471,39 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
     assert not (folder / LAST).exists()
     for name in ("model.safetensors", "config.json", "metrics.jsonl", "vocab.txt"):
         assert (folder / name).read_bytes() == (place / "run" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("call", "saved"), [(1, None), (2, 8)])
+def test_signal_in_an_evaluation(place, monkeypatch, capsys, call, saved):
+    """It is given up; before the first step there is nothing to save, after the last the encoder is not written yet."""
+    calls = iter(range(1, 9))
+
+    def stopped(*args):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    out = f"evaluation{call}"
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_mlm, "evaluate", stopped)
+        assert run(place, out=out) == 143
+    assert (place / out / LAST).exists() == bool(saved) and not (place / out / "config.json").exists()
+    assert run(place, out=out) == 0
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (place / out / name).read_bytes() == (place / "run" / name).read_bytes(), name
+
+
+def test_lack_of_memory_names_the_batch(place, monkeypatch, capsys):
+    def no_memory(*args, **options):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(pretrain_mlm, "train_step", no_memory)
+    capsys.readouterr()
+    assert run(place, out="memory") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(
+        r"word pieces\) \(\d+, \d+\); try a smaller --batch_size", error
+    )
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(place, monkeypatch, capsys):

@@ -18,13 +18,15 @@ from config import TASKS, UserError
 from multitask_bert import MultitaskBERT
 from run_folder import (
     Run,
+    begin_run,
+    check_free,
     check_state,
     describe_code,
     find_changed,
     find_last,
     lock_folder,
-    prepare_folder,
     read_args_file,
+    say_circumstances,
     write_args,
 )
 from tests.tiny import make_config, make_encoder
@@ -162,15 +164,28 @@ while turns < 20:
 
 def test_write_args_keeps_every_command(tmp_path, monkeypatch):
     args = Namespace(output_dir=str(tmp_path), seed=5, device="cpu")
+    before = None
     for command in (["start"], ["go on"]):
         monkeypatch.setattr(run_folder.sys, "argv", command)
-        write_args(args, {"data": {"train": "facts"}})
+        before = json.loads(write_args(args, {"data": {"train": "facts"}}, before))
     stored = json.loads((tmp_path / "args.json").read_text())
+    assert stored == before and stored["earlier"] == []
     assert stored["commands"] == [["start"], ["go on"]]
     assert stored["args"]["seed"] == 5 and stored["data"] == {"train": "facts"}
     assert stored["versions"]["torch"] == torch.__version__
     assert set(stored["versions"]) == {"python", "numpy", "torch", "safetensors", "tokenizers"}
     assert stored["machine"]["threads"] == torch.get_num_threads() and stored["machine"]["processor"]
+
+
+def test_other_circumstances_are_kept_and_warned_about(tmp_path, monkeypatch):
+    args = Namespace(output_dir=str(tmp_path), device="cpu")
+    first = json.loads(write_args(args, {"data": {}}))
+    assert say_circumstances(first, "cpu") is None
+    monkeypatch.setattr(run_folder.torch, "__version__", "9.9")
+    warning = say_circumstances(first, "cpu")
+    assert f"torch was {first['versions']['torch']}, is 9.9" in warning
+    second = json.loads(write_args(args, {"data": {}}, first))
+    assert second["versions"]["torch"] == "9.9" and second["earlier"][0]["versions"] == first["versions"]
 
 
 def git(folder, *arguments):
@@ -218,13 +233,17 @@ def test_damaged_args_name_the_copy(tmp_path, text):
     (tmp_path / "last" / "args.json").write_text("{}")
     with pytest.raises(UserError, match=r"last/args\.json is a copy"):
         read_args_file(tmp_path)
+    (tmp_path / "args.json").unlink()
+    with pytest.raises(UserError, match=r"no run there.*last/args\.json is a copy"):
+        read_args_file(tmp_path)
 
 
 def test_settings_changed_behind_the_runs_back_are_named(tmp_path):
     stored = {"seed": 1, "lr": 0.1, "max_steps": 5, "tasks": ["sst"], "given": {}, "old_flag": 1}
-    (tmp_path / "args.json").write_text(json.dumps({"args": stored, "commands": [], "data": {}}))
+    (tmp_path / "args.json").write_text(json.dumps({"args": stored, "commands": [], "data": {"train": 1}}))
     args = Namespace(seed=1, lr=0.2, max_steps=9, tasks=("sst",), given={"lr": 0.2}, new_flag=2)
-    assert find_changed(tmp_path, args, {"max_steps"}) == ["--lr was 0.1, is 0.2"]
+    assert find_changed(tmp_path, args, {"train": 1}, {"max_steps"}) == ["--lr was 0.1, is 0.2"]
+    assert find_changed(tmp_path, args, {"train": 2}, {"max_steps"})[0] == "the data"
 
 
 # --- starting anew, going on -------------------------------------------------------------------------------------
@@ -234,28 +253,65 @@ def write_step(folder, step):
     write_checkpoint(folder, lambda new: (new / "state.json").write_text(f'{{"step": {step}}}'))
 
 
+def started(folder, **changes):
+    return Namespace(output_dir=str(folder), overwrite=False, device="cpu", given={}, **changes)
+
+
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
     for name in ("best", "last", "last.1", "last.new", "best.1", "mine", "report"):
         (tmp_path / name).mkdir()
-    for name in ("args.json", "report.md", "report.html", "report/sst.png", "data_report.json"):
+    for name in (
+        "args.json",
+        "report.md",
+        "report.html",
+        "report/sst.png",
+        "data_report.json",
+        "metrics.jsonl",
+    ):
         (tmp_path / name).write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "predictions").mkdir()
     for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
         (tmp_path / "predictions" / name).write_text("")
+    args = started(tmp_path)
     with pytest.raises(UserError, match="holds a run already"):
-        prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
-    prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=True))
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt", "predictions", "report"}
+        check_free(args)
+    args.overwrite = True
+    check_free(args)
+    text = begin_run(args, {"data": {}})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "args.json",
+        "mine",
+        "notes.txt",
+        "predictions",
+        "report",
+    }
+    assert (tmp_path / "args.json").read_text() == text and len(json.loads(text)["commands"]) == 1
     assert not list((tmp_path / "report").iterdir())
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["mine.csv"]
+
+
+def test_checkpoints_without_args_are_a_run_too(tmp_path):
+    write_step(tmp_path / "last", 3)
+    with pytest.raises(UserError, match="holds a run already"):
+        check_free(started(tmp_path))
+
+
+def test_folder_of_another_script_is_not_taken(tmp_path):
+    write_args(Namespace(output_dir=str(tmp_path), device="cpu"), {"data": "of pretrain_mlm.py"})
+    args = started(tmp_path)
+    args.overwrite = True
+    with pytest.raises(UserError, match="another script's"):
+        check_free(args)
 
 
 def test_run_that_ended_before_its_first_checkpoint_may_be_started_again(tmp_path):
     for name in ("args.json", "metrics.jsonl"):
         (tmp_path / name).write_text("{}")
-    prepare_folder(Namespace(output_dir=str(tmp_path), overwrite=False))
-    assert not list(tmp_path.iterdir())  # lines of its log would otherwise stand in the new one
+    check_free(started(tmp_path))
+    begin_run(started(tmp_path), {"data": {}})
+    # Lines of its log would otherwise stand in the new one.
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 
 @pytest.mark.parametrize(
