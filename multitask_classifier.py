@@ -608,8 +608,8 @@ def read_again(args: Namespace) -> None:
     same_way = all(
         stored["args"].get(name) == getattr(args, name) for name in ("max_length", "precision", "device")
     )
-    # Scores and dev predictions of a run are written together or not at all: other machines' last digits differ.
-    own = same_data and same_way and args.predict_only and "dev" in args.predict_splits
+    # Evaluated as in the run, scores are the same; in another way or on another machine they would not fit its predictions.
+    own = same_data and same_way and (args.eval_only or "dev" in args.predict_splits)
     if not own:
         print(f"{folder / 'scores.json'} stays as it is")
     finish(args, make_model(args, bert), tokenizer, dev_data, test_rows=test_rows, write_scores=own)

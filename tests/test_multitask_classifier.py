@@ -748,7 +748,11 @@ def test_evaluation_in_another_way_leaves_the_runs_scores(place, no_plot, capsys
     assert main(command(place, "scored", "--max_steps 1")) == 0
     path = place / "scored" / "scores.json"
     path.write_text(path.read_text() + "\n")
-    for flags in ("--eval_only", "--predict_only --max_length 5", "--predict_only --predict_splits test"):
+    for flags in (
+        "--eval_only --max_length 5",
+        "--predict_only --max_length 5",
+        "--predict_only --predict_splits test",
+    ):
         assert main(["--output_dir", str(place / "scored"), *flags.split()]) == 0
         assert path.read_text().endswith("\n\n") and f"{path} stays as it is" in capsys.readouterr().out
     assert main(["--output_dir", str(place / "scored"), "--predict_only"]) == 0
