@@ -27,6 +27,7 @@ from checkpoint import (
     remove_checkpoints,
     remove_leftovers,
     remove_newer,
+    remove_versions,
     save_tensors,
     sync,
     versions,
@@ -403,6 +404,9 @@ class Run:
         for name in ("last", "best"):
             remove_leftovers(self.folder / name)
         remove_newer(self.folder / "last", folder)  # damaged ones
+        remove_versions(
+            self.folder / "last", self.args.keep_last
+        )  # a kill may have come before they were removed
         self.state, self.saved_step = state, state["step"]
         self._check_best()
 
@@ -413,7 +417,10 @@ class Run:
             problem = f"{self.folder / 'best'}: missing"
         except UserError as error:
             found, problem = None, error
-        if found is None and self.state["best_step"] is not None:
+        if found is not None:
+            remove_newer(self.folder / "best", found)
+            remove_versions(self.folder / "best", 1)
+        elif self.state["best_step"] is not None:
             print(
                 f"warning: {problem}; the best checkpoint from step {self.state['step']} on will take its place"
             )

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -680,6 +681,16 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(place, no_plot, capsys)
     assert f"warning: {path}: damaged" in printed and f"going on with {folder / 'last.1'}" in printed
     assert "at step 4" in printed
     assert read_run(folder) == read_run(place / "sound")
+
+
+def test_kill_before_old_checkpoints_were_removed(place, no_plot):
+    assert main(command(place, "surplus", "--max_steps 4 --eval_every 1")) == 0
+    folder = place / "surplus"
+    for name in ("last.2", "last.3", "best.1"):
+        shutil.copytree(folder / name.partition(".")[0], folder / name)
+    assert main(["--output_dir", str(folder), "--resume"]) == 0
+    found = {path.name for path in folder.iterdir() if path.name.startswith(("last", "best"))}
+    assert found == {"last", "last.1", "best"}
 
 
 def test_nothing_undamaged_is_an_error_and_changes_nothing(place, no_plot, capsys):
