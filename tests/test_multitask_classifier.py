@@ -926,6 +926,21 @@ def test_skipped_steps_are_counted_and_name_the_examples(place, no_plot, capsys,
     assert [1 <= line["step"] <= 6 for line in skipped] == [True, False]
 
 
+def test_dropout_goes_on_after_a_skipped_step(place, no_plot, spoiled, monkeypatch):
+    """The examples to blame are looked for without dropout."""
+    ids = read_rows(place / "data" / TASKS["sts"].files["train"], TASKS["sts"], "train").ids
+    spoiled("sts", set(ids))
+    real, modes = multitask_classifier.train_step, []
+
+    def watched(model, *args, **options):
+        modes.append(model.training)
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(multitask_classifier, "train_step", watched)
+    assert main(command(place, "modes", "--max_steps 3 --max_bad_steps 9")) == 0
+    assert modes == [True] * 3
+
+
 def test_run_with_skipped_steps_resumes_with_the_same_bits(place, no_plot, spoiled):
     ids = read_rows(place / "data" / TASKS["para"].files["train"], TASKS["para"], "train").ids
     spoiled("para", set(ids[:9]))
