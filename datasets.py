@@ -4,7 +4,7 @@ The course's files are tab-separated with an unnamed index column, and the test 
 columns are found by name. Nothing that is wrong with a file goes unsaid: it is an error, one line with file:line, or a
 warning that is counted and kept with the rows. To check a folder of files without training on them:
 
-    python datasets.py --check data
+    python -m training.check_data data
 
 The order of everything is a pure function of (seed, task, position): there is no iterator state to save.
 
@@ -18,8 +18,6 @@ import io
 import math
 import re
 import stat
-import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import MAX_DATA_BYTES, TaskSpec, UserError, one_line, quote, read_bytes
+from config import TaskSpec
+from support.errors import UserError, one_line, quote
+from support.files import MAX_DATA_BYTES, read_bytes
+from support.seeds import task_seed
 from tokenizer import BertTokenizer
 
 MAX_FIELD_SIZE = 2**17  # characters of one field; a longer one is an unclosed quotation mark, not a sentence
@@ -352,7 +353,7 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     except UserError as error:  # of the table: what comes after it cannot be read
         errors.insert(0, str(error))
     if errors:
-        hint = f"; 'python datasets.py --check {path.parent}' lists them"
+        hint = f"; 'python -m training.check_data {path.parent}' lists them"
         raise DataError(errors, hint if path.name == spec.files[split] else "")
     if not ids:
         said = "; ".join(warning_text(kind, lines) for kind, lines in warnings.items())
@@ -490,11 +491,6 @@ def tokenize(rows: Rows, tokenizer: BertTokenizer, *, joint: bool, max_length: i
 # --- the order of examples and tasks -----------------------------------------------------------------------------
 
 
-def task_seed(task: str) -> int:
-    """A number for a task's name that is the same in every process."""
-    return zlib.crc32(task.encode())
-
-
 class BatchOrder:
     """Endless mini-batches of one task: batch i is a pure function of (seed, task, i).
 
@@ -574,7 +570,9 @@ def plan_slots(sampler: str, sizes: Sequence[int], total_steps: int, seed: int) 
     return plan
 
 
-if __name__ == "__main__":
-    import data_report  # imports this file once more, as `datasets`; nothing of `__main__` is used
-
-    sys.exit(data_report.main())
+def limit_examples(data: TaskData, limit: int | None, seed: int) -> TaskData:
+    """A fixed random part of the examples, for evaluations during a run."""
+    if limit is None or limit >= len(data):
+        return data
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data))[:limit])
+    return data.part(chosen)

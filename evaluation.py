@@ -19,8 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from command_line import explain_memory
-from config import TaskSpec, UserError, one_line, quote, read_bytes
+from config import TaskSpec
+from support.device import explain_memory
+from support.errors import UserError, one_line, quote
+from support.files import read_bytes
 
 # --- kinds of task ---------------------------------------------------------------------------------------------
 

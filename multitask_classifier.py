@@ -26,18 +26,8 @@ from tqdm import tqdm
 
 from base_bert import check_vocab_size, find_weights, resolve_pretrained
 from bert import BertModel
-from checkpoint import (
-    SUMS_FILE,
-    file_digest,
-    find_damage,
-    load_model,
-    load_state,
-    need_checkpoint,
-    write_text,
-)
-from command_line import Signals, Stopped, catch_signals, explain_memory, run_script
-from config import TASKS, TaskSpec, UserError
-from datasets import BatchOrder, Rows, TaskData, plan_slots
+from config import TASKS, TaskSpec
+from datasets import BatchOrder, Rows, TaskData, limit_examples, plan_slots
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
@@ -47,7 +37,19 @@ from evaluation import (
     score_warnings,
     select_score,
 )
-from flags import (
+from heads import MultitaskBERT
+from kernels.flat_memory import FlatMemory
+from optimizer import lr_factor
+from pcgrad import GRAD_METHODS, cosine_matrix, update_cosine_ema
+from reporting.report import plot_run
+from support.command_line import Signals, Stopped, catch_signals, run_script
+from support.device import explain_memory, make_autocast, to_device
+from support.errors import UserError
+from support.files import file_digest, lock_folder, write_text
+from support.seeds import make_seed
+from tokenizer import BertTokenizer
+from training.checkpoint import SUMS_FILE, find_damage, load_model, load_state, need_checkpoint
+from training.flags import (
     HEAD_DROPOUT_PROB,
     RESUME_MAY_CHANGE,
     check_outputs,
@@ -59,31 +61,17 @@ from flags import (
     resolve_args,
     resolve_machine,
 )
-from flat_memory import FlatMemory
-from multitask_bert import MultitaskBERT
-from optimizer import lr_factor
-from pcgrad import GRAD_METHODS, cosine_matrix, update_cosine_ema
-from report import plot_run
-from run_data import fingerprint, read_data, read_split, read_test_rows, tokenize_split
-from run_folder import (
+from training.run_data import fingerprint, read_data, read_split, read_test_rows, tokenize_split
+from training.run_folder import (
     Run,
     begin_run,
     check_free,
     find_changed,
     find_last,
-    lock_folder,
     read_args_file,
     say_circumstances,
     write_args,
 )
-from tokenizer import BertTokenizer
-
-
-def make_seed(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers; any change in one gives an unrelated seed."""
-    # Without their count, SeedSequence takes (1, 2) and (1, 2, 0) for the same.
-    sequence = np.random.SeedSequence((len(numbers), *numbers))
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass
@@ -179,13 +167,6 @@ def train_step(
 # --- a run -------------------------------------------------------------------------------------------------------
 
 
-def make_autocast(device: str, precision: str):
-    """A function that makes the mixed-precision context of a run."""
-    if precision == "fp32":
-        return nullcontext
-    return partial(torch.autocast, torch.device(device).type, dtype=torch.bfloat16)
-
-
 def make_model(args: Namespace, bert: BertModel) -> MultitaskBERT:
     """The model that the flags describe, on --device; the heads' first weights depend on --seed only."""
     torch.manual_seed(make_seed(args.seed))
@@ -250,14 +231,6 @@ def average(records: list[dict]) -> dict:
     averaged["layer_cosine"] = {part: mean_of_each(cosines) for part, cosines in layers.items()}
     averaged["layer_conflict"] = {part: share_below_zero(cosines) for part, cosines in layers.items()}
     return averaged
-
-
-def limit_examples(data: TaskData, limit: int | None, seed: int) -> TaskData:
-    """A fixed random part of the examples, for evaluations during a run."""
-    if limit is None or limit >= len(data):
-        return data
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(data))[:limit])
-    return data.part(chosen)
 
 
 def draw_slots(
@@ -404,10 +377,6 @@ def stop_run(run: Run, signals: Signals) -> None:
         flush=True,
     )
     sys.exit(128 + signals[0])
-
-
-def to_device(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 def describe_batches(slots: list[tuple[str, list[dict[str, torch.Tensor]]]]) -> str:

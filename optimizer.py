@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 BLOCK_SIZE = 2**17  # elements; a block of the five buffers that AdamW touches stays in a core's L2 cache
 
@@ -137,6 +138,11 @@ def rectification(beta2: float, step: int) -> float | None:
     if rho <= 5:  # the paper says 4; torch.optim.RAdam and the authors' code wait until 5
         return None
     return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+
+
+def has_weight_decay(param: nn.Parameter) -> bool:
+    """Matrices decay; biases and LayerNorm do not."""
+    return param.ndim >= 2
 
 
 # --- schedules: factor in [0, 1] as a function of progress, which goes from 0 (warm-up over) to 1 (end) ----------

@@ -13,12 +13,13 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-from checkpoint import whole_file
-from command_line import OneLineParser, run_script
-from config import DEFAULT_TASKS, TASKS, UserError
+from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows
 from evaluation import PREDICTION_STYLES, check_predictions, prediction_name
-from flags import task_list
+from support.command_line import OneLineParser, run_script
+from support.errors import UserError
+from support.files import ROOT, whole_file
+from training.flags import task_list
 
 ZIP_NAME = "cs224n_default_final_project_submission.zip"
 
@@ -102,7 +103,7 @@ def submit(argv: list[str] | None) -> None:
         raise UserError(errors[-1])
     print(f"{len(files)} prediction files are complete and legal")
     if not args.check_only:
-        code = sorted(file for file in Path(__file__).parent.glob("*.py") if file.is_file())  # no pipes
+        code = sorted(file for file in ROOT.glob("*.py") if file.is_file())  # no pipes
         write_zip(args.output, files, code)
         print(f"wrote {args.output}: {len(files)} prediction files, {len(code)} Python files")
 

@@ -18,11 +18,18 @@ from pathlib import Path
 
 import torch
 
-from base_bert import OFFLINE_ENCODER
-from command_line import OneLineParser, number, run_script
-from config import DEFAULT_TASKS, EXTRA_SOURCES, BertConfig, UserError, read_json
+from config import DEFAULT_TASKS, OFFLINE_ENCODER, BertConfig
 from evaluation import prediction_name
-from flags import (
+from reporting.jobs import Job, Stage, run_jobs
+from reporting.poster import ROWS
+from reporting.read_run import read_scores
+from reporting.table_pages import claims_text, compare_text, write_results
+from reporting.table_statistics import DevData, FinishedRun, Table, read_finished_run
+from support.command_line import OneLineParser, number, run_script
+from support.device import is_bf16_fast
+from support.errors import UserError
+from support.files import ROOT, read_json
+from training.flags import (
     COUNT,
     FILES,
     MODES,
@@ -30,17 +37,11 @@ from flags import (
     RESUME_MAY_CHANGE,
     data_file,
     given_flags,
-    is_bf16_fast,
     read_run,
 )
-from flags import get_args as get_run_args
-from poster import ROWS
-from results_data import DevData, FinishedRun, Table, read_finished_run
-from results_output import claims_text, compare_text, write_results
-from run_files import read_scores
-from run_many import Job, Stage, run_jobs
+from training.flags import get_args as get_run_args
+from training.sources import EXTRA_SOURCES
 
-HERE = Path(__file__).parent
 # What a run is told besides its row's flags. Three evaluations on a part of dev choose the best checkpoint, which is
 # then evaluated on all of dev.
 BATCH_SIZE = 16
@@ -96,7 +97,7 @@ def pretrain_folder(args: argparse.Namespace, row: str, seed: int) -> Path:
 
 def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
     folder = run_folder(args.runs_dir, row, seed)
-    train = [sys.executable, str(HERE / "multitask_classifier.py"), "--output_dir", str(folder)]
+    train = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
     stages = [
         Stage(
             folder,
@@ -109,7 +110,7 @@ def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
     ]
     if ROWS[row].pretrain:
         encoder = pretrain_folder(args, row, seed)
-        script = [sys.executable, str(HERE / "pretrain_mlm.py"), "--output_dir", str(encoder)]
+        script = [sys.executable, "-m", "training.pretrain_mlm", "--output_dir", str(encoder)]
         settings = ["--pretrained", args.pretrained, "--max_steps", str(args.max_steps), "--seed", str(seed)]
         given = given_flags(args.run_flags)
         settings += [
@@ -318,7 +319,7 @@ def predict_test_set(args: argparse.Namespace, table: Table) -> Path | None:
         return all(path.exists() for path in wanted)
 
     if not args.no_train:
-        script = [sys.executable, str(HERE / "multitask_classifier.py"), "--output_dir", str(folder)]
+        script = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
         script += ["--data_dir", args.data_dir, "--predict_only", "--predict_splits", "test"]
         failed = run_jobs([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])], at_once=1)
         for job in failed:

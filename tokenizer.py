@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from base_bert import resolve_pretrained
-from config import UserError, quote, read_bytes, read_json
+from support.errors import UserError, quote
+from support.files import read_bytes, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_ID = 2**22  # eight times the largest word-piece vocabulary that we know

@@ -8,7 +8,7 @@ import numpy as np
 from config import DEFAULT_TASKS, TASKS
 from datasets import Rows, read_rows
 from evaluation import TASK_KINDS, format_predictions, prediction_name, summarise
-from results_data import DevData, Table, read_finished_run
+from reporting.table_statistics import DevData, Table, read_finished_run
 
 SCRIPT = "/home/someone/code/multitask_classifier.py"  # a run's args.json has the path that it was started by
 PAIRS = {"sst-para": -0.125, "sst-sts": 0.25, "para-sts": 0.0625}

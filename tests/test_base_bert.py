@@ -26,7 +26,8 @@ from base_bert import (
     resolve_pretrained,
 )
 from bert import BertModel
-from config import SIZES, BertConfig, UserError
+from config import SIZES, BertConfig
+from support.errors import UserError
 from tokenizer import BertTokenizer
 
 CONFIG = BertConfig(

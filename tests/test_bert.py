@@ -14,19 +14,11 @@ from torch import nn
 
 import bert
 from base_bert import resolve_pretrained
-from bert import (
-    ACTIVATIONS,
-    MIN_WIDTH,
-    BertLayer,
-    BertModel,
-    CpuAttention,
-    Padding,
-    dropout,
-    keep_mask,
-    make_paddings,
-)
-from config import BertConfig, UserError
-from direct_grads import Packing
+from bert import ACTIVATIONS, MIN_WIDTH, BertLayer, BertModel
+from config import BertConfig
+from kernels.cpu import CpuAttention, dropout, keep_mask
+from kernels.packing import Packing, Padding, make_paddings
+from support.errors import UserError
 
 TINY = {
     "vocab_size": 99,

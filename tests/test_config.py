@@ -6,20 +6,10 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from config import (
-    DEFAULT_TASKS,
-    SIZES,
-    SPLITS,
-    TASKS,
-    BertConfig,
-    TaskSpec,
-    UserError,
-    course_files,
-    one_line,
-    quote,
-)
+from config import DEFAULT_TASKS, SIZES, SPLITS, TASKS, BertConfig, TaskSpec, course_files
 from evaluation import TASK_KINDS
 from heads import HEADS, PAIR_HEADS
+from support.errors import UserError, one_line, quote
 
 # --- BertConfig --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from config import TASKS, UserError
+from config import TASKS
 from datasets import (
     MAX_FIELD_SIZE,
     SAMPLERS,
@@ -27,6 +27,7 @@ from datasets import (
     tokenize,
     warning_lines,
 )
+from support.errors import UserError
 from tokenizer import BertTokenizer
 
 SST_HEADER, SST_TEST_HEADER = "\tid\tsentence\tsentiment\n", "0\t\tid\tsentence\n"

@@ -12,8 +12,7 @@ import torch
 
 import evaluation
 from bert import BertModel
-from checkpoint import write_text
-from config import TASKS, BertConfig, UserError
+from config import TASKS, BertConfig
 from datasets import Rows, tokenize
 from evaluation import (
     OVERALLS,
@@ -34,7 +33,9 @@ from evaluation import (
     spearman,
     summarise,
 )
-from multitask_bert import MultitaskBERT
+from heads import MultitaskBERT
+from support.errors import UserError
+from support.files import write_text
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 # --- scores ------------------------------------------------------------------------------------------------------

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from bert import BertModel
-from compiled import PLAIN, Passes
 from config import TASKS
-from flat_memory import FlatMemory
-from heads import POOLINGS
-from multitask_bert import MultitaskBERT
+from heads import POOLINGS, MultitaskBERT
+from kernels.flat_memory import FlatMemory
+from kernels.fused import PLAIN, Passes
 from tests.tiny import make_config, shared_grads
 
 TASK_HEADS = {"sst": "single", "para": "diff", "sts": "cross"}

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,16 +21,16 @@ from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
 from datasets import TaskData, read_rows
 from evaluation import TASK_KINDS, read_predictions, summarise
-from heads import HEADS, PAIR_HEADS
-from multitask_bert import MultitaskBERT
-from multitask_classifier import average, main, make_seed, train_step
+from heads import HEADS, PAIR_HEADS, MultitaskBERT
+from multitask_classifier import average, main, train_step
 from optimizer import AdamW
 from pcgrad import cosine_matrix
-from run_folder import Run, lock_folder
+from support.files import ROOT, lock_folder
+from support.seeds import make_seed
 from tests.test_pcgrad import draw_orders, textbook_pcgrad
 from tests.tiny import make_config, make_data, make_encoder, shared_grads
+from training.run_folder import Run
 
-PROJECT = Path(multitask_classifier.__file__).parent
 TINY = "--batch_size 4 --device cpu --lr 0.003 --head_lr 0.01 --log_every 2"
 
 
@@ -632,7 +631,7 @@ signal_in(pytest.MonkeyPatch(), "train_step", signal.SIGTERM, times=2)
 multitask_classifier.main({command(place, "twice", "--max_steps 9")!r})
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, timeout=300, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=300, check=False
     )
     assert done.returncode == -signal.SIGTERM and not done.stderr
     folder = place / "twice"
@@ -821,7 +820,7 @@ def test_second_run_on_a_folder_is_refused(place, no_plot, capsys):
         code = f"import multitask_classifier, sys; sys.exit(multitask_classifier.main({command(place, 'locked')!r}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=PROJECT,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=300,
@@ -847,7 +846,7 @@ def test_full_disk_ends_in_one_line_and_keeps_the_last_good_state(place, no_plot
     flags = ["--output_dir", str(folder), "--resume", "--max_steps", "4"]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, "60000", *flags],
-        cwd=PROJECT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -868,7 +867,7 @@ def test_folder_that_may_not_be_written_ends_in_one_line(place, tmp_path_factory
         path.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-c", code, *command(folder, "run")],
-        cwd=PROJECT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -1155,7 +1154,7 @@ def test_command_line_from_end_to_end(place):
     """As a user runs it, in a process of its own, and what they find afterwards."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, PROJECT / "multitask_classifier.py", *command(place, "user", "--max_steps 2")],
+        [sys.executable, ROOT / "multitask_classifier.py", *command(place, "user", "--max_steps 2")],
         capture_output=True,
         text=True,
         timeout=300,

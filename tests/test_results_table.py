@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 import multitask_classifier
-import pretrain_mlm
 import results_table
-from config import DEFAULT_TASKS, UserError
-from flags import get_args as get_run_args
-from poster import ROWS
+from config import DEFAULT_TASKS
+from reporting.jobs import run_jobs
+from reporting.poster import ROWS
 from results_table import check_settings, get_args, is_finished, main, make_job, run_folder
-from run_many import run_jobs
+from support.errors import UserError
+from support.files import ROOT
 from tests.tiny import make_data, make_encoder
+from training import pretrain_mlm
+from training.flags import get_args as get_run_args
 
-PROJECT = Path(results_table.__file__).parent
 PATIENCE = 600  # seconds until something is taken to have failed
 TINY = "--max_steps 3 --num_resamples 50"
 TINY_RUN = "-- --batch_size 4 --eval_max_examples 5"
@@ -103,6 +104,8 @@ def test_dry_run_lists_commands_that_parse_and_does_nothing(tmp_path, monkeypatc
         if line.startswith("    "):
             python, script, *argv = shlex.split(line)
             assert python == "python"
+            if script == "-m":
+                script, *argv = argv
             commands.append((script, argv))
         elif line.startswith("  "):
             groups[next(reversed(groups))].append(line.split(":")[0].strip())
@@ -116,7 +119,7 @@ def test_dry_run_lists_commands_that_parse_and_does_nothing(tmp_path, monkeypatc
     assert names == [f"{row}-seed{seed}" for row in ROWS for seed in (3, 4)]
     assert [run.seed for run in runs] == [3, 4] * len(ROWS)
     assert all(run.lr == (1e-5 if "untuned" in run.output_dir else 3e-5) for run in runs)  # a row's own wins
-    encoders = [pretrain_mlm.get_args(argv) for script, argv in commands if script == "pretrain_mlm.py"]
+    encoders = [pretrain_mlm.get_args(argv) for script, argv in commands if script == "training.pretrain_mlm"]
     assert len(encoders) == 2 and len(runs) + len(encoders) == len(commands)
     further = [run.pretrained for run in runs if "further" in run.output_dir]
     assert [encoder.output_dir for encoder in encoders] == further
@@ -220,7 +223,7 @@ def made(place):
         args = get_args(command(place, "--rows diff --seeds 0", runs="made"))
         (stage,) = make_job(args, "diff", 0).stages
         with pytest.MonkeyPatch.context() as dying:
-            dying.setattr("run_folder.save_tensors", die)  # of the optimizer: best/ is there by then
+            dying.setattr("training.run_folder.save_tensors", die)  # of the optimizer: best/ is there by then
             assert multitask_classifier.main(list(stage.next_command()[2:])) == 130
         assert (stage.folder / "best").exists() and not (stage.folder / "last").exists()
         assert stage.next_command() == stage.resume
@@ -300,7 +303,7 @@ def test_table_from_end_to_end(place, one_thread_each, capsys):
 
     # The first runner is killed when the first run is finished and the second has started.
     runner = subprocess.Popen(
-        [sys.executable, str(PROJECT / "results_table.py"), *argv], stdout=subprocess.DEVNULL, cwd=place
+        [sys.executable, str(ROOT / "results_table.py"), *argv], stdout=subprocess.DEVNULL, cwd=place
     )
     try:
         wait_for((folders["surgery_diff", 0] / "args.json").exists)

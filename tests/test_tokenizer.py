@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from base_bert import resolve_pretrained
-from config import UserError
+from support.errors import UserError
 from tokenizer import SPECIAL_TOKENS, BertTokenizer, clean_surrogates, read_vocab
 
 MAX_LENGTHS = (2, 3, 4, 5, 6, 7, 8, 13, 64, 512)

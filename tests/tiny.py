@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from bert import BertModel
-from config import EXTRA_SOURCES, TASKS, BertConfig
-from flat_memory import FlatMemory
+from config import TASKS, BertConfig
+from kernels.flat_memory import FlatMemory
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
+from training.sources import EXTRA_SOURCES
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 SIZES = {"train": 24, "dev": 11, "test": 9}

@@ -1,0 +1,608 @@
+"""The competitors of benchmark.py: our code and its peers, on the same model and the same examples.
+
+The tables at the end say how each is built; to add one, add a row. PCGrad: https://arxiv.org/abs/2001.06782.
+Peers: Hugging Face `transformers`, and TorchJD, https://arxiv.org/abs/2406.16232 (requirements-bench.txt).
+
+Shapes: B examples, R sequences in a batch (R = 2 * B for pairs), T padded length, H hidden_size, K tasks, P shared
+parameters.
+"""
+
+import importlib
+import importlib.util
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from base_bert import resolve_pretrained
+from bert import BertModel
+from config import TaskSpec
+from datasets import BatchOrder, TaskData, limit_examples
+from evaluation import TASK_KINDS, evaluate
+from heads import MultitaskBERT, pool_mean
+from kernels.flat_memory import FlatMemory
+from kernels.fused import PLAIN, Passes, compile_passes, find_compiler
+from multitask_classifier import train_step
+from optimizer import AdamW
+from pcgrad import GRAD_METHODS
+from support.device import keep_freed_memory, make_autocast
+from support.errors import UserError
+from support.files import ROOT
+from support.seeds import task_seed
+
+LR, HEAD_LR, WEIGHT_DECAY = 1e-4, 1e-3, 0.01  # no time depends on them
+HF_EVAL_BATCH = 64  # examples
+WARM_UP_EXAMPLES = 128  # per task, before an evaluation is timed
+CATEGORIES = {  # of a profile: what the names of its operations start with; the first that fits counts
+    "matrix products": ("addmm", "mm", "linear", "mkldnn"),
+    "attention products (and the gram matrix)": ("bmm", "baddbmm", "_scaled_dot"),
+    "softmax, GELU, LayerNorm, dropout": (
+        *("_softmax", "gelu", "native_layer_norm", "random_", "ge", "mul", "masked_fill"),
+    ),
+    "gradients: zeroing and adding up": ("zero_", "fill_", "mv", "embedding_dense_backward"),
+    "passes over gradients, compiled": ("## Call CompiledFxGraph",),
+    "copies and casts": ("copy_", "cat", "index", "clone"),
+}
+
+
+# --- what is trained on ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The same examples in several orders; each order is a list of steps, each step task -> examples (B,)."""
+
+    tasks: dict[str, TaskSpec]
+    data: dict[str, TaskData]
+    orders: dict[str, list[dict[str, np.ndarray]]]
+    pad_token_id: int
+
+    def batches(self, order: str, step: int, device: str) -> dict[str, dict[str, torch.Tensor]]:
+        """The padded batches of a step: task -> batch."""
+        padded = {
+            task: self.data[task].batch(chosen, self.pad_token_id)
+            for task, chosen in self.orders[order][step].items()
+        }
+        return {
+            task: {key: value.to(device) for key, value in batch.items()} for task, batch in padded.items()
+        }
+
+    def lengths(self, order: str, step: int) -> list[np.ndarray]:
+        """Word pieces of each sequence of a step: one array (R,) for each task."""
+        return [
+            self.data[task].sequences.lengths[self.data[task].index[chosen]].ravel()
+            for task, chosen in self.orders[order][step].items()
+        ]
+
+    def num_tokens(self, order: str) -> int:
+        """Real word pieces in one pass."""
+        return sum(int(lengths.sum()) for i in range(self.num_steps) for lengths in self.lengths(order, i))
+
+    def num_places(self, order: str) -> int:
+        """The same with padding to the longest sequence of each batch."""
+        return sum(
+            int(lengths.max()) * len(lengths)
+            for i in range(self.num_steps)
+            for lengths in self.lengths(order, i)
+        )
+
+    @property
+    def num_steps(self) -> int:
+        return len(next(iter(self.orders.values()))) if self.orders else 1
+
+
+def make_pool(
+    tasks: dict[str, TaskSpec],
+    data: dict[str, TaskData],
+    pad_token_id: int,
+    *,
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+) -> Pool:
+    """Draw examples for `num_batches` steps; order them as our training does (bucketed), and at random.
+
+    Raises:
+        UserError: if a task has too few examples.
+    """
+    size, parts, bucketed, shuffled = batch_size * num_batches, {}, {}, {}
+    for task in tasks:
+        if len(data[task]) < size:
+            raise UserError(
+                f"--num_batches {num_batches}: {task} has {len(data[task])} examples, too few for as many batches of"
+                f" --batch_size {batch_size}"
+            )
+        part = parts[task] = limit_examples(data[task], size, seed)
+        order = BatchOrder(part.lengths, batch_size, seed, task)
+        bucketed[task] = [order[i] for i in range(num_batches)]
+        rng = np.random.default_rng([seed, task_seed(task)])
+        shuffled[task] = np.split(rng.permutation(size), num_batches)
+    orders = {
+        name: [{task: batches[task][i] for task in tasks} for i in range(num_batches)]
+        for name, batches in (("bucketed", bucketed), ("random", shuffled))
+    }
+    return Pool(tasks, parts, orders, pad_token_id)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every contender of a race is built with."""
+
+    pool: Pool
+    pretrained: str
+    device: str
+    num_threads: int
+    seed: int
+
+
+# --- contenders --------------------------------------------------------------------------------------------------
+
+
+def import_peer(package: str):
+    """Import a package that would take our `datasets.py` and `tokenizer.py` for packages it knows."""
+    here, path = ROOT, sys.path[:]
+    sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != here]
+    try:
+        return importlib.import_module(package)
+    finally:
+        sys.path[:] = path
+
+
+def memory_mib(key: str) -> float:
+    """Resident memory of this process, MiB; `key` is VmRSS (now) or VmHWM (its peak)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # Not ru_maxrss: a new process starts with what its parent had.
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+
+
+class Contender:
+    """Something that does numbered steps; what it `needs` is imported before its memory is first looked at."""
+
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, setting: Setting):
+        for package in self.needs:
+            import_peer(package)
+        self.setting, self.pool, self.device = setting, setting.pool, setting.device
+        self.memory_before = memory_mib("VmRSS")
+        torch.manual_seed(setting.seed)
+
+    def make_model(self) -> MultitaskBERT:
+        """Our model; the heads' first weights depend on the seed only."""
+        bert, tasks = BertModel.from_pretrained(self.setting.pretrained), self.pool.tasks
+        torch.manual_seed(self.setting.seed)
+        model = MultitaskBERT(bert, tasks, {task: spec.default_head for task, spec in tasks.items()})
+        return model.to(self.device)
+
+    def step(self, i: int) -> None:
+        raise NotImplementedError
+
+    def warm_up(self) -> None:
+        for i in range(self.pool.num_steps):
+            self.step(i)
+
+    def run(self, i: int) -> float:
+        """Seconds of a step."""
+        self.synchronize()
+        started = time.perf_counter()
+        self.step(i)
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> float:
+        """MiB: the peak so far, less what the process held before anything was built."""
+        if torch.device(self.device).type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return memory_mib("VmHWM") - self.memory_before
+
+
+class StepContender(Contender):
+    """A way to train: `make_model`, `prepare` its optimizer, `train` on one batch of each task."""
+
+    def __init__(self, setting: Setting, precision: str, order: str = "bucketed", **options):
+        super().__init__(setting)
+        self.model = self.make_model().train()
+        self.autocast = make_autocast(self.device, precision)
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.steps = [self.pool.batches(order, i, self.device) for i in range(self.pool.num_steps)]
+        self.prepare(**options)
+
+    def prepare(self) -> None:
+        raise NotImplementedError
+
+    def train(self, batches: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+        raise NotImplementedError
+
+    def forward(self, task: str, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled vectors (R, H) and loss of a batch."""
+        model = self.model
+        with self.autocast():
+            pooled = model.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+            return pooled, self.loss(task, pooled, batch)
+
+    def loss(self, task: str, pooled: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return TASK_KINDS[self.pool.tasks[task].kind].loss(self.model.logits(task, pooled), batch["labels"])
+
+    def step(self, i: int) -> None:
+        self.train(self.steps[i], i)
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Task losses of the first bucketed step, in float32, without dropout, before any update."""
+        self.model.eval()
+        autocast, self.autocast = self.autocast, nullcontext
+        batches = self.pool.batches("bucketed", 0, self.device)
+        losses = {task: float(self.forward(task, batch)[1]) for task, batch in batches.items()}
+        self.autocast = autocast
+        self.model.train()
+        return losses
+
+    def sizes(self) -> dict[str, int]:
+        """Trainable parameters: all of them, and the encoder's."""
+        modules = {"all": self.model, "shared": self.model.bert}
+        return {
+            name: sum(param.numel() for param in module.parameters() if param.requires_grad)
+            for name, module in modules.items()
+        }
+
+    def profile(self, num_steps: int) -> dict[str, float]:
+        """Seconds a step in each of CATEGORIES, in the optimizer, in other operations, and outside of operations."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            started = time.perf_counter()
+            for i in range(num_steps):
+                self.step(i % self.pool.num_steps)
+            wall = time.perf_counter() - started
+        seconds = dict.fromkeys((*CATEGORIES, "optimizer", "other operations"), 0.0)
+        for event in profiler.events():
+            seconds[event_category(event)] += event.self_cpu_time_total / 1e6
+        seconds["outside of operations"] = max(0.0, wall - sum(seconds.values()))
+        return {name: value / num_steps for name, value in seconds.items()}
+
+
+def event_category(event) -> str:
+    """Where a profiled operation belongs: what runs within the optimizer's step is its own, the rest goes by name."""
+    outer = event
+    while outer is not None:
+        if outer.name.startswith("Optimizer.step"):
+            return "optimizer"
+        if "AccumulateGrad" in outer.name:
+            return "gradients: zeroing and adding up"
+        outer = outer.cpu_parent
+    name = event.name.removeprefix("aten::")
+    fitting = (category for category, starts in CATEGORIES.items() if name.startswith(starts))
+    return next(fitting, "other operations")
+
+
+class Ours(StepContender):
+    """Our training step, as multitask_classifier.py runs it; what touches its interface is here and in OneRow."""
+
+    def prepare(self, grad_method: str = "sum", compiled: bool = True):
+        keep_freed_memory()
+        self.grad_method = grad_method
+        self.passes = compile_passes() if compiled and find_compiler() else PLAIN
+        self.memory = self.make_memory()
+        groups = self.memory.param_groups(LR, HEAD_LR, WEIGHT_DECAY)
+        self.optimizer = AdamW(groups, lr=LR, update=self.passes.adamw_update)
+
+    def make_memory(self) -> FlatMemory:
+        return self.model.make_memory(self.dtype, self.dtype, self.passes)
+
+    def train(self, batches, step):
+        slots = [(task, [batch]) for task, batch in batches.items()]
+        result = train_step(
+            self.model,
+            self.memory,
+            self.optimizer,
+            slots,
+            step=step,
+            seed=self.setting.seed,
+            grad_method=self.grad_method,
+            autocast=self.autocast,
+        )
+        if not result.applied:
+            raise RuntimeError("a step was skipped: its loss or gradient is not finite")
+
+
+class OneRow(Ours):
+    """Our model and optimizer without anything that surgery needs: one gradient, of the sum of the losses."""
+
+    def make_memory(self):
+        heads = {"all": self.model.heads}
+        return FlatMemory(self.model.bert, heads, dtype=self.dtype, grad_dtype=self.dtype, passes=self.passes)
+
+    def train(self, batches, step):
+        self.memory.start_step([batch["input_ids"] for batch in batches.values()])
+        inputs = [
+            (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+            for batch in batches.values()
+        ]
+        with self.autocast():
+            outputs = self.model.bert.encode(inputs, [0] * len(inputs))
+            losses = [
+                self.loss(task, pool_mean(output, batch["attention_mask"]), batch)
+                for (task, batch), output in zip(batches.items(), outputs, strict=True)
+            ]
+        sum(losses).backward()
+        self.memory.combine(torch.ones(1, device=self.device))
+        self.memory.show_grads({"all"})
+        self.optimizer.step()
+
+
+class HuggingFace(StepContender):
+    """Hugging Face's encoder under our heads, torch's fused AdamW, one backward pass from the sum of the losses."""
+
+    needs = ("transformers",)
+
+    def make_model(self):
+        return use_hugging_face(super().make_model(), self.setting.pretrained)
+
+    def prepare(self, keep_memory: bool = False):
+        if keep_memory:
+            keep_freed_memory()
+        self.shared = list(self.model.bert.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
+        )
+
+    def train(self, batches, step):
+        sum(self.forward(task, batch)[1] for task, batch in batches.items()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def use_hugging_face(model: MultitaskBERT, pretrained: str) -> MultitaskBERT:
+    """Put Hugging Face's encoder, with the same weights, in the place of ours; the heads stay."""
+    transformers = import_peer("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    bert = transformers.BertModel.from_pretrained(
+        resolve_pretrained(pretrained), add_pooling_layer=False, attn_implementation="sdpa"
+    )
+    model.bert = bert.to(next(model.parameters()).device)
+    return model
+
+
+def textbook_pcgrad(task_grads: list[torch.Tensor], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Algorithm 1 of the PCGrad paper as written, on the gradient vectors themselves, K times (P,) -> (P,)."""
+    projected = [grad.clone() for grad in task_grads]
+    for i, grad in enumerate(projected):
+        for j in torch.randperm(len(task_grads), generator=generator).tolist():
+            if j == i:
+                continue
+            product = torch.dot(grad, task_grads[j])
+            if product < 0:
+                grad -= product / torch.dot(task_grads[j], task_grads[j]) * task_grads[j]
+    return torch.stack(projected).sum(0)
+
+
+def torchjd_pcgrad(task_grads: list[torch.Tensor]) -> torch.Tensor:
+    """TorchJD's aggregator on the same vectors."""
+    return import_peer("torchjd.aggregation").PCGrad()(torch.stack(task_grads))
+
+
+class TextbookPCGrad(HuggingFace):
+    """One backward pass for each task, concatenated gradient vectors, projections, and back into `.grad`.
+
+    Leaner than the usual public code, which also projects the heads' gradients and keeps all graphs until the end.
+    """
+
+    combine = staticmethod(textbook_pcgrad)
+
+    def train(self, batches, step):
+        task_grads = []
+        for task, batch in batches.items():
+            for param in self.shared:
+                param.grad = None
+            self.forward(task, batch)[1].backward()  # a head's own gradient stays where it is
+            task_grads.append(torch.cat([param.grad.flatten() for param in self.shared]))
+        combined = self.combine(task_grads)
+        parts = combined.split([param.numel() for param in self.shared])
+        for param, part in zip(self.shared, parts, strict=True):
+            param.grad = part.view_as(param)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class TorchJDVectors(TextbookPCGrad):
+    """The same with TorchJD's aggregator. Not its documented way, but faster here: no task's graph sees another's zeros."""
+
+    needs = ("transformers", "torchjd")
+    combine = staticmethod(torchjd_pcgrad)
+
+
+class TorchJD(HuggingFace):
+    """TorchJD as its documentation recommends for several tasks: `mtl_backward`, then `jac_to_grad`."""
+
+    needs = ("transformers", "torchjd")
+
+    def prepare(self):
+        super().prepare()
+        self.autojac = import_peer("torchjd.autojac")
+        self.aggregator = import_peer("torchjd.aggregation").PCGrad()
+
+    def train(self, batches, step):
+        features, losses = zip(*(self.forward(task, batch) for task, batch in batches.items()), strict=True)
+        self.autojac.mtl_backward(losses, features=features)
+        self.autojac.jac_to_grad(self.shared, self.aggregator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class OptimizerContender(Contender):
+    """One optimizer on random gradients of the model's own sizes."""
+
+    def __init__(
+        self, setting: Setting, fused: bool | None = None, passes: Callable[[], Passes] | None = None
+    ):
+        super().__init__(setting)
+        model = self.make_model()
+        if passes:
+            memory = model.make_memory()
+            memory.grad.normal_(std=1e-3)
+            memory.show_grads(set(model.tasks))
+            groups = memory.param_groups(LR, HEAD_LR, WEIGHT_DECAY)
+            self.optimizer = AdamW(groups, lr=LR, update=passes().adamw_update)
+        else:
+            params = [param for param in model.parameters() if param.requires_grad]
+            for param in params:
+                param.grad = torch.randn_like(param) * 1e-3
+            self.optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=fused)
+
+    def step(self, i):
+        self.optimizer.step()
+
+
+class SurgeryContender(Contender):
+    """PCGrad alone, on random gradients (K, P) that are in conflict."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        num_shared = sum(
+            param.numel() for name, param in self.make_model().bert.named_parameters() if param.requires_grad
+        )
+        common = torch.randn(num_shared, device=self.device)
+        signs = torch.tensor([(-1.0) ** k for k in range(len(self.pool.tasks))], device=self.device)
+        self.task_grads = torch.randn(len(signs), num_shared, device=self.device) + signs[:, None] * common
+        self.combined = torch.empty(num_shared, device=self.device)
+
+
+class OurSurgery(SurgeryContender):
+    """On the gram matrix; `dtype` is that of the gradients, which are bfloat16 in bfloat16 training."""
+
+    def __init__(self, setting: Setting, passes: Callable[[], Passes], dtype: torch.dtype = torch.float32):
+        super().__init__(setting)
+        self.task_grads, self.passes = self.task_grads.to(dtype), passes()
+
+    def step(self, i):
+        weights = GRAD_METHODS["pcgrad"](self.passes.gram_matrix(self.task_grads).cpu()).to(self.device)
+        self.passes.weighted_sum(self.task_grads, weights, self.combined)
+
+
+class TextbookSurgery(SurgeryContender):
+    def step(self, i):
+        self.combined = textbook_pcgrad(list(self.task_grads))
+
+
+class TorchJDSurgery(SurgeryContender):
+    needs = ("torchjd",)
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.aggregator = import_peer("torchjd.aggregation").PCGrad()
+
+    def step(self, i):
+        self.combined = self.aggregator(self.task_grads)
+
+
+class Evaluation(Contender):
+    """Our evaluation of all examples of the pool."""
+
+    def __init__(self, setting: Setting, precision: str):
+        super().__init__(setting)
+        self.model = self.make_model().eval()
+        self.precision = precision
+        if type(self) is Evaluation:  # ours, as our scripts run it
+            keep_freed_memory()
+
+    def warm_up(self):
+        self.predictions(WARM_UP_EXAMPLES, self.precision)
+
+    def step(self, i):
+        self.found = self.predict(self.pool.data, make_autocast(self.device, self.precision))
+
+    def predictions(self, limit: int | None = None, precision: str = "fp32") -> dict[str, np.ndarray]:
+        """Task -> predictions: those of the last step, or of `limit` examples."""
+        if limit is None:
+            return self.found
+        data = {task: limit_examples(data, limit, self.setting.seed) for task, data in self.pool.data.items()}
+        return self.predict(data, make_autocast(self.device, precision))
+
+    def predict(self, data: dict[str, TaskData], autocast) -> dict[str, np.ndarray]:
+        return evaluate(self.model, data, self.pool.pad_token_id, autocast)[1]
+
+
+class HuggingFaceEvaluation(Evaluation):
+    """Batches as the file has them, both sentences of a pair in one forward pass."""
+
+    needs = ("transformers",)
+
+    def make_model(self):
+        return use_hugging_face(super().make_model(), self.setting.pretrained)
+
+    @torch.no_grad()
+    def predict(self, data, autocast):
+        return {task: self.predict_task(task, task_data, autocast) for task, task_data in data.items()}
+
+    def predict_task(self, task: str, data: TaskData, autocast) -> np.ndarray:
+        logits = []
+        for start in range(0, len(data), HF_EVAL_BATCH):
+            examples = np.arange(start, min(start + HF_EVAL_BATCH, len(data)))
+            batch = data.batch(examples, self.pool.pad_token_id)
+            with autocast():
+                logits.append(self.model(task, {key: value.to(self.device) for key, value in batch.items()}))
+        return TASK_KINDS[self.pool.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
+
+
+# --- tables: name -> how to build it; in `step` and `evaluate` each row is built once for each precision ----------
+
+STEP = {
+    "ours sum": partial(Ours, grad_method="sum"),
+    "ours pcgrad": partial(Ours, grad_method="pcgrad"),
+    "ours sum, one row": partial(OneRow),
+    "ours pcgrad, nothing compiled": partial(Ours, grad_method="pcgrad", compiled=False),
+    "Hugging Face sum, random batches": partial(HuggingFace, order="random"),
+    "Hugging Face sum, random batches, freed memory kept": partial(
+        HuggingFace, order="random", keep_memory=True
+    ),
+    "Hugging Face sum, our batches": partial(HuggingFace),
+    "Hugging Face + textbook PCGrad": partial(TextbookPCGrad, order="random"),
+    "Hugging Face + TorchJD mtl_backward": partial(TorchJD, order="random"),
+    "Hugging Face + TorchJD on vectors": partial(TorchJDVectors, order="random"),
+}
+OPTIMIZER = {
+    "ours, compiled": partial(OptimizerContender, passes=compile_passes),
+    "ours, plain operations": partial(OptimizerContender, passes=Passes),
+    "torch.optim.AdamW, fused": partial(OptimizerContender, fused=True),
+    "torch.optim.AdamW, default": partial(OptimizerContender),
+}
+SURGERY = {
+    "ours, compiled, bf16 gradients": partial(OurSurgery, passes=compile_passes, dtype=torch.bfloat16),
+    "ours, compiled": partial(OurSurgery, passes=compile_passes),
+    "ours, plain operations": partial(OurSurgery, passes=Passes),
+    "textbook, vectors": partial(TextbookSurgery),
+    "TorchJD aggregator": partial(TorchJDSurgery),
+}
+EVALUATE = {"ours": partial(Evaluation), "Hugging Face": partial(HuggingFaceEvaluation)}
+
+
+def with_precisions(table: dict[str, partial], precisions: list[str]) -> dict[str, partial]:
+    """Each row once for each precision, which its name then ends in."""
+    return {
+        f"{name} {precision}": partial(build, precision=precision)
+        for precision in precisions
+        for name, build in table.items()
+    }
+
+
+def installed(table: dict[str, partial]) -> tuple[dict[str, partial], dict[str, str]]:
+    """The rows whose packages are there; and of the others, name -> what is missing."""
+    skipped = {}
+    for name, build in table.items():
+        missing = [package for package in build.func.needs if importlib.util.find_spec(package) is None]
+        if missing:
+            skipped[name] = f"{' and '.join(missing)} not installed (requirements-bench.txt)"
+    return {name: build for name, build in table.items() if name not in skipped}, skipped

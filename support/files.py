@@ -1,0 +1,171 @@
+"""Files: read whole and bounded, written whole or not at all, and folders that one process has to itself."""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import stat
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from support.errors import UserError, quote
+
+ROOT = Path(__file__).resolve().parent.parent  # of the project
+MAX_TEXT_BYTES = 2**24  # of JSON, a vocabulary, predictions; the largest real one has half of it
+MAX_DATA_BYTES = 2**28  # of a file of sentences; Quora has a tenth of it
+LOCK_FILE = ".lock"
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether a path leads to a plain file; opening a pipe would wait for its other end.
+
+    Raises:
+        OSError: if there is nothing.
+    """
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Read a whole file of moderate size.
+
+    Raises:
+        UserError: if it cannot be read, is no regular file, or has more than `max_bytes`.
+    """
+    try:
+        if not is_regular(path):
+            raise UserError(f"{path}: cannot be read (not a regular file)")
+        with open(path, "rb") as file:
+            contents = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(contents) > max_bytes:
+        raise UserError(f"{path}: too large; expected at most {max_bytes // 2**20} MiB")
+    return contents
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose every key stands there once: which of two is meant cannot be known."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {quote(twice)} stands there twice")
+    return values
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UserError: if it cannot be read, holds something else, or a key twice.
+    """
+    try:
+        values = json.loads(read_bytes(path).decode("utf-8"), object_pairs_hook=unique_keys)
+    except UserError:  # a ValueError too
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def whole_file(path: Path):
+    """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill; were it a link, we would write to wherever it points
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or folder on disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock_folder(folder: Path):
+    """Make a folder if need be, and keep other processes that ask for its lock out of it.
+
+    A POSIX record lock: the system gives it back when the process ends, however it ends, and no child keeps it.
+
+    Raises:
+        UserError: if another process works there, or the path is taken by a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; expected a folder")
+    path = folder / LOCK_FILE
+    descriptor = None
+    while descriptor is None:
+        descriptor = open_locked(path)
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # goes only if nothing was written
+
+
+def open_locked(path: Path) -> int | None:
+    """Make a file, and its folder, and take its lock; None if another process removed it meanwhile.
+
+    Raises:
+        UserError: if another process holds the lock.
+    """
+    for tries_left in range(99, -1, -1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            break
+        except (FileExistsError, FileNotFoundError):  # another process has just removed the empty folder
+            if not tries_left:
+                raise
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+        return None
+    except (BlockingIOError, PermissionError):
+        holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+        os.close(descriptor)
+        raise UserError(
+            f"--output_dir {path.parent}: in use by another run ({holder!r}); wait for it, or give another folder"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: {path.parent}: cannot be locked ({error.strerror}); start no other run there")
+        return descriptor
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,318 @@
+"""speed.py compares like with like, says what is missing, and counts as worked by hand; no test looks at a time."""
+
+import importlib.util
+import json
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import contenders, page, speed
+from benchmarks import workers as workers_module
+from benchmarks.contenders import STEP, Ours, Setting, installed, make_pool, textbook_pcgrad, torchjd_pcgrad
+from benchmarks.page import BY_HAND, TARGETS, Target, roofline_share, target_row, time_ratio, write_page
+from benchmarks.speed import exact_length, first_step_seconds, get_args, main, optimizer_bytes, step_flops
+from benchmarks.workers import Worker, check_losses, start_workers
+from config import DEFAULT_TASKS, TASKS, BertConfig
+from datasets import read_rows, tokenize
+from pcgrad import gram_matrix, pcgrad
+from support.errors import UserError
+from tests.tiny import SAMPLE, make_encoder
+from tokenizer import BertTokenizer
+
+PEERS = ("transformers", "torchjd")
+
+
+class LocalWorker:
+    """A worker without a process of its own."""
+
+    def __init__(self, name, build, setting):
+        self.name, self.contender = name, build(setting)
+
+    def call(self, method, *args):
+        return getattr(self.contender, method)(*args)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def setting(encoder):
+    tokenizer, tasks = BertTokenizer.from_pretrained(encoder), {task: TASKS[task] for task in DEFAULT_TASKS}
+    data = {
+        task: tokenize(
+            read_rows(SAMPLE / spec.files["train"], spec, "train"), tokenizer, joint=False, max_length=64
+        )
+        for task, spec in tasks.items()
+    }
+    pool = make_pool(tasks, data, tokenizer.pad_token_id, batch_size=4, num_batches=2, seed=1)
+    return Setting(pool, str(encoder), "cpu", 1, seed=1)
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name in PEERS else find_spec(name, *args)
+    )
+
+
+def random_grads(num_tasks: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_tasks, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- contenders --------------------------------------------------------------------------------------------------
+
+
+def test_textbook_pcgrad_on_a_conflict_worked_by_hand():
+    # (1, 0) and (-1, 1): the first loses its -1/2 of the second, (1/2, 1/2); the second its part along the first, (0, 1).
+    combined = textbook_pcgrad([torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])])
+    assert combined.tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 4])
+def test_textbook_pcgrad_is_ours_on_the_vectors(num_tasks):
+    changed = 0
+    for seed in range(20):
+        grads = random_grads(num_tasks, seed)
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        ours = pcgrad(gram_matrix(grads), generators[0]) @ grads
+        theirs = textbook_pcgrad(list(grads), generators[1])
+        torch.testing.assert_close(theirs, ours)
+        changed += not torch.allclose(ours, grads.sum(0))
+    assert changed > 3  # some gradients were in conflict
+
+
+def test_torchjd_computes_the_same():
+    pytest.importorskip("torchjd")
+    for seed in range(20):
+        grads = random_grads(2, seed)  # of two tasks, the order of the others does not matter
+        torch.testing.assert_close(torchjd_pcgrad(list(grads)), pcgrad(gram_matrix(grads)) @ grads)
+
+
+def test_one_row_makes_the_update_of_the_sum(setting):
+    updated = []
+    for row in ("ours sum", "ours sum, one row"):
+        contender = STEP[row](setting, precision="fp32")
+        contender.model.eval()  # they draw their dropout in different ways
+        contender.step(0)
+        updated.append({name: param.detach().clone() for name, param in contender.model.named_parameters()})
+    for name in updated[0]:
+        torch.testing.assert_close(updated[0][name], updated[1][name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_contenders_agree_on_the_losses_and_a_worker_has_its_own_process(setting):
+    pytest.importorskip("transformers")
+    rows = ("ours sum", "ours sum, one row")
+    workers = {name: LocalWorker(name, partial(STEP[name], precision="bf16"), setting) for name in rows}
+    name = "Hugging Face sum, random batches"
+    theirs = workers[name] = Worker(name, partial(STEP[name], precision="bf16"), setting)
+    try:
+        losses = check_losses(workers, 1e-4)
+        assert set(losses) == set(DEFAULT_TASKS)
+        assert theirs.call("losses") != losses  # the last digits of another encoder
+        assert theirs.call("run", 0) > 0
+        assert 0 < theirs.call("peak_memory") < 2000
+        with pytest.raises(UserError, match="the same batch"):  # it has trained, and ours have not
+            check_losses(workers, 1e-4)
+        with pytest.raises(UserError, match="random batches: .*no_such_method"):
+            theirs.call("no_such_method")
+        with pytest.raises(UserError, match="random batches: its process ended"):
+            theirs.call("losses")
+    finally:
+        theirs.close()
+    assert not theirs.process.is_alive()
+
+
+class Louder(Ours):
+    """Ours, but for a scale that somebody forgot."""
+
+    def forward(self, task, batch):
+        pooled, loss = super().forward(task, batch)
+        return pooled, loss * (1.01 if task == "sts" else 1)
+
+
+def test_a_contender_that_computes_something_else_is_refused(setting, monkeypatch):
+    monkeypatch.setattr(workers_module, "Worker", LocalWorker)
+    table = {
+        name: partial(build, precision="fp32", grad_method="sum")
+        for name, build in (("a", Ours), ("b", Louder))
+    }
+    with start_workers(table, setting) as workers:
+        loss = workers["a"].call("losses")["sts"]
+        with pytest.raises(UserError, match="^b: its sts loss is .*, that of a ") as error:
+            check_losses(workers, 1e-4)
+        found = [float(text) for text in re.findall(r"\d+\.\d{6}", str(error.value))]
+        assert found == pytest.approx([1.01 * loss, loss], abs=1e-6)
+        workers["b"].contender.forward = lambda task, batch: (None, torch.tensor(torch.nan))
+        with pytest.raises(UserError, match="loss is nan"):
+            check_losses(workers, 1e-4)
+
+
+def test_rows_without_their_package_are_named(no_peers):
+    rows, skipped = installed(STEP)
+    assert set(rows) == {name for name in STEP if name.startswith("ours")}
+    assert set(skipped) == set(STEP) - set(rows)
+    assert skipped["Hugging Face + TorchJD mtl_backward"].startswith("transformers and torchjd not installed")
+    assert "torchjd" not in skipped["Hugging Face + textbook PCGrad"]
+
+
+def test_both_orders_hold_the_same_examples(setting):
+    pool = setting.pool
+    for task in pool.tasks:
+        drawn = [np.concatenate([step[task] for step in pool.orders[order]]) for order in pool.orders]
+        assert sorted(drawn[0]) == sorted(drawn[1]) == list(range(8))
+    assert pool.num_tokens("bucketed") == pool.num_tokens("random")
+    batches = [pool.batches("random", i, "cpu").values() for i in range(pool.num_steps)]
+    masks = [batch["attention_mask"] for step in batches for batch in step]
+    assert pool.num_tokens("random") == sum(int(mask.sum()) for mask in masks)
+    assert pool.num_places("random") == sum(mask.numel() for mask in masks)
+
+
+def test_exact_length(setting):
+    data = exact_length(setting.pool.data["para"], 7)
+    assert data.index.shape == setting.pool.data["para"].index.shape
+    batch = data.batch(np.arange(len(data)), pad_token_id=0)
+    assert batch["attention_mask"].shape == (2 * len(data), 7) and batch["attention_mask"].all()
+    vocab = BertTokenizer.from_pretrained(setting.pretrained).encode("")["input_ids"]
+    assert (batch["input_ids"][:, [0, -1]] == torch.tensor(vocab)).all()
+    assert not torch.isin(batch["input_ids"][:, 1:-1], torch.tensor(vocab)).any()
+
+
+# --- arithmetic and page -----------------------------------------------------------------------------------------
+
+
+def test_roofline_worked_by_hand():
+    config = BertConfig(hidden_size=2, num_hidden_layers=3, num_attention_heads=1, intermediate_size=5)
+    # A layer has 4 * 2 * 2 + 2 * 2 * 5 = 36 weights; word pieces 1 + 4 = 5, their squares 1 + 16 = 17.
+    assert step_flops(config, np.array([1, 4])) == 6 * 3 * 36 * 5 + 12 * 3 * 2 * 17
+    assert optimizer_bytes(10) == 280
+    found = {
+        "precision": "bf16",
+        "limits": {"bf16": 0.5},
+        "num_steps": 4,
+        "seconds": {"ours sum bf16": [4.0, 8.0]},
+    }
+    assert roofline_share("ours sum {precision}")({"roofline": found}) == [50.0, 25.0]
+
+
+def test_ratios_are_taken_in_each_round_against_the_fastest_row():
+    seconds = {"ours bf16": [1.0, 2.0], "peer bf16": [3.0, 4.0], "peer fp32": [9.0, 9.0]}
+    measured = {"step": {"precision": "bf16", "seconds": seconds}}
+    assert time_ratio("step", "peer", "ours {precision}")(measured) == [3.0, 2.0]
+    assert time_ratio("step", "peer {precision}", "nobody")(measured) is None
+    assert time_ratio("evaluate", "peer", "ours")(measured) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "at_most", "verdict"),
+    [
+        ([1.0, 1.1, 0.9], True, "met"),
+        ([1.1, 1.2, 0.9], True, "missed"),
+        ([1.1, 1.2, 0.9], False, "met"),
+        (None, True, "-"),
+    ],
+)
+def test_targets(values, at_most, verdict):
+    row = target_row(Target("text", lambda measured: values, 1.0, at_most), {})
+    assert row[-1] == verdict and ("not measured" in row) == (values is None)
+
+
+def test_the_page_keeps_what_is_written_by_hand(tmp_path):
+    path = tmp_path / "speed.md"
+    write_page(path, {})
+    assert path.read_text(encoding="utf-8").count("not measured") == len(TARGETS)
+    path.write_text(f"old numbers\n{BY_HAND}\n\nWhy: an essay.\n", encoding="utf-8")
+    write_page(path, {})
+    write_page(path, {})
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith(f"\n{BY_HAND}\n\nWhy: an essay.\n")
+    assert text.count(BY_HAND) == 1 and "old numbers" not in text
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def test_every_section_has_its_part_of_the_page():
+    assert list(speed.SECTIONS) == list(page.SHOW)
+
+
+def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, capsys):
+    monkeypatch.setattr(workers_module, "Worker", LocalWorker)
+    monkeypatch.setattr(speed, "first_step_seconds", lambda args, data_dir: 1.5)
+    for name, value in {
+        "MATRIX_REPEATS": 1,
+        "MEMORY_ELEMENTS": 8,
+        "LENGTHS": (8, 512),
+        "NUM_TASKS": (2, 4),
+        "AGREEMENT_EXAMPLES": 5,
+        "PROFILE_STEPS": 1,
+    }.items():
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(contenders, "WARM_UP_EXAMPLES", 5)
+    flags = ["--data_dir", str(SAMPLE), "--pretrained", str(encoder), "--results_dir", str(tmp_path)]
+    flags += ["--repeats", "2", "--num_batches", "2", "--batch_size", "3", "--num_threads", "1"]
+    flags += ["--eval_max_examples", "20", "--precision", "bf16"]
+    assert main(flags) == 0
+    page, measured = (tmp_path / "speed.md").read_text(), json.loads((tmp_path / "speed.json").read_text())
+    assert list(measured) == list(speed.SECTIONS)
+    assert (
+        "skipped: Hugging Face sum, random batches bf16: transformers not installed"
+        in capsys.readouterr().out
+    )
+    assert (
+        "Not measured: Hugging Face + TorchJD mtl\\_backward fp32: transformers and torchjd"
+        in page.replace("mtl_backward", "mtl\\_backward")
+    )
+    assert len(measured["step"]["seconds"]["ours pcgrad bf16"]) == 2
+    assert list(measured["scaling"]["by_tasks"]) == ["2", "4"] and list(measured["scaling"]["by_length"]) == [
+        "8"
+    ]
+    tokens = measured["scaling"]["by_length"]["8"]["tokens"]
+    assert tokens == 8 * 2 * 3 * (1 + 2 + 2)  # length, steps, examples, sentences of the three tasks
+    assert (
+        "| seconds from start to the first step, not the first time | 1.5 (1.5 to 1.5) | at most 5 | met |"
+        in page
+    )
+
+    assert main(["surgery", *flags, "--seed", "7"]) == 0
+    again = json.loads((tmp_path / "speed.json").read_text())
+    assert again["surgery"]["command"][2] == "surgery" and again["step"] == measured["step"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nonsense"], "section is 'nonsense'; expected some of step, "),
+        (["step", "--num_batches", "99999"], "--num_batches 99999: sst has"),
+        (["step", "--data_dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line(flags, message, encoder, tmp_path, capsys):
+    try:
+        code = main(
+            ["--data_dir", str(SAMPLE), "--pretrained", str(encoder), "--results_dir", str(tmp_path), *flags]
+        )
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_first_step_is_seen_in_the_output_and_a_failure_is_quoted(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    script = tmp_path / "multitask_classifier.py"
+    args = get_args(["--num_threads", "1"])
+    script.write_text("import time\nprint('step 1/1  loss')\ntime.sleep(60)\n")
+    assert 0 < first_step_seconds(args, "data") < 30
+    script.write_text("import sys\nsys.exit('error: no data in ' + sys.argv[2])\n")
+    with pytest.raises(UserError, match="before its first step: error: no data in nowhere"):
+        first_step_seconds(args, "nowhere")

@@ -1,0 +1,425 @@
+"""Tests of significance.py: resamples against scipy and sklearn, by hand, paired differences, coverage."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics import accuracy_score
+
+from config import TASKS
+from evaluation import OVERALLS, TASK_KINDS, summarise
+from reporting import significance
+from reporting.significance import (
+    RESAMPLED_SCORES,
+    Interval,
+    mean_and_sd,
+    resample_weights,
+    resampled_means,
+    resampled_scores,
+    to_interval,
+    verdict,
+)
+
+SIZES = {"sst": 31, "para": 57, "sts": 23}  # odd and different, so that swapped axes are caught
+
+
+def make_labels(sizes=SIZES) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(7)
+    labels = {
+        "sst": rng.integers(5, size=sizes["sst"]),
+        "para": rng.integers(2, size=sizes["para"]),
+        "sts": rng.uniform(0, 5, size=sizes["sts"]),
+    }
+    return {task: values.astype(np.float32) for task, values in labels.items()}  # as `datasets.Rows` has them
+
+
+def make_row(seed: int, num_seeds: int = 3, sizes=SIZES) -> dict[str, np.ndarray]:
+    """Predictions that are right more often than not."""
+    rng = np.random.default_rng(seed)
+    labels, row = make_labels(sizes), {}
+    for task, size in sizes.items():
+        noise = rng.normal(size=(num_seeds, size))
+        right = noise < 0.4
+        row[task] = labels[task] + noise if task == "sts" else np.where(right, labels[task], 1).astype(int)
+    return row
+
+
+def interval(a, labels, tasks, num_resamples=2000, seed=0):
+    """Main scores of one row, and its overalls, with their intervals."""
+    means = resampled_means(a, labels, tasks, num_resamples, seed)
+    return {name: to_interval(values) for name, values in means.items()}
+
+
+def compare(a, b, labels, tasks, num_resamples=2000, seed=0):
+    """The differences a - b of two rows with the same tasks, paired in examples and seeds, with their intervals."""
+    means_a, means_b = (resampled_means(row, labels, tasks, num_resamples, seed) for row in (a, b))
+    return {name: to_interval(means_a[name] - means_b[name]) for name in means_a}
+
+
+def check_interval(found: Interval, estimate: float, low: float, high: float, tolerance: float) -> None:
+    assert found.estimate == pytest.approx(estimate, abs=1e-12)
+    assert found.low == pytest.approx(low, abs=tolerance) and found.high == pytest.approx(high, abs=tolerance)
+
+
+def test_mean_and_sd():
+    """Of 1, 2, 4: deviations -4/3, -1/3, 5/3, their squares add up to 42/9, half of that is 7/3."""
+    assert mean_and_sd([1, 2, 4]) == pytest.approx((7 / 3, math.sqrt(7 / 3)), abs=1e-12)
+    with warnings.catch_warnings(action="error"):
+        mean, sd = mean_and_sd([0.5])
+    assert mean == 0.5 and math.isnan(sd)
+
+
+# --- scores of resamples -----------------------------------------------------------------------------------------
+
+
+def test_every_main_score_can_be_resampled():
+    assert set(RESAMPLED_SCORES) == {kind.main_score for kind in TASK_KINDS.values()}
+
+
+@pytest.mark.parametrize("kind", TASK_KINDS)
+def test_resampled_scores_equal_those_of_repeated_examples(kind):
+    """To 1e-12: float64 on both sides, summed in another order."""
+    rng = np.random.default_rng(0)
+    labels = rng.uniform(0, 5, size=41) if kind == "regression" else rng.integers(2, size=41)
+    predictions = rng.normal(labels, 0.8, size=(3, 41))
+    predictions = 1e3 + predictions if kind == "regression" else (predictions > 0.5).astype(int)
+    weights = resample_weights(rng, 41, 7)
+    scores = resampled_scores(kind, predictions, labels, weights)
+    assert scores.shape == (3, 7)
+    for s, r in np.ndindex(3, 7):
+        index = np.repeat(np.arange(41), weights[r].astype(int))
+        x, y = predictions[s, index], labels[index]
+        if TASK_KINDS[kind].main_score == "accuracy":
+            expected = accuracy_score(y, x)
+        else:
+            expected = scipy.stats.pearsonr(x, y).statistic
+        assert scores[s, r] == pytest.approx(expected, abs=1e-12)
+
+
+def test_resampled_accuracy_by_hand():
+    """The first seed is right in the first two examples, the second in the first."""
+    predictions, labels = np.array([[0, 1, 0], [0, 0, 0]]), np.array([0, 1, 2])
+    weights = np.array([[3, 0, 0], [1, 1, 1], [0, 1, 2]])
+    scores = resampled_scores("classification", predictions, labels, weights)
+    np.testing.assert_allclose(scores, [[1, 2 / 3, 1 / 3], [1, 1 / 3, 0]], rtol=0, atol=1e-12)
+
+
+def test_resampled_pearson_by_hand():
+    """Points (1, 1), (2, 3), (3, 2): r is 1/2; of the first and third 1, of the other two -1, of one point 0."""
+    predictions, labels = np.array([[1, 2, 3], [-10, -20, -30]]), np.array([1, 3, 2])
+    weights = np.array([[1, 1, 1], [2, 0, 1], [0, 1, 2], [0, 3, 0]])
+    scores = resampled_scores("regression", predictions, labels, weights)
+    np.testing.assert_allclose(scores, [[0.5, 1, -1, 0], [-0.5, -1, 1, 0]], rtol=0, atol=1e-12)
+
+
+def test_pearson_with_a_constant_is_zero():
+    """Also where the mean of equal numbers rounds, and where a resample happens to hold one number only."""
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=13), resample_weights(rng, 13, 50)
+    for constant in (0.0, 0.1, 1e6 / 3):
+        assert not resampled_scores("regression", np.full((2, 13), constant), x, weights).any()
+        assert not resampled_scores("regression", x[None], np.full(13, constant), weights).any()
+    weights[:, 12] = 0  # the example that differs from the other twelve
+    for value in rng.normal(size=50):
+        twelve = np.append(np.full(12, value), 1.0)
+        assert not resampled_scores("regression", twelve[None], x, weights).any()
+        assert not resampled_scores("regression", x[None], twelve, weights).any()
+
+
+def test_pearson_does_not_leave_its_range():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=9)
+    scores = resampled_scores("regression", np.stack([3 * x, -3 * x]), x, resample_weights(rng, 9, 300))
+    assert scores.max() <= 1 and scores.min() >= -1
+
+
+def test_resample_weights_are_multinomial():
+    """Counts of each example: mean 1, variance 1 - 1/N; of two examples: covariance -1/N. 30,000 resamples."""
+    weights = resample_weights(np.random.default_rng(0), 5, 30_000)
+    assert weights.shape == (30_000, 5) and (weights.sum(1) == 5).all() and (weights >= 0).all()
+    # Four standard errors of a mean, sqrt(0.8 / 30,000) = 0.005, and about twice that for squares.
+    np.testing.assert_allclose(weights.mean(0), 1, rtol=0, atol=0.02)
+    np.testing.assert_allclose(np.cov(weights.T), np.eye(5) - 1 / 5, rtol=0, atol=0.04)
+
+
+# --- resamples of rows -------------------------------------------------------------------------------------------
+
+
+def test_resampled_means_by_hand(monkeypatch):
+    """Two seeds that score 2/3 and 1/3, so they deviate by +-1/6, which widens by sqrt(2).
+
+    First resample: the first example thrice (both seeds right) and the first seed twice; second: one of the second
+    example, two of the third (1/3 and 0), and each seed once.
+    """
+    counts = {3: np.array([[3.0, 0, 0], [0, 1, 2]]), 2: np.array([[2.0, 0], [1, 1]])}
+    monkeypatch.setattr(significance, "resample_weights", lambda rng, n, r: counts[n])
+    predictions, labels = np.array([[0, 1, 0], [0, 0, 0]]), np.array([0, 1, 2])
+    means = resampled_means({"sst": predictions}, {"sst": labels}, TASKS, num_resamples=2)
+    assert set(means) == {"sst"}  # one task: no overall
+    expected = [1 / 2, 1 + math.sqrt(2) / 6, 1 / 6]
+    np.testing.assert_allclose(means["sst"], expected, rtol=0, atol=1e-12)
+
+
+def test_actual_values_are_those_of_evaluation():
+    row, labels = make_row(0), make_labels()
+    summaries = []
+    for s in range(3):
+        scores = {
+            task: TASK_KINDS[TASKS[task].kind].scores(rows[s], labels[task]) for task, rows in row.items()
+        }
+        summary = summarise(scores, TASKS)
+        mains = {task: scores[task][TASK_KINDS[TASKS[task].kind].main_score] for task in scores}
+        summaries.append(mains | {name: summary[name] for name in OVERALLS})
+    found = interval(row, labels, TASKS, num_resamples=50)
+    assert set(found) == set(summaries[0])
+    for name, value in found.items():
+        assert value.estimate == pytest.approx(np.mean([summary[name] for summary in summaries]), abs=1e-12)
+        assert value.low < value.estimate < value.high
+
+
+def test_overalls_are_those_of_each_resample():
+    means = resampled_means(make_row(0), make_labels(), TASKS, num_resamples=50)
+    np.testing.assert_allclose(means["mean"], (means["sst"] + means["para"] + means["sts"]) / 3, atol=1e-12)
+    mapped = (means["sst"] + means["para"] + (means["sts"] + 1) / 2) / 3
+    np.testing.assert_allclose(means["mean_2024"], mapped, atol=1e-12)
+
+
+def test_draws_depend_on_seed_task_and_counts_only(monkeypatch):
+    """So a task's resamples are the same alone, in another order, beside another row, and when drawn in parts."""
+    row, labels = make_row(0), make_labels()
+    means = resampled_means(row, labels, TASKS, num_resamples=50)
+    for other in (row, dict(reversed(row.items())), {"para": row["para"]}):
+        for task, values in resampled_means(other, labels, TASKS, num_resamples=50).items():
+            if task in row:
+                assert np.array_equal(values, means[task])
+    other = resampled_means(row, labels, TASKS, num_resamples=50, seed=1)
+    assert not np.array_equal(other["sst"], means["sst"]) and other["sst"][0] == means["sst"][0]
+    same_size = {task: np.resize(labels["para"], 57) for task in ("para", "cfimdb")}
+    twice = resampled_means(
+        {task: np.resize(row["para"], (3, 57)) for task in same_size}, same_size, TASKS, num_resamples=50
+    )
+    assert not np.array_equal(twice["para"], twice["cfimdb"])
+    monkeypatch.setattr(significance, "MAX_COUNTS", 50)  # parts of 1 and 2
+    parts = resampled_means(row, labels, TASKS, num_resamples=50)
+    for task in row:
+        np.testing.assert_allclose(parts[task], means[task], rtol=0, atol=1e-12)
+
+
+def test_seeds_are_drawn_together_for_all_tasks():
+    """Tasks whose seeds deviate alike vary in the same direction, although their examples are drawn apart."""
+    labels = {task: np.zeros(5) for task in ("sst", "para")}
+    predictions = np.repeat(
+        [[0], [1], [0], [1]], 5, axis=1
+    )  # all right, or all wrong: examples do not matter
+    means = resampled_means({task: predictions for task in labels}, labels, TASKS, num_resamples=50)
+    assert means["sst"].std() > 0.1 and np.array_equal(means["sst"], means["para"])
+
+
+def test_variance_over_seeds_is_that_of_their_mean():
+    """Where examples are all alike, the resamples' variance is s^2 / S, as for a plain standard error."""
+    for num_seeds in (2, 3, 5):
+        predictions = np.ones((num_seeds, 4))
+        predictions[0] = 0
+        means = resampled_means({"sst": predictions}, {"sst": np.ones(4)}, TASKS, num_resamples=20_000)
+        _, sd = mean_and_sd(predictions[:, 0])
+        # A variance of 20,000 numbers has a relative error of about 1 %.
+        assert means["sst"][1:].var() == pytest.approx(sd**2 / num_seeds, rel=0.05)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    """The mean over seeds has the same correct answers in both rows; in one a seed gets all of them wrong."""
+    labels = {"sst": np.zeros(400)}
+    right = np.arange(400) % 2
+    alike = {"sst": np.stack([right, right, right, right])}
+    apart = {"sst": np.stack([right * 0, right * 0, right * 0 + 1, right * 0 + 1])}
+    assert interval(alike, labels, TASKS)["sst"].estimate == interval(apart, labels, TASKS)["sst"].estimate
+    narrow, wide = (to_interval(resampled_means(row, labels, TASKS)["sst"]) for row in (alike, apart))
+    # Standard errors sqrt(0.25 / 400) = 0.025 and sqrt((1/3) / 4) = 0.29.
+    assert wide.high - wide.low > 5 * (narrow.high - narrow.low) > 0
+
+
+def test_one_seed_resamples_examples_only():
+    """And is the same as three seeds that predict the same."""
+    row, labels = make_row(0, num_seeds=1), make_labels()
+    thrice = {task: np.repeat(rows, 3, axis=0) for task, rows in row.items()}
+    one, three = (resampled_means(r, labels, TASKS, num_resamples=50) for r in (row, thrice))
+    for name in one:
+        assert one[name].std() > 0
+        np.testing.assert_allclose(one[name], three[name], rtol=0, atol=1e-12)
+
+
+# --- intervals against scipy -------------------------------------------------------------------------------------
+# A 2.5 % quantile of R resamples has a standard error of sqrt(0.025 * 0.975 / R) / density, which is 2.7 / sqrt(R)
+# standard deviations of a normal: 0.03 for the difference of two such with R = 20,000. Four of them are allowed.
+
+MANY = 20_000
+QUANTILE_ERROR = 4 * math.sqrt(2) * 2.7 / math.sqrt(MANY)
+
+
+def scipy_interval(columns, statistic) -> tuple[float, float, float]:
+    """low, high, standard error of a percentile interval with paired resamples."""
+    found = scipy.stats.bootstrap(
+        columns,
+        statistic,
+        paired=len(columns) > 1,
+        n_resamples=MANY,
+        batch=1000,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    )
+    return *found.confidence_interval, found.standard_error
+
+
+def make_equal_seeds(seed: int, num_right: int) -> tuple[dict, np.ndarray]:
+    """Three seeds with as many answers right but others: their scores do not deviate, so only examples matter."""
+    rng = np.random.default_rng(seed)
+    wrong = np.stack([rng.permutation(np.arange(300) >= num_right) for _ in range(3)]).astype(int)
+    return {"para": wrong}, (wrong == 0).mean(0)  # labels are all 0
+
+
+def test_interval_of_an_accuracy_equals_scipy():
+    row, correct = make_equal_seeds(0, 210)
+    low, high, error = scipy_interval((correct,), np.mean)
+    found = interval(row, {"para": np.zeros(300)}, TASKS, num_resamples=MANY)["para"]
+    check_interval(found, 0.7, low, high, QUANTILE_ERROR * error)
+
+
+def test_interval_of_a_difference_equals_scipy():
+    (a, correct_a), (b, correct_b) = make_equal_seeds(0, 210), make_equal_seeds(1, 195)
+    low, high, error = scipy_interval((correct_a, correct_b), lambda x, y, axis: (x - y).mean(axis))
+    found = compare(a, b, {"para": np.zeros(300)}, TASKS, num_resamples=MANY)["para"]
+    check_interval(found, 0.05, low, high, QUANTILE_ERROR * error)
+
+
+def test_interval_of_a_difference_of_correlations_equals_scipy():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=200)
+    a, b = y + rng.normal(size=200), y + 1.5 * rng.normal(size=200)
+
+    def statistic(a, b, y, axis):
+        r = scipy.stats.pearsonr
+        return r(a, y, axis=axis).statistic - r(b, y, axis=axis).statistic
+
+    low, high, error = scipy_interval((a, b, y), statistic)
+    found = compare({"sts": a[None]}, {"sts": b[None]}, {"sts": y}, TASKS, num_resamples=MANY)["sts"]
+    check_interval(found, statistic(a, b, y, 0), low, high, QUANTILE_ERROR * error)
+
+
+@pytest.mark.parametrize("num_seeds, seed_sd", [(1, 0.0), (6, 0.02)])
+def test_coverage(num_seeds, seed_sd):
+    """Of 200 intervals 190 should hold the true difference 0.1; their number has a standard deviation of 3.
+
+    Each seed is better or worse than its row; on half of the examples the rows do the same.
+    """
+    rng = np.random.default_rng(11)
+    held = 0
+    for _ in range(200):
+        hardness = rng.random((1, 150))
+        a, b = (
+            rng.random((num_seeds, 150)) < chance + seed_sd * rng.normal(size=(num_seeds, 1))
+            for chance in (0.75, 0.55)
+        )
+        a, b = ((hardness < 0.3) | (hardness < 0.8) & row for row in (a, b))  # both right, or both wrong
+        rows = ({"para": row.astype(int)} for row in (a, b))
+        found = compare(*rows, {"para": np.ones(150)}, TASKS, num_resamples=400)["para"]
+        held += found.low <= 0.1 <= found.high
+    assert 0.89 <= held / 200 <= 0.99
+
+
+# --- comparisons -------------------------------------------------------------------------------------------------
+
+
+def test_same_row_differs_by_nothing():
+    found = compare(make_row(0), make_row(0), make_labels(), TASKS, num_resamples=100)
+    assert set(found) == {*SIZES, *OVERALLS}
+    assert set(found.values()) == {Interval(0.0, 0.0, 0.0)}
+
+
+def test_constant_differences():
+    """One row is always right, the other never; correlations do not see a shift of all predictions."""
+    labels = make_labels()
+    right = {"para": np.stack([labels["para"]] * 3)}
+    wrong = {"para": 1 - right["para"]}
+    assert compare(right, wrong, labels, TASKS, num_resamples=100) == {"para": Interval(1.0, 1.0, 1.0)}
+    row = {"sts": make_row(0)["sts"]}
+    shifted = {"sts": row["sts"] + 100}
+    check_interval(compare(row, shifted, labels, TASKS, num_resamples=100)["sts"], 0, 0, 0, 1e-12)
+
+
+def test_exchanged_rows_change_the_sign():
+    a, b, labels = make_row(0), make_row(1), make_labels()
+    there, back = (compare(*rows, labels, TASKS, num_resamples=100) for rows in ((a, b), (b, a)))
+    for name in there:
+        assert there[name].low < there[name].high
+        check_interval(there[name], -back[name].estimate, -back[name].high, -back[name].low, 1e-12)
+
+
+def test_compare_pairs_the_resamples():
+    """The difference of the arrays, narrower than the rows' own intervals when the rows are alike."""
+    a, labels = make_row(0), make_labels()
+    b = a | {"para": a["para"].copy()}
+    b["para"][:, 0] = 1 - b["para"][:, 0]  # one answer is another
+    found = compare(a, b, labels, TASKS, num_resamples=200)["para"]
+    means_a, means_b = (resampled_means(row, labels, TASKS, 200)["para"] for row in (a, b))
+    assert found == to_interval(means_a - means_b)
+    alone = interval(a, labels, TASKS, num_resamples=200)["para"]
+    assert 0 < found.high - found.low < alone.high - alone.low  # two unpaired: wider
+
+
+def test_same_seed_same_numbers_and_inputs_stay():
+    a, b, labels = make_row(0), make_row(1), make_labels()
+    for values in (a, b, labels):
+        for array in values.values():
+            array.setflags(write=False)  # an edit in place would raise
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy()
+    first = compare(a, b, labels, TASKS, num_resamples=50)
+    assert compare(a, b, labels, TASKS, num_resamples=50) == first
+    assert compare(a, b, labels, TASKS, num_resamples=50, seed=1) != first
+    assert np.array_equal(np.random.get_state()[1], before)
+    assert set(a) == set(b) == set(labels) == set(SIZES)
+
+
+@pytest.mark.parametrize(
+    "a, b, message",
+    [
+        ((3, 30), (3, 30), r"sst: predictions are \(3, 30\), labels \(31,\); expected \(seeds, examples\)"),
+        ((31,), (31,), r"sst: predictions are \(31,\), labels \(31,\)"),
+        ((0, 31), (0, 31), r"sst: predictions are \(0, 31\)"),
+        ((2, 31), (2, 31), r"numbers of seeds are {'sst': 2, 'para': 3}; expected the same for every task"),
+    ],
+)
+def test_seeds_or_examples_that_do_not_fit(a, b, message):
+    labels = make_labels()
+    rows = ({"sst": np.zeros(shape), "para": np.zeros((3, 57))} for shape in (a, b))
+    with pytest.raises(ValueError, match=message):
+        compare(*rows, labels, TASKS, num_resamples=5)
+
+
+@pytest.mark.parametrize(
+    "low, high, margin, up, down",
+    [
+        (0.01, 0.03, 0.0, "confirmed", "refuted"),
+        (-0.03, -0.01, 0.0, "refuted", "confirmed"),
+        (-0.01, 0.03, 0.0, "undecided", "undecided"),
+        (0.0, 0.03, 0.0, "undecided", "undecided"),  # touches
+        (2e-16, 0.03, 0.0, "undecided", "undecided"),  # so does this, but for rounding
+        (-0.03, -2e-16, 0.0, "undecided", "undecided"),
+        (0.0, 0.0, 0.0, "undecided", "undecided"),
+        (0.01, 0.03, 0.02, "undecided", "undecided"),
+        (0.03, 0.05, 0.02, "confirmed", "refuted"),
+        (-0.01, 0.01, 0.02, "refuted", "confirmed"),
+        (-0.01, 0.01, -0.02, "confirmed", "refuted"),
+        (math.nan, math.nan, 0.0, "undecided", "undecided"),
+    ],
+)
+def test_verdict(low, high, margin, up, down):
+    found = Interval((low + high) / 2, low, high)
+    assert verdict(found, 1, margin) == up and verdict(found, -1, margin) == down
+
+
+def test_verdict_needs_a_direction():
+    with pytest.raises(ValueError, match="direction is 0; expected 1 or -1"):
+        verdict(Interval(0.0, 0.0, 0.0), 0)

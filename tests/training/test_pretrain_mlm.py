@@ -1,0 +1,603 @@
+"""Masking, the tied prediction head against Hugging Face's, and pre-training runs: whole, stopped, refused.
+
+Shapes: B sentences, T padded length, H hidden_size, V vocab_size, M masked positions.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from bert import BertModel
+from config import DEFAULT_TASKS, TASKS
+from datasets import read_rows
+from optimizer import lr_factor
+from support.seeds import make_seed
+from tests.tiny import make_config, make_data, make_encoder
+from tokenizer import BertTokenizer
+from training import pretrain_mlm
+from training.pretrain_mlm import (
+    ENCODER_FILES,
+    LAST,
+    TENSORS_FILE,
+    BertForMaskedLM,
+    MaskedText,
+    evaluate,
+    get_args,
+    load_head,
+    main,
+    make_optimizer,
+    mask_tokens,
+    read_sentences,
+    train_step,
+)
+from training.sources import EXTRA_SOURCES
+
+V = 60
+NUM_SPECIAL = 5
+PAD, UNK, CLS, SEP, MASK = range(NUM_SPECIAL)
+IS_WORD = torch.arange(V) >= NUM_SPECIAL
+TINY = "--max_steps 8 --batch_size 16 --lr 0.01 --device cpu --precision fp32 --log_every 3 --save_every 2"
+
+REFERENCE = """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertForMaskedLM, BertModel
+
+inputs = load_file("inputs.safetensors")
+model = BertForMaskedLM.from_pretrained("model", attn_implementation="eager").eval()
+with torch.no_grad():
+    logits = model(**inputs).logits
+    model.save_pretrained("saved")
+    encoder = BertModel.from_pretrained("run", attn_implementation="eager").eval()
+    last = encoder(**inputs).last_hidden_state
+ids = AutoTokenizer.from_pretrained("run")("a b, cat")["input_ids"]
+save_file({"logits": logits, "last": last, "ids": torch.tensor(ids)}, "results.safetensors")
+"""
+
+
+def make_model(seed=0, **changes):
+    """A tiny model in which every parameter matters: no zero biases, no identity LayerNorm."""
+    model = BertForMaskedLM(BertModel(make_config(V, **changes)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
+    return model.eval()
+
+
+def make_input_ids(num_sentences, length, seed=0):
+    """Random words between [CLS] and [SEP], an [UNK], and padding up to (B, length + 4)."""
+    words = torch.randint(
+        NUM_SPECIAL, V, (num_sentences, length), generator=torch.Generator().manual_seed(seed)
+    )
+    special = torch.full((num_sentences, 1), CLS)
+    return torch.cat([special, words, special + UNK - CLS, special + SEP - CLS, special + PAD - CLS], dim=1)
+
+
+def make_batch(seed=0):
+    """B = 5 sentences, T = 11, masked."""
+    input_ids = make_input_ids(5, 7, seed)
+    masked, chosen = mask_tokens(input_ids, IS_WORD, MASK, 0.3, torch.Generator().manual_seed(seed))
+    attention_mask = (input_ids != PAD).long()
+    labels = input_ids[chosen]
+    return {"input_ids": masked, "attention_mask": attention_mask, "chosen": chosen, "labels": labels}
+
+
+def run(place, flags="", out="out"):
+    """Run the script on the tiny encoder and data; flags here override TINY. Returns the exit code."""
+    argv = f"--data_dir {place / 'data'} --pretrained {place / 'encoder'} --output_dir {place / out} {TINY} {flags}"
+    try:
+        return main(argv.split())
+    except SystemExit as stop:
+        return stop.code
+
+
+def stop_at(monkeypatch, step, act):
+    """Let `act` happen in the middle of that update (counted from 0) of the runs that follow."""
+    count = iter(range(step + 1))
+
+    def stopping_step(*args, **options):
+        if next(count, None) == step:
+            act()
+        return train_step(*args, **options)
+
+    monkeypatch.setattr(pretrain_mlm, "train_step", stopping_step)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Encoder, data, and in `run` what an undisturbed run gives."""
+    folder = tmp_path_factory.mktemp("mlm")
+    make_encoder(folder / "encoder")
+    make_data(folder / "data")
+    assert run(folder, out="run") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(place, run_transformers):
+    """What Hugging Face computes with our weights and with the encoder of the undisturbed run."""
+    model = make_model()
+    (place / "model").mkdir()
+    model.bert.config.to_json(place / "model" / "config.json")
+    weights = {f"bert.{name}": tensor for name, tensor in model.bert.state_dict().items()}
+    weights |= {f"cls.predictions.{name}": tensor for name, tensor in model.predictions.state_dict().items()}
+    save_file(weights, place / "model" / "model.safetensors", metadata={"format": "pt"})
+    batch = make_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    save_file(inputs, place / "inputs.safetensors")
+    run_transformers(REFERENCE, place)
+    return load_file(place / "results.safetensors")
+
+
+# --- masking -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlm_prob", [0.15, 0.4])
+def test_mask_rates(mlm_prob):
+    input_ids = make_input_ids(500, 100)
+    masked, chosen = mask_tokens(input_ids, IS_WORD, MASK, mlm_prob, torch.Generator().manual_seed(1))
+
+    def within(count, total, prob):  # 4 standard deviations of the binomial; the seed is fixed
+        return abs(count - total * prob) < 4 * math.sqrt(total * prob * (1 - prob))
+
+    total = int(chosen.sum())
+    assert within(total, int(IS_WORD[input_ids].sum()), mlm_prob)
+    after, before = masked[chosen], input_ids[chosen]
+    num_words = V - NUM_SPECIAL
+    assert within(int((after == MASK).sum()), total, 0.8)
+    assert within(int((after == before).sum()), total, 0.1 + 0.1 / num_words)  # kept, or drawn by chance
+    changed = after[(after != MASK) & (after != before)]
+    assert within(len(changed), total, 0.1 * (1 - 1 / num_words))
+    assert set(changed.tolist()) == set(range(NUM_SPECIAL, V))  # every word piece, no special token
+    assert torch.equal(masked[~chosen], input_ids[~chosen])
+
+
+def test_special_tokens_are_never_chosen_and_arguments_stay():
+    input_ids, is_word = make_input_ids(50, 20), IS_WORD.clone()
+    copy = input_ids.clone()
+    masked, chosen = mask_tokens(input_ids, is_word, MASK, 0.9, torch.Generator().manual_seed(0))
+    special = copy < NUM_SPECIAL
+    assert not chosen[special].any() and torch.equal(masked[special], copy[special])
+    assert torch.equal(input_ids, copy) and torch.equal(is_word, IS_WORD)
+
+
+def test_at_least_one_position_is_masked():
+    for seed in range(20):
+        input_ids = make_input_ids(1, 2, seed)
+        _, chosen = mask_tokens(input_ids, IS_WORD, MASK, 1e-6, torch.Generator().manual_seed(seed))
+        assert chosen.sum() == 1 and IS_WORD[input_ids[chosen]].all()
+    with pytest.raises(ValueError, match="special tokens only"):
+        mask_tokens(torch.tensor([[CLS, UNK, SEP]]), IS_WORD, MASK, 0.15, torch.Generator())
+
+
+def test_masks_depend_on_the_seed_only(place):
+    tokenizer = BertTokenizer.from_pretrained(place / "encoder")
+    text = MaskedText(["cat and dog", "a fox", "日", "the sea"], tokenizer, 20, 0.5)
+    assert len(text.lengths) == 3  # the sentence of which nothing but [UNK] is left has nothing to mask
+    rows = np.arange(3)
+    batches = [text.batch(rows, make_seed(7, step, 1)) for step in (0, 0, 1)]
+    same = [torch.equal(batches[0]["chosen"], batch["chosen"]) for batch in batches]
+    assert same == [True, True, False]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    original = text.sequences.pad(rows, PAD)["input_ids"]
+    assert torch.equal(batches[2]["labels"], original[batches[2]["chosen"]])
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+def test_logits_against_hugging_face(reference):
+    batch = make_batch()
+    with torch.no_grad():
+        logits = make_model()(batch["input_ids"], batch["attention_mask"], batch["chosen"])
+    assert logits.shape == (int(batch["chosen"].sum()), V) and logits.dtype == torch.float32
+    # Both sides compute in float32 and add in another order; logits are of order 1.
+    torch.testing.assert_close(logits, reference["logits"][batch["chosen"]], rtol=0, atol=2e-5)
+    with torch.no_grad():
+        loss = make_model().loss(batch)
+    expected = F.cross_entropy(reference["logits"][batch["chosen"]], batch["labels"])
+    torch.testing.assert_close(loss, expected, rtol=0, atol=2e-5)
+
+
+def test_head_comes_from_the_checkpoint(place, reference, tmp_path):
+    model = make_model()
+    for folder in (place / "model", place / "saved"):  # ours, and as Hugging Face saves it
+        loaded = BertForMaskedLM(BertModel.from_pretrained(folder))
+        assert load_head(loaded, str(folder)) == "5 of 5 weights loaded"
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("bert.pooler"):  # Hugging Face's masked model has none
+                assert torch.equal(loaded.state_dict()[name], tensor), name
+    # Names of the TensorFlow era, as bert-base-uncased has them, and one weight missing.
+    weights = load_file(place / "model" / "model.safetensors")
+    for new, old in (("weight", "gamma"), ("bias", "beta")):
+        name = "cls.predictions.transform.LayerNorm."
+        weights[name + old] = weights.pop(name + new)
+    del weights["cls.predictions.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    fresh = BertForMaskedLM(BertModel(model.bert.config))
+    assert load_head(fresh, str(tmp_path)) == "4 of 5 weights loaded; new: bias"
+    for name in ("weight", "bias"):
+        name = f"transform.LayerNorm.{name}"
+        assert torch.equal(fresh.predictions.state_dict()[name], model.predictions.state_dict()[name])
+
+
+def test_new_head_is_initialised_as_bert_does(place):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertModel(make_config(V, hidden_size=128)))
+    assert load_head(model, str(place / "encoder")).startswith("0 of 5 weights loaded; new: bias, ")
+    transform = model.predictions.transform
+    std = transform["dense"].weight.std().item()
+    assert abs(std - 0.02) < 4 * 0.02 / math.sqrt(2 * 128**2)  # 4 standard errors of a normal's std
+    assert not model.predictions.bias.any() and not transform["dense"].bias.any()
+    assert (transform["LayerNorm"].weight == 1).all() and not transform["LayerNorm"].bias.any()
+
+
+def test_word_embedding_is_tied_and_its_gradient_has_both_parts():
+    model, batch = make_model(), make_batch()
+    weight = model.bert.embeddings.word_embeddings.weight
+    assert [name for name, param in model.named_parameters() if param.shape == weight.shape] == [
+        "bert.embeddings.word_embeddings.weight"
+    ]
+    model.loss(batch).backward()
+    tied = weight.grad.clone()
+    model.zero_grad()
+    # The same with a second matrix in the decoder: the two gradients are the parts.
+    decoder = weight.detach().clone().requires_grad_()
+    hidden_states = model.bert(batch["input_ids"], batch["attention_mask"])["last_hidden_state"][
+        batch["chosen"]
+    ]
+    transform = model.predictions.transform
+    hidden_states = transform["LayerNorm"](F.gelu(transform["dense"](hidden_states)))
+    logits = F.linear(hidden_states, decoder, model.predictions.bias)
+    F.cross_entropy(logits, batch["labels"]).backward()
+    assert weight.grad.abs().max() > 0.01 and decoder.grad.abs().max() > 0.01
+    # Sums of float32 numbers of order 0.1, in another order.
+    torch.testing.assert_close(tied, weight.grad + decoder.grad, rtol=0, atol=1e-6)
+
+
+def test_one_update_changes_every_trainable_parameter_and_not_the_pooler():
+    model = make_model().train()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = make_optimizer(model, 0.01, 0.01)
+    decays, rest = (group["params"] for group in optimizer.param_groups)
+    assert all(param.ndim == 2 for param in decays) and all(param.ndim == 1 for param in rest)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    loss, grad_norm = train_step(model, optimizer, make_batch(), seed=0, clip_norm=1.0)
+    assert loss > 0 and grad_norm > 0
+    for name, param in model.named_parameters():
+        if not name.endswith("key.bias"):  # softmax ignores it: its gradient is rounding, it may stay
+            assert torch.equal(param, before[name]) == name.startswith("bert.pooler."), name
+
+
+def test_update_repeats_and_clips():
+    models = [make_model().train() for _ in range(3)]
+    results = []
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        results.append(
+            train_step(model, make_optimizer(model, 0.01, 0.0), make_batch(), seed=seed, clip_norm=0.1)
+        )
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        # float32: the norm of a clipped gradient is the limit but for rounding and torch's epsilon of 1e-6.
+        assert math.sqrt(sum(float(grad.square().sum()) for grad in grads)) == pytest.approx(0.1, rel=1e-4)
+    assert results[0] == results[1] != results[2]  # dropout follows the seed
+
+
+def test_loss_falls_on_a_tiny_corpus(place):
+    tokenizer = BertTokenizer.from_pretrained(place / "encoder")
+    text = MaskedText(["a b c d e f g h", "h g f e d c b a"] * 4, tokenizer, 20, 0.15)
+    torch.manual_seed(0)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForMaskedLM(BertModel(make_config(len(tokenizer), **no_dropout))).train()
+    optimizer = make_optimizer(model, 0.01, 0.01)
+    losses = [
+        train_step(model, optimizer, text.batch(np.arange(8), make_seed(step)), seed=step, clip_norm=1.0)[0]
+        for step in range(80)
+    ]
+    # At first all of the vocabulary is as likely; in the end less than a guess among the eight letters costs.
+    assert losses[0] == pytest.approx(math.log(len(tokenizer)), abs=0.3)
+    assert sum(losses[-10:]) / 10 < 0.5 * math.log(8)
+
+
+def test_loss_that_is_not_finite_changes_nothing():
+    model = make_model()
+    with torch.no_grad():
+        model.predictions.bias[7] = math.inf
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    with pytest.raises(pretrain_mlm.UserError, match="smaller --lr"):
+        train_step(model, make_optimizer(model, 0.01, 0.0), make_batch(), seed=0, clip_norm=1.0)
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
+def test_evaluation_repeats_without_dropout_and_keeps_the_mode(place):
+    tokenizer = BertTokenizer.from_pretrained(place / "encoder")
+    text = MaskedText(["a cat", "the dog ran", "a fox and a hen", "sea"], tokenizer, 20, 0.5)
+    model = BertForMaskedLM(BertModel(make_config(len(tokenizer)))).train()
+    losses = [evaluate(model, text, 3, seed, nullcontext) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2] and model.training
+    # The mean is over positions, not over batches.
+    order = np.argsort(text.lengths, kind="stable")
+    batches = [text.batch(rows, make_seed(0, start)) for start, rows in ((0, order[:3]), (3, order[3:]))]
+    model.eval()
+    with torch.no_grad():
+        total = sum(model.loss(batch, reduction="sum").item() for batch in batches)
+    assert losses[0] == total / sum(len(batch["labels"]) for batch in batches)
+    evaluate(model, text, 3, 0, nullcontext)
+    assert not model.training
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(tmp_path):
+    data = make_data(tmp_path / "data")
+    for task in ("sst", "sts"):  # dev and test rows in a train file
+        train = data / TASKS[task].files["train"]
+        with open(train, encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file, delimiter="\t")
+        places = [header.index(column) for column in TASKS[task].text_columns]
+        for split in ("dev", "test"):
+            leaked = read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
+            for number, texts in enumerate(leaked):
+                row = list(rows[0])
+                row[header.index("id")] = f"{split}{number}"
+                for column, text in zip(places, texts, strict=True):
+                    row[column] = text
+                rows.append(row)
+        with open(train, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
+    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
+    assert args.tasks == DEFAULT_TASKS
+    sentences, dev = read_sentences(args)
+    found = {
+        split: {
+            text
+            for task in args.tasks
+            for texts in read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
+            for text in texts
+        }
+        for split in ("train", "dev", "test")
+    }
+    assert len(found["train"] & found["dev"]) > 10 and len(found["train"] & found["test"]) > 10
+    assert sorted(sentences) == sorted(found["train"] - found["dev"] - found["test"])
+    assert sorted(dev) == sorted(found["dev"])
+    args.eval_max_examples = 7
+    assert len(read_sentences(args)[1]) == 7 and read_sentences(args)[1] == read_sentences(args)[1]
+    for spec in TASKS.values():
+        (data / spec.files["test"]).unlink()  # may be absent
+    assert sorted(read_sentences(args)[0]) == sorted(found["train"] - found["dev"])
+
+
+def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
+    """Sentences of a source are added, but none that a dev file has too, be it in capitals or without its full stop."""
+    data = make_data(tmp_path / "data")
+    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
+    before, dev = read_sentences(args)
+    with open(data / EXTRA_SOURCES["sick"].files[0], "a", encoding="utf-8") as file:
+        file.write(f"{dev[0].upper()} !\tA new sentence\t3\n")
+    assert read_sentences(args)[0] == before
+    args.extra_data = {"sick": None}
+    after, _ = read_sentences(args)
+    assert "A new sentence" in after and f"{dev[0].upper()} !" not in after
+    assert set(before) < set(after) and "11 examples from sick" in capsys.readouterr().out
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_finished_folder(place, reference):
+    folder = place / "run"
+    assert {path.name for path in folder.iterdir()} == {*ENCODER_FILES, "args.json", "metrics.jsonl"}
+    settings = json.loads((folder / "args.json").read_text())
+    assert settings["args"]["max_steps"] == 8 and settings["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "dev_loss" in line) for line in lines] == [
+        (0, True),
+        (3, False),
+        (6, False),
+        (8, False),
+        (8, True),
+    ]
+    assert lines[-1]["dev_loss"] < lines[0]["dev_loss"] - 0.5
+    trained, start = (BertModel.from_pretrained(path) for path in (folder, place / "encoder"))
+    for name, tensor in trained.state_dict().items():
+        changed = not torch.equal(tensor, start.state_dict()[name])
+        assert changed != name.startswith("pooler."), name
+    batch = make_batch()
+    with torch.no_grad():
+        last = trained(batch["input_ids"], batch["attention_mask"])["last_hidden_state"]
+    real = batch["attention_mask"].bool()
+    # float32 on both sides; hidden states are of order 1 after LayerNorm.
+    torch.testing.assert_close(last[real], reference["last"][real], rtol=0, atol=2e-5)
+    assert BertTokenizer.from_pretrained(folder).encode("a b, cat")["input_ids"] == reference["ids"].tolist()
+
+
+def test_learning_rate_and_log(place, monkeypatch):
+    rates, losses = [], []
+
+    def watched_step(model, optimizer, *args, **options):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        result = train_step(model, optimizer, *args, **options)
+        losses.append(result[0])
+        return result
+
+    monkeypatch.setattr(pretrain_mlm, "train_step", watched_step)
+    assert run(place, "--warmup_ratio 0.25", "rates") == 0
+    factors = [lr_factor("linear", step, warmup_steps=2, total_steps=8) for step in range(8)]
+    assert rates == [[0.01 * factor] * 2 for factor in factors]
+    lines = [json.loads(line) for line in (place / "rates" / "metrics.jsonl").read_text().splitlines()]
+    means = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    windows = {3: losses[:3], 6: losses[3:6], 8: losses[6:]}
+    assert means == {step: sum(window) / len(window) for step, window in windows.items()}
+
+
+@pytest.mark.parametrize(
+    "act, code, saved",
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 5),  # finishes the update, saves, ends
+        (interrupt, 130, 4),  # ends at once, as a kill does: back to the last save
+    ],
+    ids=["signal", "kill"],
+)
+def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act, code, saved):
+    out = f"stopped{code}"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, act)
+        assert run(place, out=out) == code
+    folder = place / out
+    assert (folder / LAST).exists() and not (folder / "config.json").exists()
+    for flags, name in (("--lr 0.02", "--lr"), ("--mlm_prob 0.2", "--mlm_prob"), ("--tasks sst", "--tasks")):
+        capsys.readouterr()
+        before = (folder / LAST / TENSORS_FILE).read_bytes()
+        assert run(place, flags, out) == 2
+        error = capsys.readouterr().err
+        assert name in error and "was started with" in error and error.count("\n") == 1
+        assert (folder / LAST / TENSORS_FILE).read_bytes() == before
+    assert run(place, out=out) == 0
+    assert f"at step {saved}\n" in capsys.readouterr().out
+    assert not (folder / LAST).exists()
+    for name in ("model.safetensors", "config.json", "metrics.jsonl", "vocab.txt"):
+        assert (folder / name).read_bytes() == (place / "run" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("call", "saved"), [(1, None), (2, 8)])
+def test_signal_in_an_evaluation(place, monkeypatch, capsys, call, saved):
+    """It is given up; before the first step there is nothing to save, after the last the encoder is not written yet."""
+    calls = iter(range(1, 9))
+
+    def stopped(*args):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    out = f"evaluation{call}"
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_mlm, "evaluate", stopped)
+        assert run(place, out=out) == 143
+    assert (place / out / LAST).exists() == bool(saved) and not (place / out / "config.json").exists()
+    assert run(place, out=out) == 0
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (place / out / name).read_bytes() == (place / "run" / name).read_bytes(), name
+
+
+def test_lack_of_memory_names_the_batch(place, monkeypatch, capsys):
+    def no_memory(*args, **options):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(pretrain_mlm, "train_step", no_memory)
+    capsys.readouterr()
+    assert run(place, out="memory") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(
+        r"word pieces\) \(\d+, \d+\); try a smaller --batch_size", error
+    )
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(place, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, interrupt)
+        assert run(place, "--save_every 2", out="damaged") == 130
+    path = place / "damaged" / LAST / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert run(place, "--save_every 2", out="damaged") == 0
+    printed = capsys.readouterr().out
+    assert f"warning: {path}: damaged" in printed and "at step 2\n" in printed
+    assert not list((place / "damaged").glob("last*"))
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (place / "damaged" / name).read_bytes() == (place / "run" / name).read_bytes(), name
+
+
+def test_run_that_ended_before_its_first_save_starts_anew(place, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, interrupt)
+        assert run(place, out="early") == 130
+    assert not (place / "early" / LAST).exists()
+    assert run(place, "--lr 0.02", out="early") == 0
+    assert json.loads((place / "early" / "args.json").read_text())["args"]["lr"] == 0.02
+
+
+def test_other_data_are_refused_on_resume(place, monkeypatch, capsys, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, interrupt)
+        assert run(place, out="data_run") == 130
+    capsys.readouterr()
+    assert run(place, f"--data_dir {make_data(tmp_path / 'other', start=30)}", "data_run") == 2
+    assert "not the sentences" in capsys.readouterr().err
+
+
+def test_finished_run_is_kept_without_overwrite(place, capsys, tmp_path):
+    assert run(place, out="again") == 0
+    kept = (place / "again" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run(place, "--seed 5", "again") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (place / "again" / "model.safetensors").read_bytes() == kept
+    assert run(place, "--seed 5 --overwrite", "again") == 0
+    assert (place / "again" / "model.safetensors").read_bytes() != kept
+    assert len((place / "again" / "metrics.jsonl").read_text().splitlines()) == 5
+    # --overwrite is for our own runs: neither another encoder's folder nor the one that is read.
+    assert run(place, "--overwrite", "encoder") == 2
+    assert "not this script's" in capsys.readouterr().err and (place / "encoder" / "config.json").exists()
+    assert run(place, f"--overwrite --pretrained {place / 'again'}", "again") == 2
+    assert "--pretrained itself" in capsys.readouterr().err and (place / "again" / "config.json").exists()
+
+
+def test_epochs_give_the_length(place, capsys):
+    args = f"--data_dir {place / 'data'} --pretrained {place / 'encoder'} --device cpu --batch_size 64 --epochs 1.2"
+    assert main([*args.split(), "--output_dir", str(place / "epochs")]) == 0
+    num_sentences = int(capsys.readouterr().out.split()[0])
+    lines = (place / "epochs" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == math.ceil(1.2 * math.ceil(num_sentences / 64))
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--mlm_prob 0", "--mlm_prob"),
+        ("--mlm_prob 1", "--mlm_prob"),
+        ("--max_steps 0", "--max_steps"),
+        ("--epochs 1 --max_steps 3", "--epochs"),
+        ("--batch_size 0", "--batch_size"),
+        ("--max_length 2", "--max_length"),
+        ("--warmup_ratio 1", "--warmup_ratio"),
+        ("--tasks sst,foo", "--tasks"),
+        ("--schedule step", "--schedule"),
+        ("--device moon", "--device moon"),
+        ("--data_dir nowhere", "nowhere"),
+        ("--pretrained /nowhere/at/all", "--pretrained"),
+        ("--output_dir", "--output_dir"),
+        ("--log 3", "--log"),
+    ],
+)
+def test_bad_flags_end_in_one_line(place, capsys, flags, named):
+    capsys.readouterr()
+    assert run(place, flags, "bad") == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1 and error.startswith("training.pretrain_mlm: error: ")
+    assert not (place / "bad").exists()
+
+
+def test_bad_row_names_file_and_line(place, capsys, tmp_path):
+    data = make_data(tmp_path / "data")
+    path = data / TASKS["sst"].files["train"]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[3] = lines[3].rstrip("\n")[:-1] + "x\n"
+    path.write_text("".join(lines), encoding="utf-8")
+    assert run(place, f"--data_dir {data}", "bad") == 2
+    error = capsys.readouterr().err
+    assert f"{path}:4" in error and error.count("\n") == 1
