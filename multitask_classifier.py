@@ -49,12 +49,10 @@ from support.files import file_digest, lock_folder, write_text
 from support.seeds import make_seed
 from tokenizer import BertTokenizer
 from training.checkpoint import SUMS_FILE, find_damage, load_model, load_state, need_checkpoint
-from training.flags import (
-    HEAD_DROPOUT_PROB,
-    RESUME_MAY_CHANGE,
+from training.flags import RESUME_MAY_CHANGE, get_args
+from training.resolve import (
     check_outputs,
     default_output_dir,
-    get_args,
     head_name,
     idle_flags,
     prediction_file,
@@ -72,6 +70,7 @@ from training.run_folder import (
     say_circumstances,
     write_args,
 )
+from training.settings import HEAD_DROPOUT_PROB
 
 
 @dataclass

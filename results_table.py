@@ -29,17 +29,9 @@ from support.command_line import OneLineParser, number, run_script
 from support.device import is_bf16_fast
 from support.errors import UserError
 from support.files import ROOT, read_json
-from training.flags import (
-    COUNT,
-    FILES,
-    MODES,
-    READING_MAY_CHANGE,
-    RESUME_MAY_CHANGE,
-    data_file,
-    given_flags,
-    read_run,
-)
+from training.flags import COUNT, FILES, MODES, READING_MAY_CHANGE, RESUME_MAY_CHANGE, given_flags, read_run
 from training.flags import get_args as get_run_args
+from training.resolve import data_file
 from training.sources import EXTRA_SOURCES
 
 # What a run is told besides its row's flags. Three evaluations on a part of dev choose the best checkpoint, which is

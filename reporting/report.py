@@ -28,7 +28,8 @@ from reporting.read_run import read_metrics, read_scores
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import whole_file, write_text
-from training.flags import data_file, head_name, prediction_file, read_run
+from training.flags import read_run
+from training.resolve import data_file, head_name, prediction_file
 from training.run_folder import ARGS_FILE, read_args_file
 
 CLASS_NAMES = {  # other tasks' classes go by their numbers

@@ -11,7 +11,7 @@ from heads import HEADS
 from support.files import file_digest
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
-from training.flags import cache_dir, data_file, head_name
+from training.resolve import cache_dir, data_file, head_name
 from training.sources import EXTRA_SOURCES, add_sources, held_out_keys
 from training.token_cache import tokenize_cached
 

@@ -44,7 +44,7 @@ from tests.campaign.forks import (
 )
 from tests.tiny import SAMPLE
 from tokenizer import BertTokenizer
-from training import checkpoint, flags, token_cache
+from training import checkpoint, flags, resolve, token_cache
 from training.checkpoint import SUMS_FILE
 from training.sources import EXTRA_SOURCES, add_sources
 
@@ -491,7 +491,7 @@ class Fuzzer:
     def _read_encoder(self, path: Path) -> None:
         args = flags.get_args(["--pretrained", str(path.parent)])
         bert, tokenizer = multitask_classifier.load_encoder(args, path.parent)
-        flags.resolve_machine(args, bert.config)
+        resolve.resolve_machine(args, bert.config)
         batch = tokenizer.encode("some words, and more.", args.max_length)
         batch = {name: torch.tensor([ids]) for name, ids in batch.items()}
         with torch.no_grad():

@@ -6,7 +6,8 @@ from config import DEFAULT_TASKS
 from evaluation import OVERALLS
 from reporting.poster import CLAIMS, POSTER_TEST, ROWS, Claim, TableRow, difference
 from reporting.table_pages import claimed_value, poster_scores, with_mean
-from training.flags import get_args, idle_flags
+from training.flags import get_args
+from training.resolve import idle_flags
 
 POSTER = {  # title: overall, sentiment, paraphrase, similarity
     "minBERT (sentiment alone)": (None, 0.528, None, None),

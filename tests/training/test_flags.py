@@ -16,7 +16,8 @@ from support.errors import UserError
 from tests.tiny import make_data, make_encoder
 from training import flags as flags_module
 from training import run_folder, token_cache
-from training.flags import cache_dir, get_args, idle_flags, make_parser, resolve_args
+from training.flags import get_args, make_parser
+from training.resolve import cache_dir, idle_flags, resolve_args
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu --head_lr 0.01 --lr 0.01"
 FLAGS = {action.dest for action in make_parser()._actions} - {"help"}
