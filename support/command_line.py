@@ -7,13 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from support.device import is_out_of_memory, keep_freed_memory
 from support.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+Result = TypeVar("Result")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -59,23 +60,49 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGINT came, and nothing had to be finished first."""
 
 
-class Signals(list):
-    """Numbers of the signals that have come, for work that stops where it can be taken up again."""
+class StopRequest:
+    """Whether a signal has asked this process to stop, for work that stops where it can be taken up again."""
 
     def __init__(self):
-        super().__init__()
-        self.interrupts = False
+        self.signal_number: int | None = None
+        self._is_interruptible = False
 
-    @contextmanager
-    def stop_at_once(self):
-        """Raise `Stopped` when one comes; for long parts that change nothing."""
-        self.interrupts = True
+    @property
+    def requested(self) -> bool:
+        return self.signal_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal has ended."""
+        return 128 + self.signal_number
+
+    def receive(self, number: int, frame=None) -> None:
+        """The signal handler. A second signal ends the process at once."""
+        self.signal_number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if self._is_interruptible:
+            raise Stopped
+
+    def interruptible(self, work: Callable[[], Result]) -> Result | None:
+        """Do long work that changes nothing, unless or until a stop is requested.
+
+        Returns:
+            what `work` returns; None if a stop was requested before or meanwhile.
+        """
+        if self.requested:
+            return None
         try:
-            if self:
-                raise Stopped
-            yield
-        finally:
-            self.interrupts = False
+            try:
+                self._is_interruptible = True
+                return work()
+            finally:
+                self._is_interruptible = False
+        except (Exception, Stopped):
+            # Whatever a library has made of our exception on its way here, the stop is what it was about.
+            if not self.requested:
+                raise
+            return None
 
 
 @contextmanager
@@ -94,18 +121,10 @@ def handle_signals(receive: Callable):
 
 @contextmanager
 def catch_signals():
-    """Collect SIGINT and SIGTERM in the `Signals` that this yields; a second one ends the process at once."""
-    signals = Signals()
-
-    def receive(number, frame):
-        signals.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        if signals.interrupts:
-            raise Stopped
-
-    with handle_signals(receive):
-        yield signals
+    """Note SIGINT and SIGTERM in the `StopRequest` that this yields; a second one ends the process at once."""
+    stop = StopRequest()
+    with handle_signals(stop.receive):
+        yield stop
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -83,11 +83,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_memory(explain: Callable[[], str]):
-    """Turn a lack of memory into one line that says for what, and what makes it smaller."""
+def out_of_memory_hint(hint: Callable[[], str]):
+    """Turn a lack of memory into one line that says for what, and what would need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory {explain()}") from None
+        raise UserError(f"out of memory {hint()}") from None

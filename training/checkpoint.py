@@ -24,6 +24,7 @@ from tokenizer import BertTokenizer
 
 SUMS_FILE = "SHA256SUMS"  # written last: a folder that holds it is complete
 STATE_FILE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
 
 # --- checkpoint folders ------------------------------------------------------------------------------------------
@@ -199,6 +200,11 @@ def load_state(folder: Path) -> dict:
         UserError: if it is missing or damaged.
     """
     return read_json(folder / STATE_FILE)
+
+
+def add_moments(optimizer: torch.optim.Optimizer, param: torch.Tensor, step: int) -> None:
+    """Make room for the moments of a parameter that was updated `step` times, to be loaded into."""
+    optimizer.state[param] = {"step": step, **{name: torch.zeros_like(param) for name in MOMENTS}}
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
