@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from base_bert import check_vocab_size, find_weights, resolve_pretrained
+from base_bert import find_weights, resolve_pretrained
 from bert import BertModel
 from config import TASKS, TaskSpec
 from datasets import BatchOrder, Rows, TaskData, limit_examples, plan_slots
@@ -47,7 +47,7 @@ from support.errors import UserError
 from support.files import file_digest, lock_folder, write_text
 from support.seeds import make_seed
 from tokenizer import BertTokenizer
-from training.checkpoint import SUMS_FILE, find_damage, load_model, load_state, need_checkpoint
+from training.checkpoint import load_model, load_state, need_checkpoint
 from training.flags import RESUME_MAY_CHANGE, get_args
 from training.metrics import Progress, average, step_record
 from training.resolve import (
@@ -59,19 +59,25 @@ from training.resolve import (
     resolve_args,
     resolve_machine,
 )
-from training.run_data import fingerprint, read_data, read_split, read_test_rows, tokenize_split
+from training.run_data import (
+    fingerprints,
+    load_encoder,
+    read_data,
+    read_split,
+    read_test_rows,
+    tokenize_split,
+)
 from training.run_folder import (
     Run,
     begin_run,
-    changed_flags,
     check_free,
+    check_same_run,
     find_last,
-    format_changed_circumstances,
     read_args_file,
     write_args,
 )
 from training.settings import LoopSettings, ModelSettings, OutputSettings, RunSettings, StepSettings
-from training.skipped_steps import find_bad_examples, format_bad_examples
+from training.skipped_steps import log_skipped_step
 
 
 @dataclass
@@ -328,41 +334,6 @@ def find_warnings(
     ]
 
 
-def log_skipped_step(
-    run: Run,
-    result: StepResult,
-    examples: list[tuple[str, list[np.ndarray]]],
-    train_data: dict[str, TaskData],
-) -> None:
-    """Count, print and log a step that was skipped because something was not finite.
-
-    Raises:
-        UserError: after --max_bad_steps of them in a row.
-    """
-    state, max_bad_steps = run.state, run.settings.loop.max_bad_steps
-    state.bad_steps += 1
-    state.skipped_steps += 1
-    drawn: dict[str, list[int]] = {}
-    for task, batches in examples:
-        drawn.setdefault(task, []).extend(n for batch in batches for n in batch)
-    bad = find_bad_examples(
-        run.model,
-        run.memory,
-        result,
-        drawn,
-        train_data,
-        pad_token_id=run.tokenizer.pad_token_id,
-        autocast=run.settings.step.autocast,
-    )
-    run.log({"step": state.step, "skipped": bad})
-    tqdm.write(f"warning: step {state.step} skipped for all tasks: {format_bad_examples(bad)}")
-    if state.bad_steps >= max_bad_steps:
-        raise UserError(
-            f"{max_bad_steps} steps in a row without a finite loss and gradient (--max_bad_steps);"
-            f" try a smaller --lr, or look at the examples named above; {run.last_saved_text()}"
-        )
-
-
 def stop_run(run: Run, stop: StopRequest) -> None:
     """Save what is not saved yet, say how to go on, and end the process."""
     step = run.state.step
@@ -471,23 +442,6 @@ def write_predictions(
 # --- a run from the command line ---------------------------------------------------------------------------------
 
 
-def load_encoder(source: str | Path, hidden_dropout_prob: float | None) -> tuple[BertModel, BertTokenizer]:
-    """The encoder and tokenizer to start from, or those of a checkpoint.
-
-    Args:
-        source: as --pretrained has it.
-        hidden_dropout_prob: in place of the checkpoint's own; None keeps that.
-    """
-    damage = find_damage(Path(source)) if (Path(source) / SUMS_FILE).is_file() else None
-    if damage:
-        raise UserError(f"--pretrained {source}: {damage}")
-    tokenizer = BertTokenizer.from_pretrained(source)
-    overrides = {} if hidden_dropout_prob is None else {"hidden_dropout_prob": hidden_dropout_prob}
-    bert = BertModel.from_pretrained(source, **overrides)
-    check_vocab_size(len(tokenizer), bert.config.vocab_size, source)
-    return bert, tokenizer
-
-
 def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
     """The model on top of an encoder; the heads' first weights depend on --seed only."""
     torch.manual_seed(make_seed(settings.seed))
@@ -500,10 +454,6 @@ def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
         head_dropout_prob=settings.head_dropout_prob,
         freeze_encoder=settings.freeze_encoder,
     )
-
-
-def fingerprints(rows: dict[str, Rows]) -> dict[str, str]:
-    return {task: fingerprint(found) for task, found in rows.items()}
 
 
 def start(args: Namespace) -> None:
@@ -532,7 +482,7 @@ def start(args: Namespace) -> None:
     }
     stored = None
     if args.resume:
-        stored = check_same_run(settings, last, facts)
+        stored = check_same_run(settings, last, facts, RESUME_MAY_CHANGE)
         facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
     else:
         check_free(folder, args.overwrite)
@@ -563,30 +513,6 @@ def start(args: Namespace) -> None:
         )
         raise
     print(f"run folder: {folder}" + draw_curves(folder))
-
-
-def check_same_run(settings: RunSettings, last: Path | None, facts: dict) -> dict:
-    """Refuse to go on with other data, settings or encoder; returns what the run's `args.json` holds."""
-    folder = settings.output.folder
-    stored = read_args_file(folder)
-    if stored["data"] != facts["data"]:
-        raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
-    if last:
-        copy = read_args_file(last)
-        changed = ["the data"] if copy["data"] != facts["data"] else []
-        changed += changed_flags(copy["args"], settings.flags, RESUME_MAY_CHANGE)
-        if changed:
-            raise UserError(
-                f"{folder / 'args.json'}: is not that of {last}: {', '.join(changed)}; restore it from {last}, or"
-                " start anew with --overwrite"
-            )
-    elif stored.get("encoder_sha256") != facts["encoder_sha256"]:
-        pretrained = settings.flags["pretrained"]
-        raise UserError(f"--resume: --pretrained {pretrained} is not what {folder} was started with")
-    warning = format_changed_circumstances(stored, settings.device)
-    if warning:
-        print(f"warning: {warning}")
-    return stored
 
 
 def evaluate_again(args: Namespace) -> None:

@@ -3,12 +3,16 @@
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from kernels.flat_memory import FlatMemory
 from pcgrad import cosine_matrix
+
+if TYPE_CHECKING:
+    from multitask_classifier import StepResult
 
 
 def pair_values(matrix: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
@@ -17,8 +21,8 @@ def pair_values(matrix: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
     return {f"{a}-{b}": values[i][j] for i, a in enumerate(tasks) for j, b in enumerate(tasks) if i < j}
 
 
-def step_record(result, memory: FlatMemory) -> dict:
-    """A `multitask_classifier.StepResult` as plain numbers; tasks without a batch are left out."""
+def step_record(result: "StepResult", memory: FlatMemory) -> dict:
+    """A `StepResult` as plain numbers; tasks without a batch are left out."""
     present = [k for k, loss in enumerate(result.losses.tolist()) if not math.isnan(loss)]
     names = [memory.tasks[k] for k in present]
     gram = result.gram[present][:, present]

@@ -1,13 +1,18 @@
-"""The data of a run: the files that the flags name are read, checked, reported on and tokenized."""
+"""What a run starts from: the data files are read, checked, reported on and tokenized, the encoder is loaded."""
 
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
+from base_bert import check_vocab_size
+from bert import BertModel
 from config import TASKS
 from datasets import Rows, TaskData, read_rows, warning_lines
+from support.errors import UserError
 from support.files import file_digest
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
+from training.checkpoint import SUMS_FILE, find_damage
 from training.settings import DataSettings, TokenSettings
 from training.sources import EXTRA_SOURCES, add_sources, held_out_keys
 from training.token_cache import tokenize_cached
@@ -100,3 +105,24 @@ def tokenize_split(
         if num_cut:
             print(f"{rows.path}: {num_cut} sequences reach the limit of {settings.max_length} word pieces")
     return data
+
+
+def fingerprints(rows: dict[str, Rows]) -> dict[str, str]:
+    return {task: fingerprint(found) for task, found in rows.items()}
+
+
+def load_encoder(source: str | Path, hidden_dropout_prob: float | None) -> tuple[BertModel, BertTokenizer]:
+    """The encoder and tokenizer to start from, or those of a checkpoint.
+
+    Args:
+        source: as --pretrained has it.
+        hidden_dropout_prob: in place of the checkpoint's own; None keeps that.
+    """
+    damage = find_damage(Path(source)) if (Path(source) / SUMS_FILE).is_file() else None
+    if damage:
+        raise UserError(f"--pretrained {source}: {damage}")
+    tokenizer = BertTokenizer.from_pretrained(source)
+    overrides = {} if hidden_dropout_prob is None else {"hidden_dropout_prob": hidden_dropout_prob}
+    bert = BertModel.from_pretrained(source, **overrides)
+    check_vocab_size(len(tokenizer), bert.config.vocab_size, source)
+    return bert, tokenizer

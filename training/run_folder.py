@@ -221,6 +221,32 @@ def find_last(folder: Path, eval_every: int | None) -> Path | None:
     return last
 
 
+def check_same_run(
+    settings: RunSettings, last: Path | None, facts: dict, may_change: Collection[str]
+) -> dict:
+    """Refuse to go on with other data, settings or encoder; returns what the run's `args.json` holds."""
+    folder = settings.output.folder
+    stored = read_args_file(folder)
+    if stored["data"] != facts["data"]:
+        raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
+    if last:
+        copy = read_args_file(last)
+        changed = ["the data"] if copy["data"] != facts["data"] else []
+        changed += changed_flags(copy["args"], settings.flags, may_change)
+        if changed:
+            raise UserError(
+                f"{folder / ARGS_FILE}: is not that of {last}: {', '.join(changed)}; restore it from {last}, or"
+                " start anew with --overwrite"
+            )
+    elif stored.get("encoder_sha256") != facts["encoder_sha256"]:
+        pretrained = settings.flags["pretrained"]
+        raise UserError(f"--resume: --pretrained {pretrained} is not what {folder} was started with")
+    warning = format_changed_circumstances(stored, settings.device)
+    if warning:
+        print(f"warning: {warning}")
+    return stored
+
+
 # --- a run -------------------------------------------------------------------------------------------------------
 
 
