@@ -22,13 +22,15 @@ from config import DEFAULT_TASKS, TASKS
 from datasets import TaskData, read_rows
 from evaluation import TASK_KINDS, read_predictions, summarise
 from heads import HEADS, PAIR_HEADS, MultitaskBERT
-from multitask_classifier import average, main, train_step
+from multitask_classifier import main, train_step
 from optimizer import AdamW
 from pcgrad import cosine_matrix
+from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
 from tests.test_pcgrad import draw_orders, textbook_pcgrad
 from tests.tiny import make_config, make_data, make_encoder, shared_grads
+from training.metrics import Progress, average
 from training.run_folder import Run
 
 TINY = "--batch_size 4 --device cpu --lr 0.003 --head_lr 0.01 --log_every 2"
@@ -293,7 +295,7 @@ def test_step_in_bfloat16_is_near_that_in_float32(accumulate):
             (task, [make_batch(task, seed=k + part) for part in range(accumulate)])
             for k, task in enumerate(DEFAULT_TASKS)
         ]
-        autocast = multitask_classifier.make_autocast("cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
+        autocast = make_autocast("cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
         result = train_step(
             model, memory, optimizer, slots, step=0, seed=0, grad_method="sum", autocast=autocast
         )
@@ -704,25 +706,17 @@ def test_nothing_undamaged_is_an_error_and_changes_nothing(place, no_plot, capsy
     assert (read_run(folder), (folder / "args.json").read_bytes()) == before
 
 
-def test_damaged_best_is_made_again_from_here_on(place, no_plot, capsys):
-    assert main(command(place, "no_best", "--max_steps 2 --eval_every 1")) == 0
-    folder = place / "no_best"
+@pytest.mark.parametrize("max_steps", [2, 3])  # finished, or to go on
+def test_damaged_best_is_made_again_from_here_on(place, no_plot, capsys, max_steps):
+    folder = place / f"no_best{max_steps}"
+    assert main(command(place, folder.name, "--max_steps 2 --eval_every 1")) == 0
     (folder / "best" / "model.safetensors").write_bytes(b"x")
     assert main(["--output_dir", str(folder), "--eval_only"]) == 2
     assert "best/model.safetensors: damaged" in capsys.readouterr().err
-    assert main(["--output_dir", str(folder), "--resume", "--max_steps", "3"]) == 0
+    assert main(["--output_dir", str(folder), "--resume", "--max_steps", str(max_steps)]) == 0
     assert "the best checkpoint from step 2 on will take its place" in capsys.readouterr().out
-    assert json.loads((folder / "best" / "state.json").read_text())["step"] == 3
+    assert json.loads((folder / "best" / "state.json").read_text())["step"] == max_steps
     assert main(["--output_dir", str(folder), "--eval_only"]) == 0
-
-
-def test_damaged_best_of_a_finished_run_is_made_again(place, no_plot, capsys):
-    assert main(command(place, "lost_best", "--max_steps 2")) == 0
-    folder = place / "lost_best"
-    (folder / "best" / "state.json").unlink()
-    assert main(["--output_dir", str(folder), "--resume"]) == 0
-    assert "from step 2 on will take its place" in capsys.readouterr().out
-    assert json.loads((folder / "best" / "state.json").read_text())["step"] == 2
 
 
 def test_args_json_that_is_lost_during_the_run_comes_back(place, no_plot, monkeypatch):
@@ -769,26 +763,10 @@ def test_evaluation_in_another_way_leaves_the_runs_scores(place, no_plot, capsys
     assert not path.read_text().endswith("\n\n")
 
 
-def test_signal_in_the_last_moment_of_training(place, no_plot, monkeypatch):
+def test_signal_in_the_last_moment_of_training(place, no_plot):
     """After the loop looked for the last time: it must not be lost."""
-    real = Run.save_last
-
-    def save(run):
-        real(run)
-        run.args.patience = signal_patience
-
-    class Patience(int):
-        """Zero; the signal comes when it is first looked at, which is after the signals were."""
-
-        def __bool__(self):
-            if not asked:
-                asked.append(True)
-                signal.raise_signal(signal.SIGTERM)
-            return False
-
-    asked, signal_patience = [], Patience()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save_last", save)
+        patch.setattr(Progress, "close", lambda progress: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as end:
             main(command(place, "last_moment", "--max_steps 1"))
     assert end.value.code == 143 and not (place / "last_moment" / "scores.json").exists()
@@ -1219,6 +1197,6 @@ def test_prediction_files_hold_the_predictions_that_were_scored(place, no_plot, 
 
 
 def test_autocast_is_only_made_for_bf16():
-    assert multitask_classifier.make_autocast("cpu", "fp32") is nullcontext
-    with multitask_classifier.make_autocast("cpu", "bf16")():
+    assert make_autocast("cpu", "fp32") is nullcontext
+    with make_autocast("cpu", "bf16")():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

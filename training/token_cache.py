@@ -6,6 +6,7 @@ out of date, and may be deleted at any time. One that is damaged is made again.
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,4 +74,5 @@ def save_tokens(path: Path, data: TaskData) -> None:
     except OSError as error:
         print(f"warning: {path}: tokens are not cached ({one_line(error)})")
     finally:
-        own.unlink(missing_ok=True)  # there only if something failed
+        with suppress(OSError):
+            own.unlink()  # there only if something failed

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.command_line import Stopped, catch_signals, printable, run_script
-from support.device import explain_memory, is_out_of_memory, keep_freed_memory
+from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
 from support.errors import UserError
 from support.files import ROOT
 
@@ -17,7 +17,7 @@ CODE = """
 import resource, sys
 import numpy as np
 from support.command_line import Stopped, catch_signals, printable, run_script
-from support.device import explain_memory, is_out_of_memory, keep_freed_memory
+from support.device import out_of_memory_hint, is_out_of_memory, keep_freed_memory
 from config import UserError
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -75,17 +75,30 @@ def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
-def test_caught_signals_wait_unless_told_to_stop_at_once():
-    with catch_signals() as signals:
-        with signals.stop_at_once():
-            pass
+def test_caught_signal_waits_but_for_work_that_is_interruptible():
+    with catch_signals() as stop:
+        assert stop.interruptible(lambda: 5) == 5 and not stop.requested
         signal.raise_signal(signal.SIGTERM)
-        assert signals == [signal.SIGTERM]
-        with pytest.raises(Stopped), signals.stop_at_once():
-            pytest.fail("it had come before")
-    with catch_signals() as signals, pytest.raises(Stopped), signals.stop_at_once():
-        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and stop.exit_code == 143
+        assert stop.interruptible(lambda: pytest.fail("it had come before")) is None
+
+
+@pytest.mark.parametrize("made_of_it", [None, RuntimeError("a library's own words")])
+def test_interruptible_work_is_given_up(made_of_it):
+    def work():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Stopped:
+            raise made_of_it or Stopped from None
         pytest.fail("it should have stopped here")
+
+    with catch_signals() as stop:
+        assert stop.interruptible(work) is None and stop.requested
+
+
+def test_errors_of_interruptible_work_are_its_own():
+    with catch_signals() as stop, pytest.raises(ZeroDivisionError):
+        stop.interruptible(lambda: 1 / 0)
 
 
 def test_error_is_one_line_whatever_it_holds(capsys):
@@ -115,7 +128,7 @@ def test_lack_of_memory_is_told_from_other_errors(error, expected):
     assert is_out_of_memory(error) == expected
     with (
         pytest.raises(UserError if expected else type(error)) as raised,
-        explain_memory(lambda: "in a batch"),
+        out_of_memory_hint(lambda: "in a batch"),
     ):
         raise error
     assert (str(raised.value) == "out of memory in a batch") == expected

@@ -21,22 +21,19 @@ from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows
 from optimizer import lr_factor
+from support.errors import UserError
 from support.seeds import make_seed
 from tests.tiny import make_config, make_data, make_encoder
 from tokenizer import BertTokenizer
 from training import pretrain_mlm
+from training.masked_lm import BertForMaskedLM, MaskedText, load_head, mask_tokens
 from training.pretrain_mlm import (
     ENCODER_FILES,
     LAST,
     TENSORS_FILE,
-    BertForMaskedLM,
-    MaskedText,
     evaluate,
-    get_args,
-    load_head,
     main,
     make_optimizer,
-    mask_tokens,
     read_sentences,
     train_step,
 )
@@ -318,7 +315,7 @@ def test_loss_that_is_not_finite_changes_nothing():
     with torch.no_grad():
         model.predictions.bias[7] = math.inf
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    with pytest.raises(pretrain_mlm.UserError, match="smaller --lr"):
+    with pytest.raises(UserError, match="smaller --lr"):
         train_step(model, make_optimizer(model, 0.01, 0.0), make_batch(), seed=0, clip_norm=1.0)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
@@ -360,13 +357,11 @@ def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(
                 rows.append(row)
         with open(train, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
-    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
-    assert args.tasks == DEFAULT_TASKS
-    sentences, dev = read_sentences(args)
+    sentences, dev = read_text(data)
     found = {
         split: {
             text
-            for task in args.tasks
+            for task in DEFAULT_TASKS
             for texts in read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
             for text in texts
         }
@@ -375,23 +370,27 @@ def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(
     assert len(found["train"] & found["dev"]) > 10 and len(found["train"] & found["test"]) > 10
     assert sorted(sentences) == sorted(found["train"] - found["dev"] - found["test"])
     assert sorted(dev) == sorted(found["dev"])
-    args.eval_max_examples = 7
-    assert len(read_sentences(args)[1]) == 7 and read_sentences(args)[1] == read_sentences(args)[1]
+    seven = read_text(data, eval_max_examples=7)[1]
+    assert len(seven) == 7 and seven == read_text(data, eval_max_examples=7)[1]
     for spec in TASKS.values():
         (data / spec.files["test"]).unlink()  # may be absent
-    assert sorted(read_sentences(args)[0]) == sorted(found["train"] - found["dev"])
+    assert sorted(read_text(data)[0]) == sorted(found["train"] - found["dev"])
+
+
+def read_text(data, extra_data=None, eval_max_examples=2000):
+    return read_sentences(
+        data, DEFAULT_TASKS, extra_data or {}, seed=11711, eval_max_examples=eval_max_examples
+    )
 
 
 def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
     """Sentences of a source are added, but none that a dev file has too, be it in capitals or without its full stop."""
     data = make_data(tmp_path / "data")
-    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
-    before, dev = read_sentences(args)
+    before, dev = read_text(data)
     with open(data / EXTRA_SOURCES["sick"].files[0], "a", encoding="utf-8") as file:
         file.write(f"{dev[0].upper()} !\tA new sentence\t3\n")
-    assert read_sentences(args)[0] == before
-    args.extra_data = {"sick": None}
-    after, _ = read_sentences(args)
+    assert read_text(data)[0] == before
+    after, _ = read_text(data, {"sick": None})
     assert "A new sentence" in after and f"{dev[0].upper()} !" not in after
     assert set(before) < set(after) and "11 examples from sick" in capsys.readouterr().out
 
@@ -465,7 +464,7 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
         before = (folder / LAST / TENSORS_FILE).read_bytes()
         assert run(place, flags, out) == 2
         error = capsys.readouterr().err
-        assert name in error and "was started with" in error and error.count("\n") == 1
+        assert f"{name} was" in error and error.count("\n") == 1
         assert (folder / LAST / TENSORS_FILE).read_bytes() == before
     assert run(place, out=out) == 0
     assert f"at step {saved}\n" in capsys.readouterr().out
