@@ -2,9 +2,9 @@
 
     python multitask_classifier.py --data_dir data/sample --max_steps 150 --batch_size 16
 
-A step is one optimizer update. In a step every slot draws one mini-batch of one task, all go forward and backward
-together, each task's encoder gradient lands in its own row of one matrix, a gradient method weighs the rows, and AdamW
-makes one pass over flat memory. Gradient surgery: https://arxiv.org/abs/2001.06782.
+A step is one optimizer update. In a step every slot draws one mini-batch of one task, all go forward and
+backward together, each task's encoder gradient lands in its own row of one matrix, a gradient method weighs
+the rows, and AdamW makes one pass over flat memory. Gradient surgery: https://arxiv.org/abs/2001.06782.
 
 Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C outputs of a task, K tasks.
 """
@@ -175,7 +175,7 @@ def train_step(
     return StepResult(losses, gram, part_grams, weights, grad_norm, num_tokens, applied)
 
 
-# --- the training loop -------------------------------------------------------------------------------------------
+# --- the training loop ----------------------------------------------------------------------------
 
 
 def train(
@@ -198,8 +198,8 @@ def train(
     progress = Progress(state.step, loop.max_steps)
     model.train()
     while not stop.requested:
-        # 1. Evaluate, and keep the model if it is the best yet. This comes before the step, so that a run which was
-        # stopped in an evaluation starts with it when it goes on.
+        # 1. Evaluate, and keep the model if it is the best yet. This comes before the step, so that a run
+        # which was stopped in an evaluation starts with it when it goes on.
         is_last = state.step >= loop.max_steps
         if state.step > state.evaluated and (is_last or state.step % loop.eval_every == 0):
             run.check_weights()
@@ -214,7 +214,8 @@ def train(
         if is_last or out_of_patience:
             break
 
-        # 2. Draw the step's batches, and set the learning rate: both depend on the step alone, not on the past.
+        # 2. Draw the step's batches, and set the learning rate: both depend on the step alone, not on the
+        # past.
         started = time.perf_counter()
         examples = draw_examples(loop, plan[state.step], orders, state.batches_drawn)
         task_batches = [
@@ -371,7 +372,7 @@ def print_end(run: Run) -> None:
         )
 
 
-# --- the best checkpoint: scores and predictions -----------------------------------------------------------------
+# --- the best checkpoint: scores and predictions --------------------------------------------------
 
 
 def format_scores(summary: dict, tasks: dict[str, TaskSpec]) -> str:
@@ -439,7 +440,7 @@ def write_predictions(
             print(f"  {path}  ({len(rows.ids)} rows)")
 
 
-# --- a run from the command line ---------------------------------------------------------------------------------
+# --- a run from the command line ------------------------------------------------------------------
 
 
 def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:

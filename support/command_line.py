@@ -53,7 +53,7 @@ def number(
     return parse
 
 
-# --- signals -----------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 class Stopped(KeyboardInterrupt):
@@ -107,7 +107,7 @@ class StopRequest:
 
 @contextmanager
 def handle_signals(receive: Callable):
-    """Let SIGINT and SIGTERM call `receive(number, frame)`; outside the main thread they are left as they are."""
+    """Let SIGINT and SIGTERM call `receive(number, frame)`; does nothing outside the main thread."""
     before = {}
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -121,13 +121,13 @@ def handle_signals(receive: Callable):
 
 @contextmanager
 def catch_signals():
-    """Note SIGINT and SIGTERM in the `StopRequest` that this yields; a second one ends the process at once."""
+    """Note SIGINT and SIGTERM in a `StopRequest`; a second one ends the process at once."""
     stop = StopRequest()
     with handle_signals(stop.receive):
         yield stop
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def explain(error: Exception) -> str | None:
@@ -147,8 +147,8 @@ def run_script(prog: str, work: Callable[[], None]) -> int:
     """Run a script's work and turn what the user can mend into one line.
 
     Returns:
-        the exit code: 0; 2 for an error; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM; 141 when the reader of a
-        pipe is gone.
+        the exit code: 0; 2 for an error; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM; 141 when the reader
+        of a pipe is gone.
     """
     received = []
 

@@ -63,8 +63,9 @@ def describe_machine(device: str) -> dict:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next step to use.
 
-    By default glibc gives large blocks back to the system, which hands them out again page by page, each zeroed:
-    45,000 page faults in every training step, a quarter of its time. Other C libraries are left as they are.
+    By default glibc gives large blocks back to the system, which hands them out again page by page, each
+    zeroed: 45,000 page faults in every training step, a quarter of its time. Other C libraries are left as
+    they are.
     """
     try:
         libc = ctypes.CDLL(None)

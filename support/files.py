@@ -128,8 +128,8 @@ def lock_folder(folder: Path):
             break
         except Timeout:
             raise UserError(
-                f"--output_dir {folder}: in use by another run ({read_holder(path)!r}); wait for it, or give another"
-                " folder"
+                f"--output_dir {folder}: in use by another run ({read_holder(path)!r}); wait for it, or"
+                " give another folder"
             ) from None
         except (FileExistsError, FileNotFoundError):  # another process has just removed the empty folder
             if not tries_left:

@@ -2,7 +2,8 @@
 
 Masking as in BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805), drawn anew for every batch.
 
-Shapes: B sentences, T padded length in word pieces, H hidden_size, V vocab_size, M masked positions of a batch.
+Shapes: B sentences, T padded length in word pieces, H hidden_size, V vocab_size, M masked positions of a
+batch.
 """
 
 import numpy as np
@@ -26,7 +27,7 @@ def mask_tokens(
     mlm_prob: float,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose positions to predict; 80 % of them become [MASK], 10 % a random word piece, 10 % stay as they are.
+    """Choose positions to predict: 80 % become [MASK], 10 % a random word piece, 10 % stay as they are.
 
     Args:
         input_ids: (B, T) int64, on the CPU.
@@ -71,7 +72,7 @@ class MaskedText:
         self.lengths = self.sequences.lengths
 
     def batch(self, rows: np.ndarray, seed: int) -> dict[str, torch.Tensor]:
-        """`input_ids` (masked), `attention_mask`, `chosen`, all (B, T), and `labels` (M,); the same for the same seed."""
+        """`input_ids` (masked), `attention_mask`, `chosen`, all (B, T), and `labels` (M,), drawn by the seed."""
         padded = self.sequences.pad(rows, self.tokenizer.pad_token_id)
         mask_token_id, generator = self.tokenizer.mask_token_id, torch.Generator().manual_seed(seed)
         masked, chosen = mask_tokens(

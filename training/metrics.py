@@ -69,7 +69,7 @@ def share_below_zero(dicts: list[dict[str, float]]) -> dict[str, float]:
 
 
 class Progress:
-    """The speed since the last line of the log, and what the terminal shows: a bar, or else a line per line of the log.
+    """The speed since the last line of the log, and what the terminal shows: a bar, or the log's lines.
 
     Args:
         step: where the run starts or goes on.

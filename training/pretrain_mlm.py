@@ -4,8 +4,8 @@
     python multitask_classifier.py --pretrained runs/mlm
 
 Further training on the text of the task as in "Don't stop pretraining" (Gururangan et al. 2020,
-https://arxiv.org/abs/2004.10964); masks and head are in masked_lm.py. No sentence of a dev or test file is trained on,
-not even one that a train file has too.
+https://arxiv.org/abs/2004.10964); masks and head are in masked_lm.py. No sentence of a dev or test file is
+trained on, not even one that a train file has too.
 """
 
 import argparse
@@ -61,7 +61,8 @@ from training.sources import EXTRA_SOURCES, add_sources, text_key
 LAST = "last"  # the checkpoint that an unfinished run goes on from
 TENSORS_FILE = "training.safetensors"  # in it
 ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
-# In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is ours.
+# In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is
+# ours.
 OUTPUT_FILES = (*ENCODER_FILES, "metrics.jsonl", "args.json")
 SHRINK = "try a smaller --batch_size or --max_length"
 RESUME_MAY_CHANGE = {"output_dir", "data_dir", "overwrite", "log_every", "save_every"}
@@ -120,7 +121,7 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: int, autocast) -> float:
-    """Mean cross-entropy over masked positions in nats, with masks that depend on the seed only; keeps the mode."""
+    """Mean cross-entropy over masked positions in nats; the masks depend on the seed only. Keeps the mode."""
     device, mode = model.predictions.bias.device, model.training
     model.eval()
     order = np.argsort(text.lengths, kind="stable")
@@ -135,7 +136,7 @@ def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: in
     return total / count
 
 
-# --- a run -------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -199,7 +200,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class MlmSettings:
-    """What the training loop is told, every flag resolved; fields have the names and meanings of their flags."""
+    """What the training loop is told, every flag resolved; fields are named after their flags."""
 
     folder: Path  # --output_dir
     seed: int
@@ -291,14 +292,14 @@ def read_sentences(
     train = [sentence for sentence in sentences if text_key((sentence,)) not in held_out]
     chosen = np.random.default_rng(seed).permutation(len(dev))[:eval_max_examples]
     print(
-        f"{len(train)} sentences to train on ({len(sentences) - len(train)} more are also dev or test sentences);"
-        f" {len(chosen)} of {len(dev)} dev sentences to check with"
+        f"{len(train)} sentences to train on ({len(sentences) - len(train)} more are also dev or test"
+        f" sentences); {len(chosen)} of {len(dev)} dev sentences to check with"
     )
     return train, [dev[i] for i in sorted(chosen)]
 
 
 def load_encoder(pretrained: str, seed: int) -> tuple[BertForMaskedLM, BertTokenizer, str]:
-    """Model and tokenizer of --pretrained, and a line that says which weights are new; those depend on the seed only."""
+    """Model and tokenizer of --pretrained, and which weights are new, in a line; those depend on the seed."""
     torch.manual_seed(make_seed(seed))
     tokenizer = BertTokenizer.from_pretrained(pretrained)
     model = BertForMaskedLM(BertModel.from_pretrained(pretrained))
@@ -312,8 +313,8 @@ def check_same(folder: Path, stored: dict, flags: Mapping, data: str) -> None:
     changed = changed_flags(stored["args"], flags, RESUME_MAY_CHANGE)
     if changed:
         raise UserError(
-            f"--output_dir {folder}: the unfinished run there has other settings: {', '.join(changed)}; give those"
-            " of the run, or start anew with --overwrite"
+            f"--output_dir {folder}: the unfinished run there has other settings: {', '.join(changed)}; give"
+            " those of the run, or start anew with --overwrite"
         )
     if stored.get("data") != data:
         raise UserError(f"--data_dir {flags['data_dir']}: not the sentences that {folder} was started with")
@@ -458,7 +459,7 @@ def train(
         sys.exit(stop.exit_code)
 
 
-# --- from the command line ---------------------------------------------------------------------------------------
+# --- from the command line ------------------------------------------------------------------------
 
 
 def resolve_args(args: argparse.Namespace, config: BertConfig) -> None:

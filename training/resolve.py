@@ -1,8 +1,8 @@
 """From flags to settings: the last place that sees the whole command line.
 
-`resolve_args` fills in every default that depends on another flag, the encoder, the data or this machine; what it chose
-is printed and kept in the run's `args.json`. `make_settings` then sorts the flags into the objects of
-`training.settings`.
+`resolve_args` fills in every default that depends on another flag, the encoder, the data or this machine;
+what it chose is printed and kept in the run's `args.json`. `make_settings` then sorts the flags into the
+objects of `training.settings`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from training.token_cache import default_cache_dir
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
 
 
-# --- settings ----------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -135,7 +135,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
     )
 
 
-# --- defaults that depend on others ------------------------------------------------------------------------------
+# --- defaults that depend on others ---------------------------------------------------------------
 
 
 def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[str]:

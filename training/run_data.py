@@ -1,4 +1,4 @@
-"""What a run starts from: the data files are read, checked, reported on and tokenized, the encoder is loaded."""
+"""What a run starts from: data files, read, checked, reported on and tokenized, and the encoder."""
 
 import zlib
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ def read_split(settings: DataSettings, split: str, tasks: Iterable[str]) -> dict
 
 
 def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
-    """The test rows that --predict_splits asks for; read before training, so that a bad row ends the run early."""
+    """The test rows that --predict_splits asks for; read early, so that a bad row does not end a whole run."""
     present = []
     for task in settings.tasks if "test" in settings.predict_splits else ():
         path = settings.files[task, "test"]
@@ -42,7 +42,7 @@ def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
 
 
 def add_extra_data(settings: DataSettings, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
-    """Training rows followed by those of --extra_data, and lines that say what was taken and what was dropped."""
+    """Training rows followed by those of --extra_data, and lines that say what was taken and dropped."""
     if not settings.extra_data:
         return train_rows, []
     present = []

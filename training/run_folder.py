@@ -56,11 +56,11 @@ JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.
 MAX_LOG_BYTES = 2**30
 
 
-# --- args.json ---------------------------------------------------------------------------------------------------
+# --- args.json ------------------------------------------------------------------------------------
 
 
 def describe_code(folder: Path = ROOT) -> dict | None:
-    """The git commit of the code and the files changed since; None where it is no repository, or there is no git."""
+    """The git commit of the code and the files changed since; None if it is no repository or there is no git."""
 
     def git(*arguments):
         command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *arguments]
@@ -114,12 +114,11 @@ def read_args_file(folder: Path) -> dict:
 def write_args(
     folder: Path, flags: Mapping, facts: Mapping, *, device: str, before: Mapping | None = None
 ) -> str:
-    """Write a run's `args.json`: all settings, the commands that started and resumed it, versions, code, machine.
+    """Write a run's `args.json`: all settings, the commands of the run so far, versions, code, machine.
 
-    Args:
-        flags: every flag and its value, resolved.
-        facts: what else should be known about the run, as JSON.
-        before: what it held, if the run goes on; where versions, code or machine have changed since, it keeps the
+    Args: flags: every flag and its value, resolved. facts: what else should be known about the run, as JSON.
+        before: what it held, if the run goes on; where versions, code or machine have changed since, it keeps
+        the
             earlier ones, too.
 
     Returns:
@@ -148,7 +147,7 @@ def changed_flags(stored: Mapping, flags: Mapping, may_change: Collection[str]) 
 
 
 def format_changed_circumstances(stored: Mapping, device: str) -> str | None:
-    """A sentence of warning if a run goes on with other versions or on another machine, where bits may differ."""
+    """A warning if a run goes on with other versions or on another machine, where bits may differ."""
     now = {"versions": describe_versions(), "machine": describe_machine(device)}
     changed = [
         f"{name} was {stored[kind].get(name)}, is {value}"
@@ -161,11 +160,11 @@ def format_changed_circumstances(stored: Mapping, device: str) -> str | None:
     return f"the run's bits may not be those of one that never stopped: {', '.join(changed)}"
 
 
-# --- starting anew -----------------------------------------------------------------------------------------------
+# --- starting anew --------------------------------------------------------------------------------
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Make sure that a new run may have its folder. One that ended before its first checkpoint has nothing to lose.
+    """Make sure that a new run may have its folder: a run that has no checkpoint yet has nothing to lose.
 
     Raises:
         UserError: if it holds a checkpoint, without --overwrite, or belongs to another script.
@@ -180,12 +179,13 @@ def check_free(folder: Path, overwrite: bool) -> None:
         )
     if not overwrite and any(versions(folder / name) for name in ("last", "best")):
         raise UserError(
-            f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
+            f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with"
+            " --overwrite"
         )
 
 
 def begin_run(settings: RunSettings, facts: Mapping) -> str:
-    """Write a new run's `args.json`, then remove what an earlier run left in its folder; for the text see `write_args`.
+    """Write a new run's `args.json` and return its text, then remove what an earlier run left in its folder.
 
     In this order, a kill on the way leaves a folder that --resume either takes for the new run's or refuses.
     """
@@ -202,7 +202,7 @@ def begin_run(settings: RunSettings, facts: Mapping) -> str:
 
 
 def find_last(folder: Path, eval_every: int | None) -> Path | None:
-    """The checkpoint that --resume goes on from; None: the run was stopped before its first, and starts from step 0.
+    """The checkpoint that --resume goes on from; None if the run was stopped before its first one.
 
     Args:
         eval_every: steps to the run's first checkpoint, if known.
@@ -235,8 +235,8 @@ def check_same_run(
         changed += changed_flags(copy["args"], settings.flags, may_change)
         if changed:
             raise UserError(
-                f"{folder / ARGS_FILE}: is not that of {last}: {', '.join(changed)}; restore it from {last}, or"
-                " start anew with --overwrite"
+                f"{folder / ARGS_FILE}: is not that of {last}: {', '.join(changed)}; restore it from"
+                f" {last}, or start anew with --overwrite"
             )
     elif stored.get("encoder_sha256") != facts["encoder_sha256"]:
         pretrained = settings.flags["pretrained"]
@@ -247,7 +247,7 @@ def check_same_run(
     return stored
 
 
-# --- a run -------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """What a run is told, as small frozen objects: each says who uses what, so that nobody below needs all flags.
 
-`training.resolve` makes them out of the command line. Fields have the names and meanings of their flags, whose help texts
-give units and ranges; what differs is said here.
+`training.resolve` makes them out of the command line. Fields have the names and meanings of their flags,
+whose help texts give units and ranges; what differs is said here.
 """
 
 from collections.abc import Callable, Mapping

@@ -23,7 +23,8 @@ def find_bad_examples(
 ) -> dict[str, dict]:
     """The tasks whose loss or gradient was not finite in a step, each with the ids of the examples to blame.
 
-    Those are the ones whose loss is not finite by itself, without dropout; all of the task's examples if there are none.
+    Those are the ones whose loss is not finite by itself, without dropout; all of the task's examples if
+    there are none.
 
     Args:
         drawn: task -> its examples in the step.

@@ -1,7 +1,7 @@
-"""Word pieces on disk, so that a large file is tokenized once: one of numpy's `.npz` files for each set of sequences.
+"""Word pieces on disk, so that a large file is tokenized once: an `.npz` file for each set of sequences.
 
-A file is named after everything that its content depends on: the texts, the tokenizer, the length limit. So it is never
-out of date, and may be deleted at any time. One that is damaged is made again.
+A file is named after everything that its content depends on: the texts, the tokenizer, the length limit. So
+it is never out of date, and may be deleted at any time. One that is damaged is made again.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Signals, errors in one line, freed memory; the rest of command_line.py is tested with the scripts that use it."""
+"""Signals, errors in one line, freed memory; the rest of command_line.py is tested by the scripts' tests."""
 
 import ctypes
 import signal
@@ -52,7 +52,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
     keep_freed_memory()
 
 
-# --- signals and errors ------------------------------------------------------------------------------------------
+# --- signals and errors ---------------------------------------------------------------------------
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 

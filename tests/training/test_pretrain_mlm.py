@@ -92,7 +92,7 @@ def make_batch(seed=0):
 
 def run(place, flags="", out="out"):
     """Run the script on the tiny encoder and data; flags here override TINY. Returns the exit code."""
-    argv = f"--data_dir {place / 'data'} --pretrained {place / 'encoder'} --output_dir {place / out} {TINY} {flags}"
+    argv = f"--data_dir {place}/data --pretrained {place}/encoder --output_dir {place / out} {TINY} {flags}"
     try:
         return main(argv.split())
     except SystemExit as stop:
@@ -141,7 +141,7 @@ def reference(place, run_transformers):
     return load_file(place / "results.safetensors")
 
 
-# --- masking -----------------------------------------------------------------------------------------------------
+# --- masking --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mlm_prob", [0.15, 0.4])
@@ -195,7 +195,7 @@ def test_masks_depend_on_the_seed_only(place):
     assert torch.equal(batches[2]["labels"], original[batches[2]["chosen"]])
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_logits_against_hugging_face(reference):
@@ -337,7 +337,7 @@ def test_evaluation_repeats_without_dropout_and_keeps_the_mode(place):
     assert not model.training
 
 
-# --- text --------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(tmp_path):
@@ -384,7 +384,7 @@ def read_text(data, extra_data=None, eval_max_examples=2000):
 
 
 def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
-    """Sentences of a source are added, but none that a dev file has too, be it in capitals or without its full stop."""
+    """A source adds its sentences, but for those of a dev file, in capitals or without full stop too."""
     data = make_data(tmp_path / "data")
     before, dev = read_text(data)
     with open(data / EXTRA_SOURCES["sick"].files[0], "a", encoding="utf-8") as file:
@@ -395,7 +395,7 @@ def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
     assert set(before) < set(after) and "11 examples from sick" in capsys.readouterr().out
 
 
-# --- runs --------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_finished_folder(place, reference):
@@ -475,7 +475,7 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
 
 @pytest.mark.parametrize(("call", "saved"), [(1, None), (2, 8)])
 def test_signal_in_an_evaluation(place, monkeypatch, capsys, call, saved):
-    """It is given up; before the first step there is nothing to save, after the last the encoder is not written yet."""
+    """It is given up: before the first step with nothing to save, after the last without the encoder."""
     calls = iter(range(1, 9))
 
     def stopped(*args):
@@ -557,7 +557,7 @@ def test_finished_run_is_kept_without_overwrite(place, capsys, tmp_path):
 
 
 def test_epochs_give_the_length(place, capsys):
-    args = f"--data_dir {place / 'data'} --pretrained {place / 'encoder'} --device cpu --batch_size 64 --epochs 1.2"
+    args = f"--data_dir {place}/data --pretrained {place}/encoder --device cpu --batch_size 64 --epochs 1.2"
     assert main([*args.split(), "--output_dir", str(place / "epochs")]) == 0
     num_sentences = int(capsys.readouterr().out.split()[0])
     lines = (place / "epochs" / "metrics.jsonl").read_text().splitlines()

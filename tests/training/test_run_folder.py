@@ -75,7 +75,7 @@ def test_run_trains_with_the_kernels_and_types_that_its_settings_say(tokenizer, 
         assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and not accumulates else torch.float32)
 
 
-# --- args.json ---------------------------------------------------------------------------------------------------
+# --- args.json ------------------------------------------------------------------------------------
 
 
 def test_write_args_keeps_every_command(tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_changed_flags_are_named():
     assert changed_flags(stored, flags, {"max_steps"}) == ["--lr was 0.1, is 0.2"]
 
 
-# --- starting anew, going on -------------------------------------------------------------------------------------
+# --- starting anew, going on ----------------------------------------------------------------------
 
 
 def write_step(folder, step):
