@@ -9,6 +9,12 @@ the rows, and AdamW makes one pass over flat memory. Gradient surgery: https://a
 Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C outputs of a task, K tasks.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Until main() takes over: Ctrl-C while the libraries are imported ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import math
 import sys
@@ -53,9 +59,11 @@ from training.metrics import Progress, average, step_record
 from training.resolve import (
     check_outputs,
     data_settings,
+    fit_to_encoder,
     flags_without_effect,
     make_settings,
     output_folder,
+    output_settings,
     resolve_args,
     resolve_machine,
 )
@@ -335,6 +343,22 @@ def find_warnings(
     ]
 
 
+def warn_of_new_length(run: Run, stored: dict) -> None:
+    """If a run goes on with another --max_steps than before, say what that does to the learning rate."""
+    loop, before, step = run.settings.loop, stored["max_steps"], run.state.step
+    if loop.max_steps == before:
+        return
+    old, new = (
+        run.settings.optimizer.lr
+        * lr_factor(loop.schedule, step, warmup_steps=loop.warmup_steps, total_steps=total)
+        for total in (before, loop.max_steps)
+    )
+    print(
+        f"warning: the run ends at step {loop.max_steps} now, before it was {before}: by --schedule {loop.schedule} its"
+        f" next learning rate is {new:.2e} instead of {old:.2e}"
+    )
+
+
 def stop_run(run: Run, stop: StopRequest) -> None:
     """Save what is not saved yet, say how to go on, and end the process."""
     step = run.state.step
@@ -459,8 +483,13 @@ def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
 
 def start(args: Namespace) -> None:
     """Train from --pretrained, or go on from where --resume finds the run; then evaluate and predict."""
-    # 1. Read the data and the encoder, then settle every flag that depends on them.
+    # 1. Read the data and the encoder, then settle every flag that depends on them. What needs neither comes first,
+    # so that an error does not cost the time to read them.
     folder = output_folder(args)
+    if not args.resume:
+        check_free(folder, args.overwrite)
+    for line in resolve_machine(args):
+        print(f"chosen: {line}")
     last = find_last(folder, args.eval_every) if args.resume else None
     rows, report = read_data(data_settings(args))
     source = str(last or args.pretrained)
@@ -485,8 +514,6 @@ def start(args: Namespace) -> None:
     if args.resume:
         stored = check_same_run(settings, last, facts, RESUME_MAY_CHANGE)
         facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
-    else:
-        check_free(folder, args.overwrite)
     run = Run(settings, make_model(settings.model, bert).to(settings.device), tokenizer)
     if last:
         run.load_last(last)
@@ -494,6 +521,7 @@ def start(args: Namespace) -> None:
         run.args_text = write_args(folder, settings.flags, facts, device=settings.device, before=stored)
         run.cut_log()
         print(f"continuing {folder} at step {run.state.step}")
+        warn_of_new_length(run, stored["args"])
     else:
         run.args_text = begin_run(settings, facts)
         print(f"encoder {args.pretrained}: {bert.load_report}")
@@ -524,12 +552,13 @@ def evaluate_again(args: Namespace) -> None:
     dev_rows = read_split(data, "dev", data.tasks)
     test_rows = read_test_rows(data) if args.predict_only else None
     bert, tokenizer = load_encoder(best, args.hidden_dropout_prob)
-    for line in resolve_machine(args, bert.config):
+    for line in [*resolve_machine(args), *fit_to_encoder(args, bert.config)]:
         print(f"chosen: {line}")
     settings = make_settings(args)
     check_outputs(settings.output)
-    dev_data = tokenize_split(settings.tokens, dev_rows, tokenizer)
     stored = read_args_file(folder)
+    check_own_predictions(args, stored, {"dev": dev_rows, "test": test_rows} if args.predict_only else {})
+    dev_data = tokenize_split(settings.tokens, dev_rows, tokenizer)
     same_data = stored["data"].get("dev") == fingerprints(dev_rows)
     same_way = all(
         stored["args"].get(name) == settings.flags[name] for name in ("max_length", "precision", "device")
@@ -540,6 +569,27 @@ def evaluate_again(args: Namespace) -> None:
         print(f"{folder / 'scores.json'} stays as it is")
     model = make_model(settings.model, bert).to(settings.device)
     evaluate_best(settings, model, tokenizer, dev_data, test_rows=test_rows, write_scores=write_scores)
+
+
+def check_own_predictions(args: Namespace, stored: dict, rows: dict[str, dict[str, Rows]]) -> None:
+    """Refuse to put predictions of other data in the place of the run's own.
+
+    Args:
+        rows: split -> task -> what is to be predicted.
+
+    Raises:
+        UserError: naming the flag that says where they should go.
+    """
+    digests = set(stored.get("data_files", {}).values())
+    output = output_settings(args)
+    for split in set(rows) & set(output.predict_splits):
+        for task, found in rows[split].items():
+            path, flag = output.prediction_files[task, split], f"--{task}_{split}_out"
+            if not getattr(args, flag[2:]) and found.sha256 not in digests and path.exists():
+                raise UserError(
+                    f"{found.path}: is not the {split} data of this run, whose predictions in {path} would be lost;"
+                    f" give {flag} FILE"
+                )
 
 
 def draw_curves(folder: Path) -> str:

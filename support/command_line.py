@@ -56,8 +56,12 @@ def number(
 # --- signals --------------------------------------------------------------------------------------
 
 
+# Ctrl-C, the system's and Slurm's request to end, and the end of the terminal or ssh session.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGINT came, and nothing had to be finished first."""
+    """One of STOP_SIGNALS came, and nothing had to be finished first."""
 
 
 class StopRequest:
@@ -79,8 +83,7 @@ class StopRequest:
     def receive(self, number: int, frame=None) -> None:
         """The signal handler. A second signal ends the process at once."""
         self.signal_number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        let_next_signal_end(number)
         if self._is_interruptible:
             raise Stopped
 
@@ -105,13 +108,27 @@ class StopRequest:
             return None
 
 
+def let_next_signal_end(number: int) -> None:
+    """After a first signal, let a second one end the process without waiting for anything."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    if number == signal.SIGHUP:  # the terminal is gone: writing to it would be an error before all is saved
+        signal.signal(number, signal.SIG_IGN)  # the system may send it again
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if os.isatty(descriptor):
+                os.dup2(nowhere, descriptor)
+
+
 @contextmanager
 def handle_signals(receive: Callable):
-    """Let SIGINT and SIGTERM call `receive(number, frame)`; does nothing outside the main thread."""
+    """Let STOP_SIGNALS call `receive(number, frame)`; does nothing outside the main thread."""
     before = {}
     with suppress(ValueError):  # not the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, receive)
+        for number in STOP_SIGNALS:
+            # Under nohup, a hang-up is ignored on purpose.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
@@ -121,7 +138,7 @@ def handle_signals(receive: Callable):
 
 @contextmanager
 def catch_signals():
-    """Note SIGINT and SIGTERM in a `StopRequest`; a second one ends the process at once."""
+    """Note STOP_SIGNALS in a `StopRequest`; a second one ends the process at once."""
     stop = StopRequest()
     with handle_signals(stop.receive):
         yield stop
@@ -143,22 +160,37 @@ def explain(error: Exception) -> str | None:
     return None
 
 
+def mend_standard_streams() -> None:
+    """Make sure that whatever a script prints can be written, to a closed stream as to one that is ASCII only."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed, as by >&-: without this the next file to be opened would take its number
+            os.open(os.devnull, os.O_RDWR)
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False)
+            setattr(sys, name, stream)
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_script(prog: str, work: Callable[[], None]) -> int:
     """Run a script's work and turn what the user can mend into one line.
 
     Returns:
-        the exit code: 0; 2 for an error; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM; 141 when the reader
+        the exit code: 0; 2 for an error; 128 and the number of the signal that ended it; 141 when the reader
         of a pipe is gone.
     """
     received = []
 
     def stop(number, frame):
         received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):  # a second one need not wait for files to be removed
-            signal.signal(each, signal.SIG_DFL)
+        let_next_signal_end(number)
         raise Stopped
 
     keep_freed_memory()
+    mend_standard_streams()
     try:
         with handle_signals(stop):
             work()

@@ -73,6 +73,13 @@ def read_json(path: str | Path) -> dict:
     return values
 
 
+def default_mode() -> int:
+    """The mode of a new file under this process's umask."""
+    umask = os.umask(0o077)  # there is no way to ask for it without setting it
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 @contextmanager
 def whole_file(path: Path):
     """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
@@ -119,6 +126,8 @@ def lock_folder(folder: Path):
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; expected a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"--output_dir {folder}: is a link to {os.readlink(folder)}, which does not exist")
     path = folder / LOCK_FILE
     lock = FileLock(path, on_acquired=write_holder)
     for tries_left in reversed(range(100)):

@@ -588,7 +588,7 @@ def signal_in(monkeypatch, name, number, times=1, call_number=3):
     monkeypatch.setattr(multitask_classifier, name, call)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("where", "saved"), [("train_step", 3), ("evaluate", 9), ("write_predictions", 9), ("read_data", None)]
 )
@@ -1200,3 +1200,91 @@ def test_autocast_is_only_made_for_bf16():
     assert make_autocast("cpu", "fp32") is nullcontext
     with make_autocast("cpu", "bf16")():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+# --- nothing is overwritten that is not a prediction file of ours ----------------------------------
+
+
+@pytest.mark.parametrize("target", ["data/ids-sst-dev.csv", "kept/args.json", "notes.txt", "link.csv"])
+def test_output_never_replaces_another_file(place, no_plot, capsys, target):
+    if not (place / "kept").exists():
+        assert main(command(place, "kept", "--max_steps 1")) == 0
+        (place / "notes.txt").write_text("mine")
+        (place / "link.csv").symlink_to(place / "data" / "ids-sst-dev.csv")
+    before = (place / target).read_bytes()
+    flags = ["--sst_dev_out", str(place / target)]
+    for argv in (
+        [*command(place, "other", "--max_steps 1"), *flags],
+        ["--output_dir", str(place / "kept"), "--predict_only", *flags],
+    ):
+        capsys.readouterr()
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert "--sst_dev_out" in error and "is no prediction file" in error and error.count("\n") == 1
+    assert (place / target).read_bytes() == before
+
+
+def test_dangling_links_as_outputs_are_named(place, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for flag in ("--sst_dev_out", "--output_dir"):
+        assert main([*command(place, "dangling", "--max_steps 1"), flag, str(tmp_path / "link")]) == 2
+        error = capsys.readouterr().err
+        assert f"{flag} {tmp_path / 'link'}: is a link to" in error and "does not exist" in error
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_predictions_on_other_data_need_a_name(place, no_plot, tmp_path, capsys, split):
+    folder = place / "leaderboard"
+    if not folder.exists():
+        assert main(command(place, "leaderboard", "--max_steps 1")) == 0
+    own = folder / "predictions" / f"sst-{split}-output.csv"
+    before = own.read_bytes()
+    header, *rows = (place / "data" / TASKS["sst"].files[split]).read_text().splitlines(keepends=True)
+    (tmp_path / "few.csv").write_text(header + "".join(rows[:2]))
+    flags = ["--output_dir", str(folder), "--predict_only", f"--sst_{split}", str(tmp_path / "few.csv")]
+    assert main(flags) == 2
+    assert f"give --sst_{split}_out FILE" in capsys.readouterr().err and own.read_bytes() == before
+    assert main([*flags, f"--sst_{split}_out", str(tmp_path / "out.csv")]) == 0
+    assert (tmp_path / "out.csv").read_text().count("\n") == 3 and own.read_bytes() == before
+
+
+def test_longer_run_says_what_becomes_of_the_learning_rate(place, no_plot, capsys):
+    """Linear, no warm-up: at step 2 of 2 nothing is left, of 8 three quarters."""
+    assert main(command(place, "length", "--max_steps 2 --warmup_steps 0 --lr 0.004")) == 0
+    capsys.readouterr()
+    assert main(["--output_dir", str(place / "length"), "--resume", "--max_steps", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "ends at step 8 now, before it was 2" in printed
+    assert "next learning rate is 3.00e-03 instead of 0.00e+00" in printed
+
+
+def test_errors_that_need_no_data_come_before_the_data(place, no_plot, capsys):
+    assert main(command(place, "quick", "--max_steps 1")) == 0
+    for flags, message in (("", "holds a run already"), ("--overwrite --device cuda:99", "--device cuda:99")):
+        capsys.readouterr()
+        assert main(command(place, "quick", flags)) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and "examples from" not in printed.out
+
+
+def test_every_file_of_a_run_follows_the_umask(place, no_plot):
+    before = os.umask(0o027)
+    try:
+        assert main(command(place, "modes_of_files", "--max_steps 1")) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (place / "modes_of_files").rglob("*") if path.is_file()]
+    assert len(files) > 10 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback():
+    code = (
+        "import signal, sys; sys.argv = ['x', '--help']; import runpy, builtins; real = builtins.__import__\n"
+    )
+    code += "def stop(name, *rest):\n    if name == 'torch': signal.raise_signal(signal.SIGINT)\n"
+    code += "    return real(name, *rest)\nbuiltins.__import__ = stop\n"
+    code += "runpy.run_path('multitask_classifier.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == -signal.SIGINT and not done.stderr

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from heads import MultitaskBERT
 from support.errors import UserError
-from support.files import file_digest, is_regular, read_bytes, read_json, sync
+from support.files import default_mode, file_digest, is_regular, read_bytes, read_json, sync
 from tokenizer import BertTokenizer
 
 SUMS_FILE = "SHA256SUMS"  # written last: a folder that holds it is complete
@@ -212,6 +212,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(default_mode())  # the library makes files that only their owner can read
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{path}: cannot be written ({error})") from None
 

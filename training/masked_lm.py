@@ -72,7 +72,7 @@ class MaskedText:
         self.lengths = self.sequences.lengths
 
     def batch(self, rows: np.ndarray, seed: int) -> dict[str, torch.Tensor]:
-        """`input_ids` (masked), `attention_mask`, `chosen`, all (B, T), and `labels` (M,), drawn by the seed."""
+        """`input_ids` (masked), `attention_mask`, `chosen`, all (B, T), and `labels` (M,)."""
         padded = self.sequences.pad(rows, self.tokenizer.pad_token_id)
         mask_token_id, generator = self.tokenizer.mask_token_id, torch.Generator().manual_seed(seed)
         masked, chosen = mask_tokens(

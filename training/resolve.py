@@ -7,6 +7,7 @@ objects of `training.settings`.
 
 import argparse
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -138,19 +139,16 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
 # --- defaults that depend on others ---------------------------------------------------------------
 
 
-def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[str]:
-    """Fit --max_length to the encoder, and --device and --precision to this machine, in place.
+def resolve_machine(args: argparse.Namespace) -> list[str]:
+    """Settle --device and --precision on this machine, in place.
 
     Returns:
         lines that say what was chosen.
 
     Raises:
-        UserError: if the device is not to be had, or a pair cannot be encoded as one sequence.
+        UserError: if the device is not available.
     """
     chosen = []
-    if args.max_length > bert_config.max_position_embeddings:
-        args.max_length = bert_config.max_position_embeddings
-        chosen.append(f"max_length {args.max_length} (the encoder's max_position_embeddings)")
     device = resolve_device("cuda" if args.use_gpu else args.device)
     if args.device != str(device):
         args.device = str(device)
@@ -161,17 +159,32 @@ def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[s
         chosen.append(
             f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
         )
-    for task in args.tasks:
-        if head_name(args, task) == "cross" and bert_config.type_vocab_size < 2:
-            raise UserError(f"--{task}_head cross needs segment ids, and this encoder's type_vocab_size is 1")
     return chosen
+
+
+def fit_to_encoder(args: argparse.Namespace, bert_config: BertConfig) -> list[str]:
+    """Fit --max_length to the encoder, in place; returns lines that say what was chosen.
+
+    Raises:
+        UserError: if a pair cannot be encoded as one sequence.
+    """
+    for task in args.tasks:
+        if HEADS[head_name(args, task)].joint and bert_config.type_vocab_size < 2:
+            raise UserError(
+                f"--{task}_head {head_name(args, task)} needs segment ids, and this encoder's type_vocab_size is 1"
+            )
+    if args.max_length <= bert_config.max_position_embeddings:
+        return []
+    args.max_length = bert_config.max_position_embeddings
+    return [f"max_length {args.max_length} (the encoder's max_position_embeddings)"]
 
 
 def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[str, int]) -> list[str]:
     """Fill in every default that depends on other flags, in place.
 
     Args:
-        args: from `get_args`; each attribute that was None and is needed by the run gets its value.
+        args: from `get_args`, after `resolve_machine`; each attribute that was None and is needed by the run
+            gets its value.
         sizes: task -> training examples.
 
     Returns:
@@ -180,7 +193,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     Raises:
         UserError: if a flag does not fit the encoder or this machine.
     """
-    chosen = resolve_machine(args, bert_config)
+    chosen = fit_to_encoder(args, bert_config)
 
     def choose(name: str, value, why: str):
         if getattr(args, name) is None:
@@ -257,16 +270,35 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
 
 
 def check_outputs(output: OutputSettings) -> None:
-    """Make sure, before anything is trained, that what a run writes has places to go.
+    """Make sure, before anything is trained, that what a run writes has places to go and replaces nothing else.
 
     Raises:
-        UserError: if a path is taken by a folder, or by two outputs.
+        UserError: if a path is taken by a folder, by two outputs, or by a file that is no prediction file.
     """
     taken = {}
     for (task, split), path in output.prediction_files.items():
         flag = f"--{task}_{split}_out"
         if path.is_dir():
             raise UserError(f"{flag} {path}: is a folder; expected a file")
-        if path.absolute() in taken:
-            raise UserError(f"{flag} {path}: already taken by {taken[path.absolute()]}")
-        taken[path.absolute()] = flag
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{flag} {path}: is a link to {os.readlink(path)}, which does not exist")
+        # An input of this command, a setting or a checkpoint of the run, or whatever else lies there.
+        if path.exists() and not is_prediction_file(path):
+            raise UserError(
+                f"{flag} {path}: exists and is no prediction file; expected a new name, or an earlier prediction"
+                " file to replace"
+            )
+        if path.resolve() in taken:
+            raise UserError(f"{flag} {path}: already taken by {taken[path.resolve()]}")
+        taken[path.resolve()] = flag
+
+
+def is_prediction_file(path: Path) -> bool:
+    """Whether a file is empty or begins as a prediction file of any task does."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        header = file.read(200).partition(b"\n")[0].decode("utf-8", "replace")
+    names = [part.strip() for part in header.replace("\t", ",").split(",")]
+    columns = {column for spec in TASKS.values() for column in (spec.prediction_column, spec.handout_column)}
+    return not header or (len(names) == 2 and names[0] == "id" and names[1] in columns)

@@ -30,7 +30,7 @@ def read_split(settings: DataSettings, split: str, tasks: Iterable[str]) -> dict
 
 
 def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
-    """The test rows that --predict_splits asks for; read early, so that a bad row does not end a whole run."""
+    """The test rows that --predict_splits asks for; read early, so that a bad row ends no long run."""
     present = []
     for task in settings.tasks if "test" in settings.predict_splits else ():
         path = settings.files[task, "test"]

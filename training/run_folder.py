@@ -60,7 +60,7 @@ MAX_LOG_BYTES = 2**30
 
 
 def describe_code(folder: Path = ROOT) -> dict | None:
-    """The git commit of the code and the files changed since; None if it is no repository or there is no git."""
+    """The git commit of the code and the files changed since; None if this is no repository."""
 
     def git(*arguments):
         command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *arguments]

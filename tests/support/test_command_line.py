@@ -1,6 +1,7 @@
 """Signals, errors in one line, freed memory; the rest of command_line.py is tested by the scripts' tests."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
 
 # --- signals and errors ---------------------------------------------------------------------------
 
-NUMBERS = [signal.SIGINT, signal.SIGTERM]
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -67,7 +68,9 @@ def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
         try:
             signal.raise_signal(number)
         except Stopped:
-            assert [signal.getsignal(each) for each in NUMBERS] == [signal.SIG_DFL] * 2  # a second one kills
+            assert [signal.getsignal(each) for each in NUMBERS][:2] == [
+                signal.SIG_DFL
+            ] * 2  # a second one kills
             raise made_of_it or Stopped from None
 
     assert run_script("x", work) == 128 + number
@@ -138,3 +141,47 @@ def test_torch_says_so_when_memory_runs_out():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.int8)
     assert is_out_of_memory(raised.value)
+
+
+PRINT = """
+import sys
+from support.command_line import run_script
+def work():
+    print("caf\u00e9", flush=True)
+    with open(sys.argv[1], "w") as file:  # must not get the number of a closed stream
+        print("printed", flush=True)
+        file.write("written")
+    sys.stdout.isatty()
+sys.exit(run_script("x", work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "encoding"), [("", "ascii"), (">&-", "utf-8"), (">&- 2>&-", "utf-8")]
+)
+def test_any_text_can_be_printed_to_any_stream(tmp_path, redirection, encoding):
+    """Streams that are ASCII only or closed: no traceback, and no text in files that are opened later."""
+    command = f'"$0" -c "$1" "$2" {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, PRINT, str(tmp_path / "file")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout == ("" if redirection else "caf\\xe9\nprinted\n")
+    assert (tmp_path / "file").read_text() == "written"
+
+
+def test_hang_up_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
