@@ -38,7 +38,7 @@ from base_bert import (
 from bert import ACTIVATIONS, BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig
 from datasets import BatchOrder, TokenArrays, read_rows, warning_lines
-from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor
+from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.command_line import OneLineParser, Signals, Stopped, catch_signals, number, run_script
 from support.device import explain_memory, is_bf16_fast, make_autocast, resolve_device
 from support.errors import UserError
@@ -545,8 +545,7 @@ def train(
         step = state["step"]
         batch = text.batch(order[step], make_seed(args.seed, step, 1))
         factor = lr_factor(args.schedule, step, warmup_steps=warmup_steps, total_steps=args.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        set_lr(optimizer, factor)
         shape = tuple(batch["input_ids"].shape)
         with explain_memory(lambda shape=shape: f"in a batch (sentences, word pieces) {shape}; {SHRINK}"):
             loss, grad_norm = train_step(

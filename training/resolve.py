@@ -9,7 +9,9 @@ from pathlib import Path
 
 from config import TASKS, BertConfig
 from evaluation import prediction_name
+from heads import HEADS
 from kernels.fused import find_compiler, pays_off
+from pcgrad import GRAD_METHODS
 from support.device import is_bf16_fast, resolve_device
 from support.errors import UserError
 from training.token_cache import default_cache_dir
@@ -61,8 +63,11 @@ def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[s
             f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
         )
     for task in args.tasks:
-        if head_name(args, task) == "cross" and bert_config.type_vocab_size < 2:
-            raise UserError(f"--{task}_head cross needs segment ids, and this encoder's type_vocab_size is 1")
+        head = head_name(args, task)
+        if HEADS[head].joint and bert_config.type_vocab_size < 2:
+            raise UserError(
+                f"--{task}_head {head} needs segment ids, and this encoder's type_vocab_size is 1"
+            )
     return chosen
 
 
@@ -89,9 +94,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     small = bert_config.hidden_size < 768
     choose("lr", 1e-4 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
-    choose(
-        "grad_reduction", "mean" if args.grad_method == "mean" else "sum", f"grad_method {args.grad_method}"
-    )
+    choose("grad_reduction", GRAD_METHODS[args.grad_method].reduction, f"grad_method {args.grad_method}")
     for task in args.tasks:
         if getattr(args, f"{task}_batch_size") is None:
             setattr(args, f"{task}_batch_size", args.batch_size)
@@ -147,13 +150,13 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     if len(args.tasks) == 1:
         for name in ("grad_method", "grad_reduction", "surgery_tasks", "sampler"):
             reasons[name] = "there is one task"
-    if args.grad_method in ("sum", "mean"):
+    if not GRAD_METHODS[args.grad_method].changes_gradients:
         reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"
     if args.freeze_encoder:
         for name in ("grad_method", "grad_reduction", "surgery_tasks"):
             reasons[name] = "with a frozen encoder the tasks share no gradient"
         reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
-    if all(head_name(args, task) == "cosine" for task in args.tasks):
+    if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
     for task in set(TASKS) - set(args.tasks):
         for name in args.given:

@@ -16,7 +16,7 @@ import torch
 from config import TASKS
 from evaluation import PREDICTION_STYLES, prediction_name
 from heads import MultitaskBERT
-from kernels.fused import PLAIN, compile_passes
+from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW
 from support.device import describe_machine
 from support.errors import UserError
@@ -224,10 +224,11 @@ class Run:
         self.args, self.model, self.tokenizer = args, model, tokenizer
         self.folder = Path(args.output_dir)
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        passes = compile_passes() if args.compile == "on" else PLAIN
-        self.memory = model.make_memory(dtype, dtype if args.grad_accum == 1 else torch.float32, passes)
+        kernels = compile_kernels() if args.compile == "on" else PLAIN
+        grad_dtype = dtype if args.grad_accum == 1 else torch.float32
+        self.memory = model.move_to_flat_memory(dtype, grad_dtype, kernels)
         groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
-        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify, update=passes.adamw_update)
+        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify, update=kernels.adamw_update)
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
         self.state = {

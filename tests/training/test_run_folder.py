@@ -12,7 +12,7 @@ import torch
 from bert import BertModel
 from config import TASKS
 from heads import MultitaskBERT
-from kernels.fused import PLAIN, Passes
+from kernels.fused import PLAIN, Kernels
 from support.errors import UserError
 from support.files import ROOT, lock_folder
 from tests.tiny import make_config, make_encoder
@@ -49,12 +49,12 @@ def settings(folder, **changes):
     return Namespace(**options | changes)
 
 
-def test_run_trains_with_the_passes_and_types_that_its_flags_say(tokenizer, tmp_path, monkeypatch):
-    passes = Passes(adamw_update=lambda *args: None)
-    monkeypatch.setattr(run_folder, "compile_passes", lambda: passes)
-    for compiled, expected in (("on", passes), ("off", PLAIN)):
+def test_run_trains_with_the_kernels_and_types_that_its_flags_say(tokenizer, tmp_path, monkeypatch):
+    kernels = Kernels(adamw_update=lambda *args: None)
+    monkeypatch.setattr(run_folder, "compile_kernels", lambda: kernels)
+    for compiled, expected in (("on", kernels), ("off", PLAIN)):
         run = Run(settings(tmp_path, compile=compiled), make_model(tokenizer), tokenizer)
-        assert run.memory.passes is expected and run.optimizer.update is expected.adamw_update
+        assert run.memory.kernels is expected and run.optimizer.update is expected.adamw_update
     types = {("fp32", 1): None, ("bf16", 1): torch.bfloat16, ("bf16", 2): torch.bfloat16}
     for (precision, grad_accum), copy in types.items():
         args = settings(tmp_path, precision=precision, grad_accum=grad_accum)
