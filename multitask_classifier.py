@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from base_bert import find_weights, resolve_pretrained
@@ -44,8 +45,8 @@ from evaluation import (
 )
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
-from optimizer import lr_factor
-from pcgrad import GRAD_METHODS, update_cosine_ema
+from optimizer import lr_factor, set_lr
+from pcgrad import GRAD_METHODS, GRAD_REDUCTIONS, update_cosine_ema
 from reporting.report import plot_run
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
@@ -87,100 +88,155 @@ from training.run_folder import (
 from training.settings import LoopSettings, ModelSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
 
-
-@dataclass
-class StepResult:
-    """What one update did. K is the number of tasks; tasks without a batch have loss nan and a zero row."""
-
-    losses: torch.Tensor  # (K,) mean over the step's batches, before task weights
-    gram: torch.Tensor  # (K, K) inner products of the task gradients, each weighted and summed over its slots
-    part_grams: torch.Tensor  # (parts of the encoder, K, K) the same within each part, as in `memory.parts`
-    weights: torch.Tensor  # (K,) of the task gradients in the combined one, before clipping
-    grad_norm: float  # of the combined gradient, encoder and heads, before clipping
-    num_tokens: int  # real word pieces
-    applied: bool  # False: something was not finite and nothing was updated
+# --- a step -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """What a step draws from one task."""
+    """What one draw of a task gives to a step: a batch, in several pieces if gradients are accumulated."""
 
     task: str
-    micro_batches: list[dict[str, torch.Tensor]]
+    micro_batches: list[dict[str, Tensor]]  # each as `MultitaskBERT.losses` takes it
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did. Tasks without a batch have loss nan, and zeros elsewhere."""
+
+    losses: Tensor  # (K,) mean over the task's micro-batches, before task weights
+    gram: (
+        Tensor  # (K, K) inner products of the task gradients, each weighted and summed over its task batches
+    )
+    group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
+    weights: Tensor  # (K,) of the task gradients in the combined one, before clipping
+    grad_norm: float  # of the combined gradient, encoder and heads, before clipping
+    num_tokens: int  # real word pieces
+    applied: bool  # False: something was not finite and nothing was updated
 
 
 def train_step(
     model: MultitaskBERT,
     memory: FlatMemory,
     optimizer: torch.optim.Optimizer,
-    task_batches: "Sequence[TaskBatch]",
+    task_batches: Sequence[TaskBatch],
     settings: StepSettings,
     *,
     step: int,
-    cosine_ema: torch.Tensor | None = None,
+    cosine_ema: Tensor | None = None,
 ) -> StepResult:
     """One optimizer update; the learning rates are already in the optimizer's groups.
 
+    Sets torch's global seed, from which the kernels draw dropout: a resumed run gives the same bits only if
+    dropout depends on nothing but `settings.seed` and `step`.
+
     Args:
-        slots: for each slot its task and its batches; several batches are accumulated (mean of their losses).
-        step: updates already made; with `seed` it fixes dropout and the order in gradient surgery.
-        clip_norm: longest gradient, encoder and heads together; 0 means no clipping.
-        surgery_tasks: whose gradients the method may change; None means all.
-        cosine_ema: (K, K) running mean of the cosines, for methods that aim at it.
-        autocast: makes the context for mixed precision.
+        task_batches: what was drawn for this step; a task may occur several times, or not at all.
+        step: updates already made; with the seed it fixes dropout and the order of projections.
+        cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
     """
-    tasks, seed, autocast = memory.tasks, settings.seed, settings.autocast
-    grad_method, grad_reduction, clip_norm = settings.grad_method, settings.grad_reduction, settings.clip_norm
-    task_weights, surgery_tasks = settings.task_weights, settings.surgery_tasks
-    slots = [(each.task, each.micro_batches) for each in task_batches]
-    memory.start_step([batch["input_ids"] for _, batches in slots for batch in batches])
-    done = []  # (task number, loss, word pieces) of each batch; read at the end, so that a GPU need not wait
-    for part in range(max(len(batches) for _, batches in slots)):
-        # One pass for all tasks; each task's encoder gradient goes to its own row, see direct_grads.py.
-        chosen = [(task, batches[part], len(batches)) for task, batches in slots if part < len(batches)]
-        torch.manual_seed(make_seed(seed, step, part))  # dropout depends on nothing else
-        with autocast():
-            batch_losses = model.losses([(task, batch) for task, batch, _ in chosen], by_task=True)
+    # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
+    losses, num_tokens = backward_all(model, memory, task_batches, settings, step)
+
+    # 2. Inner products of the task gradients, which are all that a gradient method needs to know of them. By
+    #    layer group, for the log; their sum is the whole gram matrix.
+    group_grams = memory.group_grams().cpu()  # (layer groups, K, K)
+    gram = group_grams.sum(0)
+    drawn = {batch.task for batch in task_batches}
+    present = [k for k, task in enumerate(memory.tasks) if task in drawn]
+
+    # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
+    #    in the optimizer's moments, it stays there.
+    weights, grad_norm = torch.zeros(len(memory.tasks)), math.nan
+    if losses[present].isfinite().all() and gram.isfinite().all():
+        weights[present] = combination_weights(gram, present, memory.tasks, settings, step, cosine_ema)
+        if GRAD_REDUCTIONS[settings.grad_reduction]:
+            # The mean over task batches, not over tasks: a task that was drawn twice counts twice.
+            is_mean = GRAD_METHODS[settings.grad_method].is_mean
+            weights *= (len(present) if is_mean else 1) / len(task_batches)
+        # The combined gradient's length follows from the gram matrix, without another pass over memory.
+        shared_square = max(0.0, float(weights @ gram @ weights))
+        head_square = sum(float(memory.head_grad(memory.tasks[k]).square().sum()) for k in present)
+        grad_norm = math.sqrt(shared_square + head_square)
+
+    # 4. Update: weighted sum, clipping, AdamW.
+    applied = math.isfinite(grad_norm)
+    if applied:
+        apply_update(memory, optimizer, weights, drawn, grad_norm, settings.clip_norm)
+    return StepResult(losses, gram, group_grams, weights, grad_norm, num_tokens, applied)
+
+
+def backward_all(
+    model: MultitaskBERT,
+    memory: FlatMemory,
+    task_batches: Sequence[TaskBatch],
+    settings: StepSettings,
+    step: int,
+) -> tuple[Tensor, int]:
+    """Forward and backward for all tasks; leaves the gradient of each in `memory`.
+
+    Returns:
+        losses (K,), as in `StepResult`, and the number of real word pieces.
+    """
+    memory.start_step([piece["input_ids"] for batch in task_batches for piece in batch.micro_batches])
+    tasks, losses, num_tokens = (
+        [],
+        [],
+        [],
+    )  # of each micro-batch; read at the end, so that a GPU need not wait
+    for micro_step in range(max(len(batch.micro_batches) for batch in task_batches)):
+        # All tasks go through the encoder together: large products, and a weight is read once for all.
+        chosen = [batch for batch in task_batches if micro_step < len(batch.micro_batches)]
+        pieces = [(batch.task, batch.micro_batches[micro_step]) for batch in chosen]
+        torch.manual_seed(make_seed(settings.seed, step, micro_step))
+        with settings.autocast():
+            micro_losses = model.losses(pieces, memory)
+        # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
         total = sum(
-            loss * ((task_weights or {}).get(task, 1.0) / num_batches)
-            for loss, (task, _, num_batches) in zip(batch_losses, chosen, strict=True)
+            loss * (settings.task_weights.get(batch.task, 1.0) / len(batch.micro_batches))
+            for loss, batch in zip(micro_losses, chosen, strict=True)
         )
         total.backward()
-        for loss, (task, batch, _) in zip(batch_losses, chosen, strict=True):
-            done.append((tasks.index(task), loss.detach(), batch["attention_mask"].sum()))
+        tasks += [memory.tasks.index(task) for task, _ in pieces]
+        losses += [loss.detach() for loss in micro_losses]
+        num_tokens += [piece["attention_mask"].sum() for _, piece in pieces]
     memory.finish_grads()
-    numbers = torch.tensor([number for number, _, _ in done])
-    num_batches = numbers.bincount(minlength=len(tasks))
-    losses = torch.zeros(len(tasks)).index_add(0, numbers, torch.stack([loss for _, loss, _ in done]).cpu())
-    losses = losses / num_batches
-    num_tokens = int(torch.stack([tokens for _, _, tokens in done]).sum())
 
-    present = num_batches.nonzero().flatten()  # tasks that had a batch
-    present_tasks = {tasks[k] for k in present}
-    part_grams = memory.part_grams().cpu()  # (parts, K, K)
-    gram = part_grams.sum(0)
-    weights = torch.zeros(len(tasks))
-    finite = bool(losses[present].isfinite().all() and gram.isfinite().all())
-    if finite:
-        generator = torch.Generator().manual_seed(make_seed(seed, step))
-        seen = None if cosine_ema is None else cosine_ema[present][:, present]
-        adjusted = [surgery_tasks is None or tasks[k] in surgery_tasks for k in present]
-        weights[present] = GRAD_METHODS[grad_method](gram[present][:, present], generator, seen, adjusted)
-        if grad_reduction == "mean":  # over slots: a task that was drawn twice counts twice
-            weights *= (len(present) if grad_method == "mean" else 1) / len(slots)
-    # The combined gradient's length follows from the gram matrix, without another pass over memory.
-    shared_square = float(weights @ gram @ weights)
-    head_square = sum(float(memory.head_grad(task).square().sum()) for task in present_tasks)
-    grad_norm = math.sqrt(max(0.0, shared_square) + head_square) if finite else math.nan
-    applied = finite and math.isfinite(grad_norm)
-    if applied:
-        scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
-        memory.combine((weights * scale).to(memory.grad.device))
-        if scale < 1:
-            memory.grad[memory.num_shared :] *= scale
-        memory.show_grads(present_tasks)
-        optimizer.step()
-    return StepResult(losses, gram, part_grams, weights, grad_norm, num_tokens, applied)
+    task_numbers, num_tasks = torch.tensor(tasks), len(memory.tasks)
+    sums = torch.zeros(num_tasks).index_add(0, task_numbers, torch.stack(losses).cpu())  # (K,)
+    return sums / task_numbers.bincount(minlength=num_tasks), int(torch.stack(num_tokens).sum())
+
+
+def combination_weights(
+    gram: Tensor,
+    present: list[int],
+    tasks: Sequence[str],
+    settings: StepSettings,
+    step: int,
+    cosine_ema: Tensor | None,
+) -> Tensor:
+    """The weight of each present task's gradient in the combined one, by the gradient method."""
+    # A generator of its own: nothing else that a run draws may change the order of projections.
+    generator = torch.Generator().manual_seed(make_seed(settings.seed, step))
+    ema = None if cosine_ema is None else cosine_ema[present][:, present]
+    adjusted = [settings.surgery_tasks is None or tasks[k] in settings.surgery_tasks for k in present]
+    return GRAD_METHODS[settings.grad_method].weights(gram[present][:, present], generator, ema, adjusted)
+
+
+def apply_update(
+    memory: FlatMemory,
+    optimizer: torch.optim.Optimizer,
+    weights: Tensor,
+    drawn: set[str],
+    grad_norm: float,
+    clip_norm: float,
+) -> None:
+    """Combine the task gradients, clip encoder and heads together, and update all that has a gradient."""
+    scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
+    memory.combine((weights * scale).to(memory.grad.device))  # clipped on the way, at no cost
+    if scale < 1:
+        memory.grad[memory.layout.num_shared :] *= scale  # the heads
+    memory.show_grads(drawn)
+    optimizer.step()
 
 
 # --- the training loop ----------------------------------------------------------------------------
@@ -239,8 +295,7 @@ def train(
         factor = lr_factor(
             loop.schedule, state.step, warmup_steps=loop.warmup_steps, total_steps=loop.max_steps
         )
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        set_lr(run.optimizer, factor)
 
         # 3. Update.
         with out_of_memory_hint(partial(describe_step, run, task_batches)):

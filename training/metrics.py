@@ -26,15 +26,15 @@ def step_record(result: "StepResult", memory: FlatMemory) -> dict:
     present = [k for k, loss in enumerate(result.losses.tolist()) if not math.isnan(loss)]
     names = [memory.tasks[k] for k in present]
     gram = result.gram[present][:, present]
-    part_cosines = cosine_matrix(result.part_grams[:, present][:, :, present])
+    group_cosines = cosine_matrix(result.group_grams[:, present][:, :, present])
     return {
         "loss": dict(zip(names, result.losses[present].tolist(), strict=True)),
         "task_grad_norm": dict(zip(names, gram.diagonal().clamp(min=0).sqrt().tolist(), strict=True)),
         "grad_weight": dict(zip(names, result.weights[present].tolist(), strict=True)),
         "cosine": pair_values(cosine_matrix(gram), names),
         "layer_cosine": {
-            part: pair_values(cosines, names)
-            for part, cosines in zip(memory.parts, part_cosines, strict=True)
+            group: pair_values(cosines, names)
+            for group, cosines in zip(memory.layout.layer_groups, group_cosines, strict=True)
         },
         "grad_norm": result.grad_norm,
     }

@@ -33,7 +33,7 @@ from base_bert import (
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig
 from datasets import BatchOrder, Rows, read_rows, warning_lines
-from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor
+from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.command_line import OneLineParser, StopRequest, catch_signals, number, run_script
 from support.device import is_bf16_fast, make_autocast, out_of_memory_hint, resolve_device, to_device
 from support.errors import UserError
@@ -426,8 +426,7 @@ def train(
         # 1. The batch, its masks and the learning rate depend on the step alone.
         batch = text.batch(order[state.step], make_seed(seed, state.step, 1))
         factor = lr_factor(settings.schedule, state.step, warmup_steps=warmup_steps, total_steps=max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        set_lr(optimizer, factor)
 
         # 2. Update.
         shape = tuple(batch["input_ids"].shape)

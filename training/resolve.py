@@ -15,6 +15,7 @@ from config import TASKS, BertConfig
 from evaluation import prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
+from pcgrad import GRAD_METHODS
 from support.device import is_bf16_fast, make_autocast, resolve_device
 from support.errors import UserError
 from training.settings import (
@@ -203,9 +204,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     small = bert_config.hidden_size < 768
     choose("lr", 1e-4 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
-    choose(
-        "grad_reduction", "mean" if args.grad_method == "mean" else "sum", f"grad_method {args.grad_method}"
-    )
+    choose("grad_reduction", GRAD_METHODS[args.grad_method].reduction, f"grad_method {args.grad_method}")
     for task, batch_size in batch_sizes(args).items():
         setattr(args, f"{task}_batch_size", batch_size)
     args.task_weights = {task: args.task_weights.get(task, 1.0) for task in args.tasks}
@@ -252,13 +251,13 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if len(args.tasks) == 1:
         for name in ("grad_method", "grad_reduction", "surgery_tasks", "sampler"):
             reasons[name] = "there is one task"
-    if args.grad_method in ("sum", "mean"):
+    if not GRAD_METHODS[args.grad_method].changes_gradients:
         reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"
     if args.freeze_encoder:
         for name in ("grad_method", "grad_reduction", "surgery_tasks"):
             reasons[name] = "with a frozen encoder the tasks share no gradient"
         reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
-    if all(head_name(args, task) == "cosine" for task in args.tasks):
+    if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
     for task in set(TASKS) - set(args.tasks):
         for name in args.given:

@@ -16,7 +16,7 @@ import torch
 from config import TASKS
 from evaluation import PREDICTION_STYLES, prediction_name
 from heads import MultitaskBERT
-from kernels.fused import PLAIN, compile_passes
+from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW
 from support.device import describe_machine
 from support.errors import UserError
@@ -315,11 +315,14 @@ class Run:
         self.folder = settings.output.folder
         optimizer = settings.optimizer
         dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
-        passes = compile_passes() if optimizer.compiled else PLAIN
+        kernels = compile_kernels() if optimizer.compiled else PLAIN
         # A sum of several bfloat16 gradients would round each time.
-        self.memory = model.make_memory(dtype, torch.float32 if optimizer.accumulates else dtype, passes)
+        grad_dtype = torch.float32 if optimizer.accumulates else dtype
+        self.memory = model.move_to_flat_memory(dtype, grad_dtype, kernels)
         groups = self.memory.param_groups(optimizer.lr, optimizer.head_lr, optimizer.weight_decay)
-        self.optimizer = AdamW(groups, lr=optimizer.lr, rectify=optimizer.rectify, update=passes.adamw_update)
+        self.optimizer = AdamW(
+            groups, lr=optimizer.lr, rectify=optimizer.rectify, update=kernels.adamw_update
+        )
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
         self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0))

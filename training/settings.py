@@ -51,7 +51,7 @@ class StepSettings:
 
     seed: int
     grad_method: str = "pcgrad"  # a key of pcgrad.GRAD_METHODS
-    grad_reduction: str = "sum"  # or "mean", over the step's task batches
+    grad_reduction: str = "sum"  # a key of pcgrad.GRAD_REDUCTIONS
     task_weights: Mapping[str, float] = field(default_factory=dict)  # task -> factor of its loss; 1 if absent
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all

@@ -10,7 +10,7 @@ import torch
 from bert import BertModel
 from config import TASKS
 from heads import MultitaskBERT
-from kernels.fused import PLAIN, Passes
+from kernels.fused import PLAIN, Kernels
 from support.errors import UserError
 from tests.tiny import make_config, make_encoder
 from tokenizer import BertTokenizer
@@ -62,11 +62,11 @@ def settings(folder, precision="fp32", accumulates=False, compiled=False):
 
 
 def test_run_trains_with_the_kernels_and_types_that_its_settings_say(tokenizer, tmp_path, monkeypatch):
-    passes = Passes(adamw_update=lambda *args: None)
-    monkeypatch.setattr(run_folder, "compile_passes", lambda: passes)
-    for compiled, expected in ((True, passes), (False, PLAIN)):
+    kernels = Kernels(adamw_update=lambda *args: None)
+    monkeypatch.setattr(run_folder, "compile_kernels", lambda: kernels)
+    for compiled, expected in ((True, kernels), (False, PLAIN)):
         run = Run(settings(tmp_path, compiled=compiled), make_model(tokenizer), tokenizer)
-        assert run.memory.passes is expected and run.optimizer.update is expected.adamw_update
+        assert run.memory.kernels is expected and run.optimizer.update is expected.adamw_update
     types = {("fp32", False): None, ("bf16", False): torch.bfloat16, ("bf16", True): torch.bfloat16}
     for (precision, accumulates), copy in types.items():
         memory = Run(settings(tmp_path, precision, accumulates), make_model(tokenizer), tokenizer).memory
