@@ -20,8 +20,9 @@ from kernels.fused import PLAIN, compile_passes
 from optimizer import AdamW
 from support.device import describe_machine
 from support.errors import UserError
-from support.files import ROOT, read_bytes, read_json, sync, write_text
+from support.files import ROOT, read_bytes, sync, write_text
 from tokenizer import BertTokenizer
+from training.args_file import ARGS_FILE, read_args_file
 from training.checkpoint import (
     STATE_FILE,
     copy_tensors,
@@ -39,7 +40,6 @@ from training.checkpoint import (
     write_model,
 )
 
-ARGS_FILE = "args.json"
 MAX_LOG_BYTES = 2**30
 
 
@@ -71,34 +71,6 @@ def describe_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         module.__name__: str(module.__version__) for module in modules
     }
-
-
-def read_args_file(folder: Path) -> dict:
-    """A run's `args.json`, as `write_args` wrote it.
-
-    Raises:
-        UserError: if there is none, or it is damaged; the copy in its last checkpoint is named then.
-    """
-    path = folder / ARGS_FILE
-    try:
-        if not path.exists():
-            raise UserError(f"--output_dir {folder}: no run there (no {ARGS_FILE})")
-        stored = read_json(path)
-        if not isinstance(stored.get("args"), dict):
-            raise UserError(f"{path}: damaged (it holds no settings)")
-        commands = stored.get("commands")
-        if not isinstance(commands, list) or not all(
-            isinstance(command, list) and all(isinstance(part, str) for part in command)
-            for command in commands
-        ):
-            raise UserError(f"{path}: damaged (it holds no commands)")
-        if not isinstance(stored.get("data"), dict | str):
-            raise UserError(f"{path}: damaged (it holds no data)")
-    except UserError as error:
-        copies = [copy / ARGS_FILE for copy in versions(folder / "last") if (copy / ARGS_FILE).exists()]
-        hint = f"; {copies[0]} is a copy, made with its last checkpoint" if copies else ""
-        raise UserError(f"{error}{hint}") from None
-    return stored
 
 
 def write_args(args: Namespace, facts: dict, before: dict | None = None) -> str:
