@@ -5,7 +5,6 @@ default depends on other flags, the encoder or the machine is None here; `traini
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
@@ -14,66 +13,37 @@ from evaluation import OVERALLS, PREDICTION_STYLES
 from heads import PAIR_HEADS, POOLINGS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
-from support.command_line import FlagType, OneLineParser, number
+from support.command_line import FlagType, number
 from support.errors import UserError
 from training.args_file import ARGS_FILE, read_args_file
+from training.run_parser import (
+    COUNT,
+    COUNT_OR_NONE,
+    DEVICE,
+    DIR,
+    ENCODER,
+    FILE,
+    NOT_NEGATIVE,
+    OUTPUT_DIR,
+    POSITIVE,
+    PRECISIONS,
+    PROBABILITY,
+    READING_MARKS,
+    RESUME_MARKS,
+    SEED,
+    RunParser,
+    check_sources,
+    is_valid_value,
+    name_list,
+    source_list,
+    task_list,
+)
 from training.settings import HEAD_DROPOUT_PROB
 from training.sources import EXTRA_SOURCES
 
-PRECISIONS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "off")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
 OPTIONS = {"pretrain": True, "finetune": False}
-
-# What a flag changes about a run: every flag has one of these marks.
-MARKS = {
-    "result": "what the run computes: weights, scores, which checkpoint is the best",
-    "mode": "what is done, with which run folder",
-    "place": "where files are read from and written to",
-    "predictions": "which predictions are written, and in what form",
-    "length": "when the run ends",
-    "upkeep": "what is logged and kept on the way, and how much trouble is tolerated",
-    "machine": "which processor computes, and how precisely",
-    "text": "how much of a text the encoder sees",
-}
-# What may change when a run is resumed, and when its best checkpoint is read again. Whether a file in another
-# place holds the same data is checked by the data's fingerprint.
-RESUME_MARKS = ("mode", "place", "predictions", "length", "upkeep")
-READING_MARKS = ("mode", "place", "predictions", "machine", "text")
-
-
-# --- types of flags -----------------------------------------------------------------------------------------
-
-
-COUNT = number(int, 1)
-COUNT_OR_NONE = number(int, 0)
-PROBABILITY = number(float, 0, 1, high_open=True)
-POSITIVE = number(float, 0, low_open=True)
-NOT_NEGATIVE = number(float, 0)
-SEED = number(int, 0, 2**32 - 1)
-
-
-def text_type(metavar: str, expected: str = "text", is_valid: Callable[[str], bool] = lambda text: True):
-    return FlagType(str, lambda value: isinstance(value, str) and is_valid(value), expected, metavar)
-
-
-DIR, FILE, DEVICE = text_type("DIR"), text_type("FILE"), text_type("DEVICE")
-ENCODER = text_type("NAME|DIR")
-OUTPUT_DIR = text_type("DIR", "a folder", is_valid=bool)
-
-
-def name_list(names: tuple[str, ...], expected: str, metavar: str) -> FlagType:
-    """Some of `names`, each once, separated by commas; a tuple."""
-
-    def convert(text: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-
-    def is_valid(value) -> bool:
-        if not isinstance(value, tuple) or not all(name in names for name in value):
-            return False
-        return 0 < len(value) == len(set(value))
-
-    return FlagType(convert, is_valid, expected, metavar)
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -87,86 +57,10 @@ def are_weights(value) -> bool:
     )
 
 
-def parse_sources(text: str) -> dict[str, int | None]:
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    sources = {name: int(count) if count else None for name, _, count in pairs}
-    if len(sources) < len(pairs):
-        raise ValueError("a source is named twice")
-    return sources
-
-
-def are_sources(value) -> bool:
-    return isinstance(value, dict) and all(
-        name in EXTRA_SOURCES and (count is None or COUNT.is_valid(count)) for name, count in value.items()
-    )
-
-
-task_list = name_list(tuple(TASKS), f"some of {','.join(TASKS)}, each once", "TASK,...")
 split_list = name_list(("dev", "test"), "dev, test or dev,test", "SPLIT,...")
 weight_list = FlagType(
     parse_weights, are_weights, "TASK=NUMBER,..., as in sst=1,sts=2.5", metavar="TASK=X,..."
 )
-source_list = FlagType(
-    parse_sources,
-    are_sources,
-    f"NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once",
-    metavar="NAME[=COUNT],...",
-)
-
-
-# --- declaring flags ----------------------------------------------------------------------------------------
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a flag's default to its help text, unless it depends on others; the text itself says how, then."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        depends = action.default is None or isinstance(action.default, bool | dict)
-        return action.help if depends else super()._get_help_string(action)
-
-
-class RunParser(OneLineParser):
-    """A command line whose every flag is marked with what it changes about a run (see MARKS)."""
-
-    def __init__(self, prog: str, description: str, epilog: str):
-        super().__init__(
-            prog=prog,
-            usage=f"{prog} [--FLAG [VALUE]] ...",  # all flags would be a page of their own
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=HelpFormatter,
-        )
-        self.flags: dict[str, argparse.Action] = {}  # by the name of their attribute
-        self.marks: dict[str, str] = {}
-
-    def adder(self, group) -> Callable:
-        """`add_argument` of an argument group, with a flag's mark as its second argument."""
-
-        def add(flag: str, mark: str, **options) -> None:
-            if mark not in MARKS:
-                raise ValueError(f"{flag} has the mark {mark!r}; expected one of {', '.join(MARKS)}")
-            if isinstance(options.get("type"), FlagType):
-                options["metavar"] = options["type"].metavar
-            action = group.add_argument(flag, **options)
-            self.flags[action.dest], self.marks[action.dest] = action, mark
-
-        return add
-
-    def marked(self, *marks: str) -> frozenset[str]:
-        """The flags that have one of these marks."""
-        return frozenset(name for name, mark in self.marks.items() if mark in marks)
-
-
-def is_valid_value(flag: argparse.Action, value) -> bool:
-    """Whether a value from a file is one that the flag can have."""
-    if value is None:
-        return flag.default is None
-    if isinstance(flag.default, bool):
-        return isinstance(value, bool)
-    if flag.choices:
-        return isinstance(value, str) and value in flag.choices
-    return flag.type.is_valid(value)
 
 
 # --- the flags ----------------------------------------------------------------------------------------------
@@ -187,7 +81,7 @@ def add_data_flags(parser: RunParser) -> None:
 
 def add_model_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("model"))
-    text = "encoder to start from: a folder, a Hugging Face name (NAME@COMMIT), or one that needs no network"
+    text = f"encoder to start from: a folder, NAME@COMMIT of the hub, or {OFFLINE_ENCODER} (needs no network)"
     add("--pretrained", "result", type=ENCODER, default=OFFLINE_ENCODER, help=text)
     text = "how the hidden states of a sequence become one vector"
     add("--pooling", "result", choices=POOLINGS, default="mean", help=text)
@@ -204,7 +98,7 @@ def add_model_flags(parser: RunParser) -> None:
 
 def add_training_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("training"))
-    text = "length of the run; an epoch has as many examples as all tasks together; --sampler says whose"
+    text = "length of the run; an epoch has as many examples as all tasks together; --sampler says of which"
     add("--epochs", "result", type=POSITIVE, default=10, help=text)
     text = "length of the run in steps (optimizer updates), instead of --epochs"
     add("--max_steps", "length", type=COUNT, help=text)
@@ -214,8 +108,10 @@ def add_training_flags(parser: RunParser) -> None:
         text = f"the same for {task} alone (default: --batch_size)"
         add(f"--{task}_batch_size", "result", type=COUNT, help=text)
     add("--grad_accum", "result", type=COUNT, default=1, help="batches per task and step")
-    add("--seed", "result", type=SEED, default=11711, help="of everything random")
-    text = "of matrix products; weights and optimizer stay fp32; auto: bf16 where the processor is fast at it"
+    add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
+    text = (
+        "number format of matrix products, not of the weights; auto: bf16 where the processor is fast at it"
+    )
     add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
     text = "use torch.compile; auto: on a CPU with a C++ compiler, if the run is long enough to gain from it"
     add("--compile", "result", choices=COMPILE, default="auto", help=text)
@@ -225,20 +121,22 @@ def add_training_flags(parser: RunParser) -> None:
 
 def add_optimizer_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("optimizer"))
-    text = "learning rate of the encoder (default: the course's for one as wide as bert-base, else more)"
+    text = (
+        "learning rate of the encoder (default: the course's at bert-base's width, higher for narrower ones)"
+    )
     add("--lr", "result", type=POSITIVE, help=text)
     text = "learning rate of the heads, which start from random weights (default: larger than the encoder's)"
     add("--head_lr", "result", type=POSITIVE, help=text)
-    text = "share of a matrix that a step takes off, times the learning rate"
+    text = "share that weight matrices lose in a step, times the learning rate"
     add("--weight_decay", "result", type=NOT_NEGATIVE, default=0.01, help=text)
     text = "course of the learning rate after warm-up"
     add("--schedule", "result", choices=SCHEDULES, default="linear", help=text)
     text = "steps of linear warm-up (default: by --warmup_ratio)"
     add("--warmup_steps", "result", type=COUNT_OR_NONE, help=text)
-    text = "share of the run that is linear warm-up, in [0, 1)"
+    text = "share of the run spent on linear warm-up, in [0, 1)"
     add("--warmup_ratio", "result", type=PROBABILITY, default=0.1, help=text)
     add("--rectify", "result", action="store_true", help="RAdam's rectified warm-up in AdamW")
-    text = "length to which a longer gradient is scaled down; 0: no clipping"
+    text = "longer gradients are scaled down to this length; 0: never"
     add("--clip_norm", "result", type=NOT_NEGATIVE, default=1.0, help=text)
     text = "give up after this many steps in a row that were skipped for a NaN or infinite loss or gradient"
     add("--max_bad_steps", "upkeep", type=COUNT, default=20, help=text)
@@ -250,7 +148,7 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--grad_method", "result", choices=GRAD_METHODS, default="pcgrad", help=text)
     text = "tasks whose gradients pcgrad or gradvac may change; the others keep theirs (default: all)"
     add("--surgery_tasks", "result", type=task_list, help=text)
-    text = "what is taken over the task batches of a step (default: sum; mean for --grad_method mean)"
+    text = "sum or mean over the task batches of a step (default: sum; mean for --grad_method mean)"
     add("--grad_reduction", "result", choices=("sum", "mean"), help=text)
     text = "which tasks the batches of a step come from"
     add("--sampler", "result", choices=SAMPLERS, default="round_robin", help=text)
@@ -264,14 +162,14 @@ def add_output_flags(parser: RunParser) -> None:
     add("--output_dir", "mode", type=OUTPUT_DIR, help=text)
     text = "steps between evaluations, each with a checkpoint (default: a tenth of the run)"
     add("--eval_every", "result", type=COUNT, help=text)
-    text = "dev examples per task in evaluations on the way; the last one takes all (default: all)"
+    text = "dev examples per task in evaluations during the run; the last one uses all (default: all)"
     add("--eval_max_examples", "result", type=COUNT, help=text)
-    text = "dev score that chooses the best checkpoint: an overall score or that of a task"
+    text = "dev score that chooses the best checkpoint: an overall score or a task's"
     add("--select_by", "result", choices=(*OVERALLS, *TASKS), default="mean", help=text)
     text = "evaluations without a better score after which the run ends; 0: never"
     add("--patience", "length", type=COUNT_OR_NONE, default=0, help=text)
     add("--log_every", "upkeep", type=COUNT, default=10, help="steps between lines of the log")
-    text = "checkpoints to keep, in last/, last.1/, ...; the one before takes the place of a damaged one"
+    text = "checkpoints to keep, in last/, last.1/, ...; an older one replaces one that is damaged"
     add("--keep_last", "upkeep", type=COUNT, default=2, help=text)
     text = "splits to write prediction files for at the end"
     add("--predict_splits", "predictions", type=split_list, default="dev,test", help=text)
@@ -280,7 +178,9 @@ def add_output_flags(parser: RunParser) -> None:
 
 
 def add_mode_flags(parser: RunParser) -> None:
-    about = "What to do with a run that is in --output_dir. It keeps its own settings; few can be given anew."
+    about = (
+        "What to do with the run in --output_dir. It keeps its settings; only a few flags may be given anew."
+    )
     add = parser.adder(parser.add_argument_group("modes", about))
     text = "continue a run that was stopped, exactly"
     add("--resume", "mode", action="store_true", help=text)
@@ -293,7 +193,7 @@ def add_mode_flags(parser: RunParser) -> None:
 
 
 def add_course_flags(parser: RunParser) -> None:
-    about = "The course's names for flags that have another name here."
+    about = "The names that the course's starter code has for flags with other names here."
     add = parser.adder(parser.add_argument_group("course", about))
     add("--option", "result", choices=OPTIONS, help="pretrain: --freeze_encoder; finetune: without it")
     text = "last-linear-layer: --freeze_encoder; full-model: without it"
@@ -302,7 +202,7 @@ def add_course_flags(parser: RunParser) -> None:
 
 
 def add_file_flags(parser: RunParser) -> None:
-    about = "Single files in other places than --data_dir and, for predictions, the run folder."
+    about = "Single files outside --data_dir and, for predictions, outside the run folder."
     add = parser.adder(parser.add_argument_group("files", about))
     for task, spec in TASKS.items():
         for split, name in spec.files.items():
@@ -313,9 +213,10 @@ def add_file_flags(parser: RunParser) -> None:
 
 def make_parser() -> RunParser:
     parser = RunParser(
-        "multitask_classifier.py",
-        "Train one BERT on several tasks at once, evaluate it, and write prediction files.",
-        "To continue a run that was stopped: --output_dir RUN --resume."
+        prog="multitask_classifier.py",
+        usage="python multitask_classifier.py [--FLAG [VALUE]] ...",  # all flags would be a page of their own
+        description="Train one BERT on several tasks at once, evaluate it, and write prediction files.",
+        epilog="To continue a run that was stopped: --output_dir RUN --resume."
         " To start from the encoder of a finished one: --pretrained RUN/best.",
     )
     add_data_flags(parser)
@@ -386,16 +287,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if not any(args.task_weights.get(task, 1.0) for task in args.tasks):
         parser.error("--task_weights is 0 for every task; nothing would be trained")
     check_sources(parser, args)
-
-
-def check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if additional data belong to no task of the run."""
-    for name in args.extra_data:
-        task = EXTRA_SOURCES[name].task
-        if task not in args.tasks:
-            parser.error(
-                f"--extra_data {name} feeds {task}, which is not among --tasks {','.join(args.tasks)}"
-            )
 
 
 def given_flags(argv: list[str] | None) -> dict:

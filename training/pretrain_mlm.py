@@ -56,7 +56,8 @@ from training.checkpoint import (
     versions,
     write_checkpoint,
 )
-from training.flags import (
+from training.run_folder import write_args
+from training.run_parser import (
     COUNT,
     DEVICE,
     DIR,
@@ -73,7 +74,6 @@ from training.flags import (
     source_list,
     task_list,
 )
-from training.run_folder import write_args
 from training.sources import EXTRA_SOURCES, add_sources, text_key
 
 HEAD_PREFIX = "cls.predictions."  # of the head's weights in Hugging Face's checkpoints
@@ -276,9 +276,10 @@ def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: in
 
 def make_parser() -> RunParser:
     parser = RunParser(
-        "training.pretrain_mlm",
-        "Train an encoder further by masked language modelling on the tasks' training sentences.",
-        "A run that was stopped continues, exactly, when its command is given again.",
+        prog="training.pretrain_mlm",
+        usage="python -m training.pretrain_mlm --output_dir DIR [--FLAG [VALUE]] ...",
+        description="Train an encoder further by masked language modelling on the tasks' training sentences.",
+        epilog="A run that was stopped continues, exactly, when its command is given again.",
     )
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
@@ -290,7 +291,7 @@ def make_parser() -> RunParser:
     add("--max_length", "result", type=number(int, 3), default=128, help=text)
 
     add = parser.adder(parser.add_argument_group("model"))
-    text = "encoder to start from: a folder, a Hugging Face name (NAME@COMMIT), or one that needs no network"
+    text = f"encoder to start from: a folder, NAME@COMMIT of the hub, or {OFFLINE_ENCODER} (needs no network)"
     add("--pretrained", "result", type=ENCODER, default=OFFLINE_ENCODER, help=text)
 
     training = parser.add_argument_group("training")
@@ -302,21 +303,21 @@ def make_parser() -> RunParser:
     add("--batch_size", "result", type=COUNT, default=64, help="sentences per step")
     inside = number(float, 0, 1, low_open=True, high_open=True)
     add("--mlm_prob", "result", type=inside, default=0.15, help="share of the word pieces to predict")
-    add("--seed", "result", type=SEED, default=11711, help="of everything random")
-    text = "of matrix products; auto: bf16 where the processor is fast at it"
+    add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
+    text = "number format of matrix products; auto: bf16 where the processor is fast at it"
     add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
     text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     add("--device", "machine", type=DEVICE, default="auto", help=text)
 
     add = parser.adder(parser.add_argument_group("optimizer"))
     add("--lr", "result", type=POSITIVE, default=5e-5, help="learning rate")
-    text = "share of a matrix that a step takes off, times the learning rate"
+    text = "share that weight matrices lose in a step, times the learning rate"
     add("--weight_decay", "result", type=NOT_NEGATIVE, default=0.01, help=text)
     text = "course of the learning rate after warm-up"
     add("--schedule", "result", choices=SCHEDULES, default="linear", help=text)
-    text = "share of the run that is linear warm-up, in [0, 1)"
+    text = "share of the run spent on linear warm-up, in [0, 1)"
     add("--warmup_ratio", "result", type=PROBABILITY, default=0.1, help=text)
-    text = "length to which a longer gradient is scaled down; 0: no clipping"
+    text = "longer gradients are scaled down to this length; 0: never"
     add("--clip_norm", "result", type=NOT_NEGATIVE, default=1.0, help=text)
 
     add = parser.adder(parser.add_argument_group("output"))

@@ -21,17 +21,8 @@ from support.errors import UserError
 from support.files import ROOT
 from tests.tiny import make_data, make_encoder
 from training import token_cache
-from training.flags import (
-    MARKS,
-    READING_MAY_CHANGE,
-    RESUME_MAY_CHANGE,
-    RunParser,
-    get_args,
-    given_flags,
-    is_valid_value,
-    make_parser,
-    read_run,
-)
+from training.flags import READING_MAY_CHANGE, RESUME_MAY_CHANGE, get_args, given_flags, make_parser, read_run
+from training.run_parser import MARKS, RunParser, is_valid_value
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu"
 BASE += " --head_lr 0.01 --lr 0.01"
@@ -431,7 +422,7 @@ def test_marks_say_what_may_change():
 
 
 def test_a_flag_needs_a_mark():
-    parser = RunParser("x", "", "")
+    parser = RunParser()
     with pytest.raises(ValueError, match="--new has the mark 'none'; expected one of result, mode"):
         parser.adder(parser)("--new", "none")
 
