@@ -178,9 +178,7 @@ def add_output_flags(parser: RunParser) -> None:
 
 
 def add_mode_flags(parser: RunParser) -> None:
-    about = (
-        "What to do with the run in --output_dir. It keeps its settings; only a few flags may be given anew."
-    )
+    about = "What to do with the run in --output_dir. It keeps its settings; a few flags may be given anew."
     add = parser.adder(parser.add_argument_group("modes", about))
     text = "continue a run that was stopped, exactly"
     add("--resume", "mode", action="store_true", help=text)

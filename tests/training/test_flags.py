@@ -22,7 +22,7 @@ from support.files import ROOT
 from tests.tiny import make_data, make_encoder
 from training import token_cache
 from training.flags import READING_MAY_CHANGE, RESUME_MAY_CHANGE, get_args, given_flags, make_parser, read_run
-from training.run_parser import MARKS, RunParser, is_valid_value
+from training.run_parser import MARKS
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu"
 BASE += " --head_lr 0.01 --lr 0.01"
@@ -369,26 +369,6 @@ def test_settings_come_back_from_args_json_as_they_were(tmp_path):
     assert read_run(tmp_path / "run")[0]["seed"] == 11711
 
 
-@pytest.mark.parametrize(
-    ("name", "good", "bad"),
-    [
-        ("seed", (0, 2**32 - 1), (2**32, -1, 1.0, "1", True, None, [1], 10**400)),
-        ("lr", (None, 1, 1e-5), (0, float("nan"), float("inf"), "1", False, {}, 10**400)),
-        ("tasks", (("sst",), ("sts", "sst")), ("sst", (), ("sst", "sst"), ("nli",), (("sst",),), ({},))),
-        ("predict_splits", (("test", "dev"),), ((), ("train",), "dev,test")),
-        ("task_weights", ({}, {"sst": 2, "sts": 0.5}), ({"sst": -1}, {"nli": 1}, {"sst": True}, ("sst",))),
-        ("extra_data", ({}, {"sick": None, "mrpc": 3}), ({"yelp": 1}, {"sick": 0}, {"sick": 2.0}, "sick")),
-        ("pooling", ("mean",), ("max", None, {}, ("mean",))),
-        ("option", (None, "pretrain"), (True, "")),
-        ("rectify", (True, False), (1, None, "True")),
-        ("device", ("auto", "cuda:1"), (None, 0, ("cpu",))),
-    ],
-)
-def test_values_that_a_flag_cannot_have_are_told_from_others(name, good, bad):
-    assert all(is_valid_value(FLAGS[name], value) for value in good)
-    assert not any(is_valid_value(FLAGS[name], value) for value in bad)
-
-
 @pytest.mark.parametrize("change", [{"lr": "1"}, {"tasks": [["sst"]]}, {"given": {"lr": "1"}}, {"given": 1}])
 def test_damaged_settings_are_refused(tmp_path, change):
     write_args_file(tmp_path / "run", vars(get_args([])) | change)
@@ -419,12 +399,6 @@ def test_marks_say_what_may_change():
         for may_change, expected in ((RESUME_MAY_CHANGE, resume), (READING_MAY_CHANGE, reading)):
             assert flags <= may_change if expected else not flags & may_change, mark
     assert not parser.marked("result") & (RESUME_MAY_CHANGE | READING_MAY_CHANGE)
-
-
-def test_a_flag_needs_a_mark():
-    parser = RunParser()
-    with pytest.raises(ValueError, match="--new has the mark 'none'; expected one of result, mode"):
-        parser.adder(parser)("--new", "none")
 
 
 @pytest.mark.parametrize(
