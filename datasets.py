@@ -21,6 +21,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ from config import TaskSpec
 from support.errors import UserError, one_line, quote
 from support.files import MAX_DATA_BYTES, read_bytes
 from support.seeds import task_seed
-from tokenizer import BertTokenizer
+
+if TYPE_CHECKING:  # the tokenizer imports what reads checkpoints, which `--help` has no use for
+    from tokenizer import BertTokenizer
 
 MAX_FIELD_SIZE = 2**17  # characters of one field; a longer one is an unclosed quotation mark, not a sentence
 MAX_ERRORS = 1000  # of one file; after as many it is not read on
@@ -474,7 +477,7 @@ class TaskData:
         return batch
 
 
-def tokenize(rows: Rows, tokenizer: BertTokenizer, *, joint: bool, max_length: int) -> TaskData:
+def tokenize(rows: Rows, tokenizer: "BertTokenizer", *, joint: bool, max_length: int) -> TaskData:
     """Turn rows into token arrays, each distinct sentence (or joint pair) once.
 
     Args:
