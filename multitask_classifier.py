@@ -27,7 +27,7 @@ from tqdm import tqdm
 from base_bert import check_vocab_size, find_weights, resolve_pretrained
 from bert import BertModel
 from config import TASKS, TaskSpec
-from datasets import BatchOrder, Rows, TaskData, limit_examples, plan_slots
+from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
@@ -260,9 +260,9 @@ def train(
         for task, data in train_data.items()
     }
     dev_part = {
-        task: limit_examples(data, args.eval_max_examples, args.seed) for task, data in dev_data.items()
+        task: data.sample(args.eval_max_examples, args.seed) for task, data in dev_data.items()
     }
-    plan = plan_slots(args.sampler, [len(data) for data in train_data.values()], args.max_steps, args.seed)
+    plan = plan_tasks(args.sampler, [len(data) for data in train_data.values()], args.max_steps, args.seed)
     print_plan(args, plan, orders)
 
     interactive = sys.stdout.isatty() and sys.stderr.isatty()
@@ -512,12 +512,12 @@ def finish(
         spec, labels = TASKS[task], dev_data[task].rows.labels
         kind = TASK_KINDS[spec.kind]
         named = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        floor = kind.floor(labels)
-        print(f"  {task:6s} {named}  (answering blindly: {floor:.4f}; {len(labels)} examples; {spec.title})")
+        baseline = f"{kind.baseline_name}: {kind.baseline(labels):.4f}"
+        print(f"  {task:6s} {named}  ({baseline}; {len(labels)} examples; {spec.title})")
         for warning in score_warnings(task, spec, scores, predictions[task], labels):
             print(f"         warning: {warning}")
-    print(f"  overall, plain mean (poster, class of 2023): {summary['mean']:.4f}")
-    print(f"  overall, similarity as (r + 1) / 2 (class of 2024): {summary['mean_2024']:.4f}")
+    for name, overall in OVERALLS.items():
+        print(f"  {overall.title}: {summary[name]:.4f}")
     if test_rows is not None:
         test_data = tokenize_split(args, test_rows, tokenizer)
         write_predictions(args, model, tokenizer, dev_data, predictions, test_data)

@@ -139,7 +139,7 @@ def test_reads_every_form(tmp_path, tensors, form, as_bin):
 
 
 def test_bin_as_old_as_bert(tmp_path, tensors):
-    folder = write_folder(tmp_path / "encoder", tensors)
+    folder = write_folder(tmp_path / "encoder", {})
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert same_weights(BertModel.from_pretrained(folder), make_model())
@@ -395,32 +395,24 @@ def test_report_shows_no_escapes(tmp_path, tensors):
 
 
 def test_check_vocab_size():
-    check_vocab_size(99, 99, "x")
-    for num_pieces in (98, 100):
-        with pytest.raises(UserError) as caught:
-            check_vocab_size(num_pieces, 99, "x")
-        assert str(caught.value).startswith(
-            f"--pretrained x: vocabulary of {num_pieces} word pieces, embeddings for 99; expected the same"
-            " number"
-        )
-        assert "\n" not in str(caught.value)
-
-
-def test_packaged_vocabulary_fits_its_encoder():
     config = BertConfig.from_json(resolve_pretrained("minilm") / "config.json")
     check_vocab_size(len(BertTokenizer.from_pretrained("minilm")), config.vocab_size, "minilm")
+    with pytest.raises(UserError) as caught:
+        check_vocab_size(98, 99, "x")
+    assert str(caught.value) == (
+        "--pretrained x: vocabulary of 98 word pieces, embeddings for 99; expected the same number: its"
+        " vocab.txt and its weights are from different models"
+    )
 
 
 def test_truncated_bin_is_refused(folder, tensors):
-    stream = io.BytesIO()
-    torch.save(tensors, stream, _use_new_zipfile_serialization=False)
-    old = stream.getvalue()
-    stream = io.BytesIO()
-    torch.save(tensors, stream)
-    for whole in (old, stream.getvalue()):
-        for length in (1, 2, 3, 10, 50, 100, 500, 3000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+    (folder / "model.safetensors").unlink()
+    for with_zip in (True, False):
+        stream = io.BytesIO()
+        torch.save(tensors, stream, _use_new_zipfile_serialization=with_zip)
+        whole = stream.getvalue()
+        for length in (1, 3, 10, 100, 3000, len(whole) // 2, len(whole) - 1):
             (folder / "pytorch_model.bin").write_bytes(whole[:length])
-            (folder / "model.safetensors").unlink(missing_ok=True)
             with pytest.raises(UserError, match=r"pytorch_model\.bin: not a readable weights file"):
                 BertModel.from_pretrained(folder)
 
@@ -567,26 +559,21 @@ def hub_cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def fill_cache(hub_cache, repo_id, revision=REVISION, weights=True):
+def fill_cache(hub_cache, repo_id, revision=REVISION):
     """Lay out a repository as the hub's own downloader does."""
     root = hub_cache / ("models--" + repo_id.replace("/", "--"))
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(revision)
     make_model().save_pretrained(root / "snapshots" / revision)
-    if not weights:
-        (root / "snapshots" / revision / "model.safetensors").unlink()
     return root / "snapshots" / revision
 
 
-def test_folder_name(folder, monkeypatch):
+def test_names_of_folders(folder, monkeypatch):
     assert resolve_pretrained(str(folder)) == folder
     monkeypatch.chdir(folder.parent)
     assert resolve_pretrained("encoder") == Path("encoder")
-
-
-def test_minilm_is_a_folder_with_everything():
-    folder = resolve_pretrained("minilm")
-    assert all((folder / name).is_file() for name in ("config.json", "model.safetensors", "vocab.txt"))
+    minilm = resolve_pretrained("minilm")
+    assert all((minilm / name).is_file() for name in ("config.json", "model.safetensors", "vocab.txt"))
 
 
 def test_minilm_not_installed(monkeypatch):
@@ -616,10 +603,8 @@ NONSENSE = [
 def test_nonsense_name(hub_cache, name):
     with pytest.raises(UserError) as caught:
         resolve_pretrained(name)
-    message = str(caught.value)
-    assert message.startswith(f"--pretrained {name}: ")
-    assert "expected a folder, a hub name or 'minilm'" in message
-    assert "\n" not in message
+    message = f"--pretrained {name}: no such folder; expected a folder, a hub name or 'minilm'"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -673,13 +658,6 @@ def test_branch_is_a_warning_with_its_commit(hub_cache, capsys):
     )
 
 
-@pytest.mark.parametrize("contents", [b"", b"\xff", b"a\0b", b"../../..", b"x" * 9999])
-def test_damaged_cache_is_as_none(hub_cache, contents):
-    (fill_cache(hub_cache, "owner/tiny").parent.parent / "refs" / "main").write_bytes(contents)
-    with pytest.raises(UserError, match="not a folder, and not available from the hub"):
-        resolve_pretrained("owner/tiny@main")
-
-
 def test_only_tensors_and_settings_are_fetched():
     assert all(name.endswith((".json", ".safetensors", ".bin", ".txt")) for name in base_bert.HUB_FILES)
     assert not any("*" in name or "/" in name for name in base_bert.HUB_FILES)  # nothing else can match
@@ -726,16 +704,27 @@ def test_cache_without_the_bin_that_the_hub_also_has(hub_cache):
     assert resolve_pretrained("bert-base-uncased").samefile(snapshot)
 
 
-def test_other_revision_is_not_taken_for_the_one_asked(hub_cache):
-    fill_cache(hub_cache, "owner/tiny")
-    with pytest.raises(UserError, match="not available from the hub"):
-        resolve_pretrained("owner/tiny@" + "f" * 40)
+def damage_ref(contents):
+    return lambda snapshot: (snapshot.parent.parent / "refs" / "main").write_bytes(contents)
 
 
-def test_interrupted_download_does_not_count(hub_cache):
-    fill_cache(hub_cache, "owner/tiny", weights=False)
-    with pytest.raises(UserError, match="not available from the hub"):
-        resolve_pretrained(f"owner/tiny@{REVISION}")
+# What is done to a snapshot in the cache, and the revision that is asked for.
+BAD_CACHES = {
+    "other revision": (lambda snapshot: None, "f" * 40),
+    "interrupted download": (lambda snapshot: (snapshot / "model.safetensors").unlink(), REVISION),
+    **{
+        repr(contents[:4]): (damage_ref(contents), "main")
+        for contents in (b"", b"\xff", b"a\0b", b"../../..")
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD_CACHES)
+def test_damaged_cache_is_as_none(hub_cache, case):
+    damage, revision = BAD_CACHES[case]
+    damage(fill_cache(hub_cache, "owner/tiny"))
+    with pytest.raises(UserError, match="not a folder, and not available from the hub"):
+        resolve_pretrained(f"owner/tiny@{revision}")
 
 
 def test_read_tensors_keeps_names(tmp_path):

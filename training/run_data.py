@@ -67,7 +67,7 @@ def read_data(args: Namespace) -> tuple[dict[str, dict[str, Rows]], dict]:
     batch_sizes = {task: getattr(args, f"{task}_batch_size") or args.batch_size for task in args.tasks}
     checks = cross_checks(rows["train"], rows["dev"], batch_sizes)
     for check in checks:
-        print(f"warning: {check['message']}")
+        print(f"warning: {check.message}")
     report = make_report(files, checks) | {"extra_data": extra_lines}
     report["files"] = {found.path: found.sha256 for split in files.values() for found in split.values()}
     for path in (
