@@ -259,9 +259,7 @@ def train(
         task: BatchOrder(data.lengths, getattr(args, f"{task}_batch_size"), args.seed, task)
         for task, data in train_data.items()
     }
-    dev_part = {
-        task: data.sample(args.eval_max_examples, args.seed) for task, data in dev_data.items()
-    }
+    dev_part = {task: data.sample(args.eval_max_examples, args.seed) for task, data in dev_data.items()}
     plan = plan_tasks(args.sampler, [len(data) for data in train_data.values()], args.max_steps, args.seed)
     print_plan(args, plan, orders)
 

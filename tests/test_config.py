@@ -172,32 +172,14 @@ def test_json_that_is_refused(tmp_path, contents, message):
 
 # --- tasks --------------------------------------------------------------------------------------------------
 
-# As the course names them: files of the splits, columns, label range, and the column of the predictions.
+# As the course names them: stem of the files, text columns, label column and range, column of the
+# predictions.
+PAIR = ("sentence1", "sentence2")
 EXPECTED_TASKS = {
-    "sst": (
-        ("ids-sst-train.csv", "ids-sst-dev.csv", "ids-sst-test-student.csv"),
-        ("sentence",),
-        ("sentiment", (0, 4)),
-        "Predicted_Sentiment",
-    ),
-    "para": (
-        ("quora-train.csv", "quora-dev.csv", "quora-test-student.csv"),
-        ("sentence1", "sentence2"),
-        ("is_duplicate", (0, 1)),
-        "Predicted_Is_Paraphrase",
-    ),
-    "sts": (
-        ("sts-train.csv", "sts-dev.csv", "sts-test-student.csv"),
-        ("sentence1", "sentence2"),
-        ("similarity", (0, 5)),
-        "Predicted_Similiary",
-    ),
-    "cfimdb": (
-        ("ids-cfimdb-train.csv", "ids-cfimdb-dev.csv", "ids-cfimdb-test-student.csv"),
-        ("sentence",),
-        ("sentiment", (0, 1)),
-        "Predicted_Sentiment",
-    ),
+    "sst": ("ids-sst", ("sentence",), "sentiment", (0, 4), "Predicted_Sentiment"),
+    "para": ("quora", PAIR, "is_duplicate", (0, 1), "Predicted_Is_Paraphrase"),
+    "sts": ("sts", PAIR, "similarity", (0, 5), "Predicted_Similiary"),
+    "cfimdb": ("ids-cfimdb", ("sentence",), "sentiment", (0, 1), "Predicted_Sentiment"),
 }
 
 
@@ -209,11 +191,11 @@ def test_every_task_is_expected():
 @pytest.mark.parametrize("task", TASKS)
 def test_task_reads_the_course_files(task):
     spec = TASKS[task]
-    files, text_columns, label, prediction_column = EXPECTED_TASKS[task]
-    assert tuple(spec.files[split] for split in SPLITS) == files
-    assert spec.text_columns == text_columns
-    assert (spec.label_column, spec.label_range) == label
-    assert spec.prediction_column == prediction_column
+    stem, *others = EXPECTED_TASKS[task]
+    names = [f"{stem}-{split}.csv" for split in ("train", "dev", "test-student")]
+    assert spec.files == dict(zip(SPLITS, names, strict=True))
+    found = [spec.text_columns, spec.label_column, spec.label_range, spec.prediction_column]
+    assert found == others
 
 
 @pytest.mark.parametrize("task", TASKS)

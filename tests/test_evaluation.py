@@ -276,11 +276,7 @@ def test_small_differences_in_form_are_read(tmp_path, content):
     assert read_predictions(tmp_path / "sst.csv", TASKS["sst"]) == {"ab": 3, "cd": 0}
 
 
-HEADERS = {
-    "sst": "id \t Predicted_Sentiment \n",
-    "para": "id \t Predicted_Is_Paraphrase \n",
-    "sts": "id \t Predicted_Similiary \n",
-}
+HEADERS = {task: f"id \t {spec.prediction_column} \n" for task, spec in TASKS.items()}
 ROW = "expected an id, a comma, a number"
 # case -> task, what the file holds, the error.
 BAD_PREDICTIONS = {
@@ -335,6 +331,8 @@ def test_prediction_file_that_is_no_file(tmp_path, make):
     make(tmp_path / "p.csv")
     with pytest.raises(UserError, match=r"p\.csv: cannot be read .not a regular file"):
         read_predictions(tmp_path / "p.csv", TASKS["sst"])
+    with pytest.raises(UserError, match=r"absent\.csv: no such file"):
+        read_predictions(tmp_path / "absent.csv", TASKS["sst"])
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e308, -1, 5, 0.5])
@@ -346,11 +344,6 @@ def test_what_is_no_class(value):
 def test_numbers_in_other_forms(tmp_path, text):
     (tmp_path / "p.csv").write_text(f"{HEADERS['sst']}ab,{text}\n")
     assert read_predictions(tmp_path / "p.csv", TASKS["sst"]) == {"ab": 3}
-
-
-def test_missing_prediction_file(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.csv: no such file"):
-        read_predictions(tmp_path / "absent.csv", TASKS["sst"])
 
 
 def test_similarity_may_be_on_any_scale(tmp_path):

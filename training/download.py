@@ -76,10 +76,12 @@ def fetch(url: str, path: Path, blob_id: str) -> None:
             torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
         except (OSError, http.client.HTTPException, ValueError) as error:
             error = getattr(error, "reason", None) or error  # of an HTTPError or URLError
-            reason = "no answer" if isinstance(error, TimeoutError) else one_line(error)
+            reason = (
+                "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
+            )
             raise UserError(
-                f"{path.name}: {url} cannot be fetched ({reason}); try again later, or name another source"
-                " by --base_url"
+                f"{path.name}: {url} cannot be fetched ({one_line(reason)}); try again later, or name another"
+                " source by --base_url"
             ) from None
         problem = find_problem(temporary, blob_id)
         if problem:

@@ -34,7 +34,6 @@ from datasets import (
 from support.errors import UserError
 from support.files import ROOT
 from tests.tiny import SAMPLE, make_data
-from training import check_data
 from training.check_data import MAX_SHOWN, CrossCheck, check_folder, cross_checks, main, make_report
 from training.sources import EXTRA_SOURCES
 
@@ -310,7 +309,7 @@ def test_every_kind_of_warning_has_a_case(folder):
     assert kinds == set(WARNINGS)
 
 
-# The words by which docs/data.md must name each kind of error; each stands in a message of BAD_DATA.
+# The words by which docs/data.md must name each kind of error; each is in a message of BAD_DATA.
 KINDS_OF_ERROR = (
     *("no such file", "is a folder", "is a pipe or device", "looks like", "NUL byte", "not UTF-8 text"),
     *("the file is empty", "no usable row", "no column", "two columns", "separated by", "quotation mark"),
@@ -608,6 +607,7 @@ def test_folder_that_is_not_there(tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"training.check_data: error: {path}: no such folder;")
 
 
+@pytest.mark.slow
 def test_as_a_command(folder):
     (folder / SST.files["dev"]).write_text(GOOD + "2\ta3\tx\t9\n3\ta4\tx\tbad\n")
     done = subprocess.run(
@@ -622,7 +622,3 @@ def test_as_a_command(folder):
     assert done.stdout.count("       error: ") == 2
     assert f"{SST.files['dev']}:5: sentiment is 'bad'" in done.stdout
     assert done.stderr == f"training.check_data: error: {folder}: 2 errors, 0 warnings, listed above\n"
-
-
-def test_the_batch_size_is_that_of_training():
-    assert check_data.make_parser().get_default("batch_size") == 8

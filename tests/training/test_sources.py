@@ -258,7 +258,7 @@ def test_sources_do_not_repeat_each_other(source, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_with_more_data(tmp_path, monkeypatch, capsys):
-    """A dev pair, turned round and with other punctuation, stands in the source and is not trained on."""
+    """A dev pair that is in the source, turned round and with other punctuation, is not trained on."""
     monkeypatch.setattr("multitask_classifier.plot_run", lambda folder: None)
     make_encoder(tmp_path / "encoder")
     make_data(tmp_path / "data")
