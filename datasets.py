@@ -1,17 +1,15 @@
 """From files to mini-batches: reading rows, token arrays, batches of similar length, task samplers.
 
 The course's files are tab-separated with an unnamed index column, and the test files have extra leading
-columns, so columns are found by name. Whatever is wrong with a file is said: as an error, one line with
-file:line, or as a warning that is counted and kept with the rows. To check a folder of files without training
-on them:
+columns, so columns are found by name. Anything wrong with a file is reported: as an error, one line with
+file:line, or as a warning that is counted and kept with the rows. To check files without training on them:
 
     python -m training.check_data data
 
 The order of everything is a pure function of (seed, task, position): there is no iterator state to save.
 
 Shapes: N examples of a task, U distinct sequences among them, B examples in a batch, R sequences in a batch
-    (R = 2 * B when the two sentences of a pair are encoded separately), T padded length in word pieces, K
-    tasks.
+(R = 2 * B when the two sentences of a pair are encoded separately), T padded length in word pieces, K tasks.
 """
 
 import csv
@@ -214,12 +212,12 @@ def check_header(header: list[str], columns: list[str], place: str) -> None:
 
 
 class RowReader:
-    """Takes the fields of each row of one file apart; counts in `warnings` what is doubtful but no error.
+    """Turns the fields of each row of one file into id, sentences and label.
 
     Args:
         path: of the file, for messages.
-        header: names of its columns, among which all that are needed.
-        warnings: kind -> lines, added to.
+        header: names of its columns; all that are needed are among them.
+        warnings: kind -> lines, to which rows are added that are doubtful but not wrong.
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""How a model is judged: kinds of task with their losses and scores, evaluation, the class's prediction
-files.
+"""How a model is judged: kinds of task with their losses and scores, evaluation, prediction files.
 
 The class ranks by the mean of sentiment accuracy, paraphrase accuracy and similarity's Pearson r (2023), or
 by the same with similarity mapped to (r + 1) / 2 (2024). Both are computed, each under its own name.

@@ -1,5 +1,4 @@
-"""BertConfig: what is accepted, read and written. TASKS: the course's own names, and rows that fit the
-tables.
+"""BertConfig: what is accepted, read and written. TASKS: the course's names, and rows that fit the tables.
 
 Damaged JSON files of any kind are in tests/support/test_files.py.
 """

@@ -1,5 +1,4 @@
-"""The course's files with their quirks, token arrays by hand, the order of batches and the samplers'
-probabilities.
+"""The course's files with their quirks, token arrays by hand, the order of batches, the samplers' odds.
 
 Bad files are in tests/training/test_check_data.py.
 """
