@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TaskSpec
+from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
 
@@ -261,8 +262,8 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
             for chosen in cut_by_length(lengths, MAX_EVAL_TOKENS):
                 batch = data.sequences.pad(chosen, pad_token_id)
                 try:
-                    batch = {key: tensor.to(device) for key, tensor in batch.items()}
-                    vectors[torch.from_numpy(chosen).to(device)] = model.embed(**batch).float()
+                    embedded = model.embed(**to_device(batch, device))
+                    vectors[torch.from_numpy(chosen).to(device)] = embedded.float()
                 except (RuntimeError, MemoryError) as error:  # out of memory, most likely: then it says where
                     shape = tuple(batch["input_ids"].shape)
                     error.add_note(f"predicting {task}, batch (sequences, word pieces) {shape}")
