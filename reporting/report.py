@@ -23,7 +23,7 @@ import numpy as np
 
 from config import TASKS
 from datasets import Rows, read_rows
-from evaluation import TASK_KINDS, check_predictions, read_predictions
+from evaluation import OVERALLS, TASK_KINDS, check_predictions, read_predictions
 from reporting.read_run import read_metrics, read_scores
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
@@ -32,15 +32,8 @@ from training.flags import read_run
 from training.resolve import data_settings, head_name, output_settings
 from training.run_folder import ARGS_FILE, read_args_file
 
-CLASS_NAMES = {  # other tasks' classes go by their numbers
-    "sst": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
-    "para": ("no paraphrase", "paraphrase"),
-    "cfimdb": ("negative", "positive"),
-}
-OVERALL_TITLES = {
-    "mean": "overall, plain mean (poster, class of 2023)",
-    "mean_2024": "overall, similarity as (r + 1) / 2 (class of 2024)",
-}
+CLASS_NAMES = {task: spec.class_names for task, spec in TASKS.items() if spec.class_names}
+OVERALL_TITLES = {name: overall.title for name, overall in OVERALLS.items()}
 NUM_MISTAKES = 5  # shown of each task
 MAX_TEXT = 160  # characters of a sentence that is shown
 SCORE_TOLERANCE = (
@@ -293,7 +286,7 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
         for name, value in scores.items():
             row = [spec.title, name, f"{value:.4f}", "", ""]
             if name == kind.main_score and result.rows:
-                floor = kind.floor(result.rows.labels)
+                floor = kind.baseline(result.rows.labels)
                 row[3:] = f"{floor:.4f}", str(len(result.rows.labels))
                 if value <= floor:
                     remarks.append(Paragraph(f"Warning: {task} is no better than answering blindly."))

@@ -14,7 +14,6 @@ Shapes: S seeds, N examples of a task, R resamples.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from config import TaskSpec
 from evaluation import OVERALLS, TASK_KINDS
+from support.seeds import seed_of
 
 LEVEL = 0.95  # of the intervals
 ROUNDING = 1e-12  # scores that are equal may differ by less
@@ -101,7 +101,7 @@ def resample_weights(rng: np.random.Generator, num_examples: int, num_resamples:
 
 
 def make_rng(seed: int, name: str) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.random.default_rng([seed, seed_of(name)])
 
 
 def resampled_means(
@@ -159,7 +159,7 @@ def resampled_means(
             means[task][1:] += drawn @ deviations / num_rows
     if len(means) > 1:
         pairs = {task: (tasks[task].kind, values) for task, values in means.items()}
-        means |= {name: overall(pairs) for name, overall in OVERALLS.items()}
+        means |= {name: overall.score(pairs) for name, overall in OVERALLS.items()}
     return means
 
 

@@ -67,7 +67,7 @@ def with_mean(numbers) -> dict[str, float]:
     if len(found) < len(DEFAULT_TASKS):
         return found
     kinds = {task: (TASKS[task].kind, number) for task, number in found.items()}
-    return found | {name: overall(kinds) for name, overall in OVERALLS.items()}
+    return found | {name: overall.score(kinds) for name, overall in OVERALLS.items()}
 
 
 def claimed_value(claim: Claim) -> float:

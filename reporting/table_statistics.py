@@ -68,7 +68,7 @@ def read_finished_run(folder: Path, dev_data: DevData) -> FinishedRun:
             )
     if len(scores) > 1:
         pairs = {task: (TASKS[task].kind, score) for task, score in scores.items()}
-        scores |= {name: overall(pairs) for name, overall in OVERALLS.items()}
+        scores |= {name: overall.score(pairs) for name, overall in OVERALLS.items()}
     return FinishedRun(folder, scores, predictions, read_metrics(folder), facts)
 
 

@@ -171,7 +171,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, SafetensorError):  # the same, while tensors are written
         return f"a checkpoint could not be written ({error})"
     if is_out_of_memory(error):
-        return "out of memory; try a smaller encoder, or a smaller --batch_size or --max_length"
+        doing = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        return f"out of memory{doing}; try a smaller encoder, or a smaller --batch_size or --max_length"
     return None
 
 

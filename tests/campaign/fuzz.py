@@ -28,7 +28,6 @@ import multitask_classifier
 import prepare_submit
 from base_bert import read_tensors
 from config import TASKS
-from data import download
 from datasets import read_rows, tokenize
 from evaluation import check_predictions, read_predictions
 from reporting import report
@@ -44,7 +43,7 @@ from tests.campaign.forks import (
 )
 from tests.tiny import SAMPLE
 from tokenizer import BertTokenizer
-from training import checkpoint, flags, resolve, token_cache
+from training import checkpoint, download, flags, resolve, token_cache
 from training.checkpoint import SUMS_FILE
 from training.sources import EXTRA_SOURCES, add_sources
 
@@ -562,14 +561,14 @@ class Fuzzer:
             Target("prediction files", files_of("done/predictions"), self._read_predictions),
             Target("scores.json", ["done/scores.json"], self._read_finished),
             Target("metrics.jsonl", ["done/metrics.jsonl"], lambda path: report.read_metrics(path.parent)),
-            Target("downloads", data, self._download, (download.FetchError, ValueError)),
+            Target("downloads", data, self._download, (ValueError,)),
             *(
                 Target(f"args.json, {mode}", ["stopped/args.json"], partial(self._read_args, mode=mode))
                 for mode in ("--resume", "--eval_only", "--predict_only")
             ),
             Target("command line", [], flags.get_args),
             Target(
-                "download.py --base_url", [], lambda argv: download.resolve_base_url(argv[-1]), (ValueError,)
+                "download --base_url", [], lambda argv: download.resolve_base_url(argv[-1]), (ValueError,)
             ),
         ]
         train, flags_of = multitask_classifier.main, self.bench.flags

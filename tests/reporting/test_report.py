@@ -170,7 +170,7 @@ def test_scores_and_floors(run_dir):
             spec.title,
             kind.main_score,
             f"{scores[kind.main_score]:.4f}",
-            f"{kind.floor(labels):.4f}",
+            f"{kind.baseline(labels):.4f}",
             str(len(labels)),
         ] in page.rows
     for name, title in OVERALL_TITLES.items():
@@ -259,7 +259,7 @@ def test_unfinished_run(run_dir):
         file.write('{"step": 31, "lo')  # killed while it wrote
     _, page = make_page(run_dir)
     assert "The run is not finished. Of its best evaluation so far by mean, at step 20." in page.text
-    floor = TASK_KINDS["binary"].floor(
+    floor = TASK_KINDS["binary"].baseline(
         read_rows(run_dir.parent / "data" / "quora-dev.csv", TASKS["para"], "dev").labels
     )
     assert any(row[0] == "paraphrase (Quora)" and row[3] == f"{floor:.4f}" for row in page.rows)
