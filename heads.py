@@ -87,7 +87,7 @@ class HeadSpec:
     single_number: bool = False
 
     def width(self, hidden_size: int) -> int:
-        """Of the features."""
+        """Width of the features."""
         return 1 if self.single_number else self.vectors * hidden_size
 
 
@@ -136,7 +136,7 @@ class TaskHead(nn.Module):
             nn.init.normal_(layer.weight, std=initializer_range)
             nn.init.zeros_(layer.bias)
         if logit_range is not None:
-            # Or the first steps would be spent on the labels' mean, with large gradients for the encoder too.
+            # Starting at 0 instead, the first steps would go into the labels' mean.
             low, high = logit_range
             nn.init.constant_(self.dense[-1].bias, (low + high) / 2)
             if self.spec.single_number:

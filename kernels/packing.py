@@ -3,14 +3,14 @@
 A batch arrives as a rectangle of B sentences by T positions. Linear layers, LayerNorm and GELU treat every
 position alike, so for them only the real word pieces of all batches are laid end to end, as M *tokens*:
 
-    batch 0, task "sst"      batch 1, task "sts"          tokens (. is padding)
-    a0 a1 a2                 b0 b1 b2 b3
-    a3 a4 .                  b4 .  .  .                   a0 a1 a2 a3 a4 b0 b1 b2 b3 b4
-                                                          |-- batch 0 --||-- batch 1 --|
+    batch 0, a task's        batch 1, another's        tokens (. is padding)
+    a0 a1 .                  b0 b1 b2 b3
+    a2 a3 a4                 b4 .  .  .                a0 a1 a2 a3 a4 b0 b1 b2 b3 b4
+                                                       |-- batch 0 --||-- batch 1 --|
 
-    Padding of batch 1:  positions = [0, 1, 2, 3, 4]      where its tokens stand in the rectangle, read row by
-    row Packing:             batches = [0:5, 5:10]            the tokens of each batch
-                         tasks = [(0, 0:5), (2, 5:10)]    the tokens of each task
+    Padding of batch 0:   positions = [0, 1, 3, 4, 5]     where its tokens stand, counted row by row
+    Packing of both:      batches = [0:5, 5:10]           the tokens of each batch
+                          tasks = [(0, 0:5), (2, 5:10)]   the tokens of each task, by its number
 
 Attention alone needs the rectangle, since a word piece attends to those of its own sentence only. `Padding`
 takes tokens there and back; `Packing` tells the kernels whose gradient a token contributes to.
@@ -61,8 +61,7 @@ class Padding:
         if mask.all():
             return cls(mask, None)
         is_token = mask.flatten().clone()  # (B * T,)
-        # Not in a sentence without any real word piece: it has nothing to attend to, and its softmax would be
-        # NaN.
+        # Not in a sentence without any real word piece, whose softmax would be over nothing, which is NaN.
         spare = (~mask & mask.any(1, keepdim=True)).flatten().nonzero().squeeze(1)
         is_token[spare[:num_spare]] = True
         return cls(mask, is_token.nonzero().squeeze(1))

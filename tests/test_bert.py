@@ -144,6 +144,7 @@ def test_every_activation_has_a_case():
     assert covered == set(ACTIVATIONS)
 
 
+@pytest.mark.slow  # a process that imports transformers
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_equal_hugging_face(references, name, training):
@@ -161,6 +162,7 @@ def test_outputs_equal_hugging_face(references, name, training):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM_CASES)
 def test_gradients_equal_hugging_face(references, name, request):
     model, inputs = load_case(name), make_inputs(load_case(name).config)

@@ -83,13 +83,10 @@ def textbook_step(model, task_batches, moments, *, step, seed, options, eps):
 # The task batches of each of three steps: tasks, and how many micro-batches each has.
 STEPS = [
     [("sst", 1), ("para", 1), ("sts", 1)],
-    [
-        ("sst", 2),
-        ("sts", 1),
-        ("sst", 1),
-        ("para", 3),
-    ],  # a task twice, apart; unequal numbers of micro-batches
-    [("sts", 2), ("sts", 2)],  # others absent, with momentum that must not move their heads
+    # A task twice, apart; unequal numbers of micro-batches.
+    [("sst", 2), ("sts", 1), ("sst", 1), ("para", 3)],
+    # Others absent, with momentum that must not move their heads.
+    [("sts", 2), ("sts", 2)],
 ]
 STEP_OPTIONS = [
     {"grad_method": "sum"},
