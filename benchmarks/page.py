@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reporting.report import Code, Heading, Paragraph, TableBlock, markdown_page, percent
+from reporting.pages import code, heading, markdown_page, paragraph, percent, table
 from support.files import write_text
 
 BY_HAND = "<!-- written by hand below -->"
@@ -178,7 +178,7 @@ def target_row(target: Target, measured: dict) -> list[str]:
 
 
 def skipped_blocks(found: dict) -> list:
-    return [Paragraph(f"Not measured: {name}: {reason}.") for name, reason in found["skipped"].items()]
+    return [paragraph(f"Not measured: {name}: {reason}.") for name, reason in found["skipped"].items()]
 
 
 def show_step(found: dict) -> list:
@@ -199,7 +199,7 @@ def show_step(found: dict) -> list:
     profile = found["profile"]
     total = sum(profile.values())
     return [
-        Paragraph(
+        paragraph(
             f"{num_steps} steps of {tokens / num_steps:.0f} real word pieces. All contenders train on the same examples;"
             f" of the places in padded batches, padding takes: {padding}. Before the timing, in float32 and without"
             f" dropout, all gave the same task losses within {found['tolerance']:g} ({losses}). Batches are made before"
@@ -207,7 +207,7 @@ def show_step(found: dict) -> list:
             " contenders of one precision in turns. Peak memory: resident, less what the process held"
             " before it built anything; a gradient buffer is P float32, P the encoder's parameters."
         ),
-        TableBlock(
+        table(
             [
                 "contender",
                 "ms a step",
@@ -218,10 +218,10 @@ def show_step(found: dict) -> list:
             rows,
         ),
         *skipped_blocks(found),
-        Paragraph(
+        paragraph(
             f"Where a step of ours pcgrad {found['precision']} goes (torch.profiler, which slows down small operations):"
         ),
-        TableBlock(
+        table(
             ["operations", "ms a step", "share"],
             [[name, f"{value * 1000:.1f}", percent(value / total)] for name, value in profile.items()],
         ),
@@ -235,7 +235,7 @@ def show_updates(found: dict) -> list:
     for name, seconds in found["seconds"].items():
         ratio = [a / b for a, b in zip(ours, seconds, strict=True)]
         rows.append([name, spread(seconds, 2, 1000 / num_steps), spread(ratio, 2)])
-    return [TableBlock(["contender", "ms", "time of ours over it"], rows), *skipped_blocks(found)]
+    return [table(["contender", "ms", "time of ours over it"], rows), *skipped_blocks(found)]
 
 
 def show_evaluation(found: dict) -> list:
@@ -251,17 +251,17 @@ def show_evaluation(found: dict) -> list:
         for which, values in runs.items()
     ]
     return [
-        TableBlock(["contender", "seconds", "examples a second"], rows),
+        table(["contender", "seconds", "examples a second"], rows),
         *skipped_blocks(found),
-        Paragraph("Agreement with ours: share of equal classes, or the largest difference of a number."),
-        TableBlock(["contender", "predictions", *tasks], agreement),
+        paragraph("Agreement with ours: share of equal classes, or the largest difference of a number."),
+        table(["contender", "predictions", *tasks], agreement),
     ]
 
 
 def show_start(found: dict) -> list:
     first, *later = found["seconds"]
     rows = [["first time", f"{first:.1f}"], ["again", spread(later, 1)]]
-    return [TableBlock(["start of the command to the end of its first step", "seconds"], rows)]
+    return [table(["start of the command to the end of its first step", "seconds"], rows)]
 
 
 def show_scaling(found: dict) -> list:
@@ -283,13 +283,13 @@ def show_scaling(found: dict) -> list:
                     ]
                 )
         header = [title, "contender", "ms a step", "ms per 1000 real word pieces", "over the first"]
-        blocks.append(TableBlock(header, rows))
+        blocks.append(table(header, rows))
     rows = [
         [share, str(measured["examples"]), *(f"{value:.1f}" for value in measured["seconds"])]
         for share, measured in found["by_data"].items()
     ]
     header = ["share of the training data", "rows", "seconds to the first step, first time", "again"]
-    return [*blocks, TableBlock(header, rows)]
+    return [*blocks, table(header, rows)]
 
 
 def show_roofline(found: dict) -> list:
@@ -308,7 +308,7 @@ def show_roofline(found: dict) -> list:
             cells += [f"{limit * 1000:.1f}", spread(share, 0)]
         rows.append([name, *cells])
     return [
-        Paragraph(
+        paragraph(
             f"A step takes {found['flops'] / 1e9:.1f} billion operations in linear layers and attention products, counted"
             " on real word pieces, and the optimizer must move each parameter, gradient and moment once"
             f" ({found['memory_seconds'] * 1000:.1f} ms at {found['bandwidth'] / 1e9:.1f} GB/s, measured in place on a"
@@ -316,7 +316,7 @@ def show_roofline(found: dict) -> list:
             " again and again, its operands in the cache. The second limit takes the rate of all linear layers of the"
             f" encoder in turn, forward and backward, each with its own operands: {in_turn} GFLOP/s."
         ),
-        TableBlock(
+        table(
             [
                 "contender",
                 "ms a step",
@@ -327,7 +327,7 @@ def show_roofline(found: dict) -> list:
             ],
             rows,
         ),
-        TableBlock(["precision", "rows x inputs x outputs", "GFLOP/s"], rates),
+        table(["precision", "rows x inputs x outputs", "GFLOP/s"], rates),
     ]
 
 
@@ -345,20 +345,20 @@ SHOW: dict[str, tuple[str, Callable[[dict], list]]] = {
 
 def make_page(measured: dict) -> str:
     """The page, without what is written by hand."""
-    blocks = [Heading("Speed, measured", level=1), Paragraph(INTRODUCTION)]
+    blocks = [heading("Speed, measured", level=1), paragraph(INTRODUCTION)]
     for section, (title, show) in SHOW.items():
         if section in measured:
             found = measured[section]
             facts = found["machine"] | {name: found[name] for name in ("torch", "precision", "pretrained")}
             facts |= {"batch size": found["batch_size"], "longest sequence": found["max_length"]}
             blocks += [
-                Heading(title),
-                Code(shlex.join(found["command"])),
-                Paragraph(", ".join(f"{name} {value}" for name, value in facts.items())),
+                heading(title),
+                code(shlex.join(found["command"])),
+                paragraph(", ".join(f"{name} {value}" for name, value in facts.items())),
                 *show(found),
             ]
     rows = [target_row(target, measured) for target in TARGETS]
-    return markdown_page([*blocks, Heading("Targets"), TableBlock(["", "measured", "target", ""], rows)])
+    return markdown_page([*blocks, heading("Targets"), table(["", "measured", "target", ""], rows)])
 
 
 def write_page(path: Path, measured: dict) -> None:

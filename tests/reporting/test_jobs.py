@@ -118,7 +118,7 @@ def fill(folder, *names):
         path.mkdir() if name.endswith("/") else path.touch()
 
 
-# --- in one runner -----------------------------------------------------------------------------------------------
+# --- in one runner ------------------------------------------------------------------------------------------
 
 
 def test_all_jobs_run_at_most_so_many_at_a_time(folder):
@@ -259,7 +259,7 @@ def test_steps_done_takes_any_log(folder, log, steps):
     assert job.steps_done() == 10
 
 
-# --- stopped, killed, and several runners ------------------------------------------------------------------------
+# --- stopped, killed, and several runners -------------------------------------------------------------------
 
 
 def test_second_signal_does_not_wait_for_what_is_saved(folder, start_runner):

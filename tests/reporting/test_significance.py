@@ -71,7 +71,7 @@ def test_mean_and_sd():
     assert mean == 0.5 and math.isnan(sd)
 
 
-# --- scores of resamples -----------------------------------------------------------------------------------------
+# --- scores of resamples ------------------------------------------------------------------------------------
 
 
 def test_every_main_score_can_be_resampled():
@@ -144,7 +144,7 @@ def test_resample_weights_are_multinomial():
     np.testing.assert_allclose(np.cov(weights.T), np.eye(5) - 1 / 5, rtol=0, atol=0.04)
 
 
-# --- resamples of rows -------------------------------------------------------------------------------------------
+# --- resamples of rows --------------------------------------------------------------------------------------
 
 
 def test_resampled_means_by_hand(monkeypatch):
@@ -250,7 +250,7 @@ def test_one_seed_resamples_examples_only():
         np.testing.assert_allclose(one[name], three[name], rtol=0, atol=1e-12)
 
 
-# --- intervals against scipy -------------------------------------------------------------------------------------
+# --- intervals against scipy --------------------------------------------------------------------------------
 # A 2.5 % quantile of R resamples has a standard error of sqrt(0.025 * 0.975 / R) / density, which is 2.7 / sqrt(R)
 # standard deviations of a normal: 0.03 for the difference of two such with R = 20,000. Four of them are allowed.
 
@@ -328,7 +328,7 @@ def test_coverage(num_seeds, seed_sd):
     assert 0.89 <= held / 200 <= 0.99
 
 
-# --- comparisons -------------------------------------------------------------------------------------------------
+# --- comparisons --------------------------------------------------------------------------------------------
 
 
 def test_same_row_differs_by_nothing():

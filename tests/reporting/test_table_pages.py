@@ -72,7 +72,7 @@ def cells(block):
     return rows[0], rows[2:]
 
 
-# --- Markdown ----------------------------------------------------------------------------------------------------
+# --- Markdown -----------------------------------------------------------------------------------------------
 
 
 def test_numbers_as_text():
@@ -145,7 +145,7 @@ def test_comparison_on_the_terminal(table):
     assert len(compare_text(table, "minbert", "baseline").splitlines()) == 2  # sentiment alone
 
 
-# --- claims ------------------------------------------------------------------------------------------------------
+# --- claims -------------------------------------------------------------------------------------------------
 
 # claim, its interval, the verdict. Claimed: 1 +10.3 points, 2b -1.3, 4 within 5 below, 5a less than 5.
 JUDGED = {
@@ -218,7 +218,7 @@ def test_claims_on_the_terminal(table):
     assert lines[1] == "claim 2a not measured claimed +12.6, measured -: surgery raises similarity"
 
 
-# --- CSV and LaTeX -----------------------------------------------------------------------------------------------
+# --- CSV and LaTeX ------------------------------------------------------------------------------------------
 
 
 def test_csv_of_the_rows_has_all_digits(table):
@@ -278,7 +278,7 @@ def test_latex_of_a_negative_number(tmp_path, data_dir):
     assert tex_cells(table_tex(table))[1][1:] == ["0.333", "1.000", "1.000", "$-$1.000"]
 
 
-# --- odd characters ----------------------------------------------------------------------------------------------
+# --- odd characters -----------------------------------------------------------------------------------------
 
 
 def test_odd_titles_break_nothing(table, monkeypatch):
@@ -320,7 +320,7 @@ def test_odd_paths_break_nothing(tmp_path, data_dir):
     assert "```" not in text.replace("\n".join("    " + line for line in code), "")
 
 
-# --- the page ----------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------------------
 
 
 def test_encoder_is_that_of_the_rows_without_further_pretraining(tmp_path, data_dir, table):
@@ -347,7 +347,7 @@ def test_how_it_was_made(table):
     assert "--resume" not in text  # the first command started the run
 
 
-# --- all files ---------------------------------------------------------------------------------------------------
+# --- all files ----------------------------------------------------------------------------------------------
 
 
 def check_picture(path):

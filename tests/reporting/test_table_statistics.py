@@ -32,7 +32,7 @@ def dev_rows(data_dir, task):
     return read_rows(data_dir / TASKS[task].files["dev"], TASKS[task], "dev")
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", ["starter", "handout"])
@@ -166,7 +166,7 @@ def test_an_overall_is_that_of_the_scores(tmp_path, data_dir, dev_data):
     assert read_finished_run(run, dev_data).scores["mean"] == pytest.approx(1)
 
 
-# --- a table's rows ----------------------------------------------------------------------------------------------
+# --- a table's rows -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_resamples_are_drawn_once(table, monkeypatch):
     assert table.interval("diff", "para") is not None
 
 
-# --- the best run ------------------------------------------------------------------------------------------------
+# --- the best run -------------------------------------------------------------------------------------------
 
 
 def test_best_run_is_the_best_seed_of_the_row_that_is_best_on_average(tmp_path, data_dir):
@@ -309,7 +309,7 @@ def test_fake_runs_have_the_names_of_real_ones(tmp_path, data_dir):
     assert names == {prediction_name(task, "dev", "starter") for task in DEFAULT_TASKS}
 
 
-# --- training data -----------------------------------------------------------------------------------------------
+# --- training data ------------------------------------------------------------------------------------------
 
 
 def test_runs_with_other_training_data_are_refused(tmp_path, data_dir):

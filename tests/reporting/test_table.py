@@ -72,7 +72,7 @@ def starts(runs_dir):
     return {log.stem: sum(line.startswith("$ ") for line in log.read_text().splitlines()) for log in logs}
 
 
-# --- rows and flags ----------------------------------------------------------------------------------------------
+# --- rows and flags -----------------------------------------------------------------------------------------
 
 
 def test_rows_differ_and_their_names_are_folder_names():
@@ -212,7 +212,7 @@ def test_flags_that_rows_differ_in_are_refused(flag, capsys):
     ]
 
 
-# --- run folders -------------------------------------------------------------------------------------------------
+# --- run folders --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_folder_may_have_been_moved_and_made_on_another_machine(place, made, tmp
     check_settings(get_args(argv), "diff", 0, tmp_path / "nothing")
 
 
-# --- from end to end ---------------------------------------------------------------------------------------------
+# --- from end to end ----------------------------------------------------------------------------------------
 
 
 def test_table_from_end_to_end(place, one_thread_each, capsys):
