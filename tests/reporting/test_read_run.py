@@ -1,7 +1,6 @@
 """What a run wrote is read as written; anything else is refused in one line that says what is wrong."""
 
 import copy
-import json
 
 import pytest
 
