@@ -1,4 +1,4 @@
-"""Check the six prediction files of a run against the data and zip them, with the code, for the class leaderboard.
+"""Check the six prediction files of a run against the data and zip them, with the code, for the class.
 
     python prepare_submit.py runs/NAME --data_dir data
 

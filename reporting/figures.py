@@ -1,8 +1,8 @@
-"""Figures of runs and of the results table: plain data in, a matplotlib Figure out; no files, no screen, no state.
+"""Figures of runs and of the results table: plain data in, a matplotlib Figure out; no files, no screen.
 
-Colours are safe for colour-blind readers (Okabe and Ito for tasks, Paul Tol for pairs of tasks and for rows of the
-table). A task has the same colour and place everywhere, the plain mean is black, and grey is for what is not ours:
-the poster's numbers, chance. `metrics` are the lines of a run's `metrics.jsonl`.
+Colours are safe for colour-blind readers (Okabe and Ito for tasks, Paul Tol for pairs of tasks and for rows
+of the table). A task has the same colour and place everywhere, the plain mean is black, and grey is for what
+is not ours: the poster's numbers, chance. `metrics` are the lines of a run's `metrics.jsonl`.
 """
 
 import textwrap
@@ -26,7 +26,7 @@ HEAT_COLUMNS = 25  # stretches of a run that a heat map tells apart
 BIN_WIDTH = 0.5  # of true similarity, in plot_regression
 
 
-# --- what the figures share ---------------------------------------------------------------------------------
+# --- what the figures share -------------------------------------------------------------------------------
 
 
 def make_figure(num_rows: int, num_columns: int, width: float, height: float, **settings):
@@ -114,7 +114,7 @@ def shared_legend(figure, axes, place: str, num_columns: int = 1) -> None:
     figure.legend(handles.values(), handles.keys(), **layout, frameon=False, fontsize="small")
 
 
-# --- one run ------------------------------------------------------------------------------------------------
+# --- one run ----------------------------------------------------------------------------------------------
 
 
 def plot_curves(metrics: list[dict]) -> Figure | None:
@@ -163,7 +163,7 @@ def plot_curves(metrics: list[dict]) -> Figure | None:
 
 
 def plot_layer_conflict_over_time(metrics: list[dict]) -> Figure | None:
-    """For each pair of tasks a heat map: which layer groups are in conflict, and when; None for an old run."""
+    """A heat map per pair of tasks: which layer groups are in conflict, and when; None for an old run."""
     lines = [line for line in metrics if line.get("layer_conflict")]
     groups = names_in(lines, "layer_conflict")
     pairs = names_in([line["layer_conflict"] for line in lines], groups[0]) if groups else []
@@ -186,7 +186,7 @@ def plot_layer_conflict_over_time(metrics: list[dict]) -> Figure | None:
 
 
 def heat_map(lines: list[dict], groups: list[str], pair: str) -> tuple[list[int], np.ndarray]:
-    """How often a pair is in conflict: the limits of at most HEAT_COLUMNS stretches, and (groups, stretches)."""
+    """How often a pair is in conflict: limits of HEAT_COLUMNS stretches or fewer, (groups, stretches)."""
     present = [line for line in lines if pair in line["layer_conflict"][groups[0]]]
     shares = np.array([[line["layer_conflict"][group][pair] for line in present] for group in groups])
     stretches = np.array_split(np.arange(len(present)), min(HEAT_COLUMNS, len(present)))
@@ -196,7 +196,7 @@ def heat_map(lines: list[dict], groups: list[str], pair: str) -> tuple[list[int]
 
 
 def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequence[str]) -> Figure:
-    """Confusion matrix of a classification task: counts, percentages of each true class; accuracy in the title.
+    """Confusion matrix: counts and percentages of each true class; accuracy in the title.
 
     Args:
         predictions, labels: (N,) class numbers, positions in `class_names`.
@@ -249,11 +249,11 @@ def plot_regression(
     return figure
 
 
-# --- conflict in one or several rows of the table -------------------------------------------------------------
+# --- conflict in one or several rows of the table ---------------------------------------------------------
 
 
 def plot_pairs(runs: dict, draw, x_label: str) -> Figure | None:
-    """Two panels for each row, mean cosine above share of steps in conflict; at most MAX_COLUMNS rows abreast.
+    """Two panels per row, mean cosine above share of steps in conflict; at most MAX_COLUMNS rows abreast.
 
     Args:
         runs: title -> metrics of each seed.
@@ -315,7 +315,7 @@ def plot_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
 
 
 def plot_layer_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
-    """The conflict of each layer group, averaged over the steps; None if no run was logged with its layers."""
+    """Conflict by layer group, averaged over the steps; None if no run was logged with its layers."""
     runs = {row: seeds for row, seeds in runs.items() if any(layer_means(s, "layer_cosine") for s in seeds)}
 
     def draw(seeds, axis, key):
@@ -347,15 +347,15 @@ def layer_means(metrics: list[dict], key: str) -> dict[str, dict[str, float]]:
     }
 
 
-# --- the results table --------------------------------------------------------------------------------------
+# --- the results table ------------------------------------------------------------------------------------
 
 
 def plot_scores(rows: list[dict]) -> Figure | None:
     """The results table as a picture: a panel per score, a line per row, our mean beside the poster's number.
 
     Args:
-        rows: {"title": str, "poster": {score: number}, "measured": {score: (mean, low, high)}}, scores being those
-            of PANELS; any entry may be missing or None, and low and high too (one seed).
+        rows: {"title": str, "poster": {score: number}, "measured": {score: (mean, low, high)}}, scores being
+            those of PANELS; any entry may be missing or None, and low and high too (one seed).
     """
 
     def entries(key, score):
@@ -392,11 +392,11 @@ def plot_scores(rows: list[dict]) -> Figure | None:
 
 
 def plot_learning_curves(curves: dict[str, list[list[tuple[int, dict]]]]) -> Figure | None:
-    """Dev scores over the steps, a panel per score, a line per row: mean over seeds, band from least to greatest.
+    """Dev scores over the steps, a panel per score, a line per row: mean and range over seeds.
 
     Args:
-        curves: row title -> for each seed, (step, {score: number}) of each evaluation, scores being those of PANELS;
-            a row keeps its colour whether others have a score or not.
+        curves: row title -> for each seed, (step, {score: number}) of each evaluation, scores being those of
+            PANELS; a row keeps its colour whether others have a score or not.
     """
 
     def curves_of(seeds, score):

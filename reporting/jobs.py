@@ -1,7 +1,8 @@
-"""Run many commands, each filling a run folder: several at a time, finished ones skipped, stopped ones resumed.
+"""Run many commands, each filling a run folder: several at a time, finished ones skipped, stopped resumed.
 
-A job is locked while anyone works on it, the command itself included. So two runners, started on the same folders,
-share the work, and one that is started after another was killed waits for the commands that it left behind.
+A job is locked while anyone works on it, the command itself included. So two runners, started on the same
+folders, share the work, and one that is started after another was killed waits for the commands that it left
+behind.
 """
 
 import fcntl
@@ -58,7 +59,7 @@ class Stage:
 
 @dataclass
 class Job:
-    """Stages that run one after the other; log and lock lie beside the last stage's folder, under the job's name."""
+    """Stages that run one after the other; log and lock are named after the job, beside the last folder."""
 
     name: str
     stages: list[Stage]
@@ -82,8 +83,8 @@ class Job:
     def take_lock(self) -> bool:
         """Lock the job until `give_back_lock`; False if someone else works on it.
 
-        Not a `filelock`: that keeps its file descriptor to itself, and here the command has to inherit it, so that
-        the lock stays until the last of the two ends.
+        Not a `filelock`: that keeps its file descriptor to itself, and here the command has to inherit it, so
+        that the lock stays until the last of the two ends.
         """
         path = self.log.with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ class Job:
         self.lock = None
 
     def start(self, environment: dict[str, str]) -> None:
-        """Start the next stage. It inherits the lock but no signals from the terminal: we pass on the first one."""
+        """Start the next stage. It inherits the lock, but no signals from the terminal: we pass them on."""
         self.started = self.stage
         command = self.started.next_command()
         with open(self.log, "a", encoding="utf-8") as log:
@@ -127,8 +128,8 @@ class Job:
 
 
 def child_environment(num_threads: int | None) -> dict[str, str]:
-    # `python -m training.pretrain_mlm` has to find the project from whatever folder we were started in. Setting the
-    # path instead of the folder leaves relative paths in the command as they are.
+    # `python -m training.pretrain_mlm` has to find the project from whatever folder we were started in.
+    # Setting the path instead of the folder leaves relative paths in the command as they are.
     search_path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
     return {"PYTHONPATH": os.pathsep.join(search_path)} | threads

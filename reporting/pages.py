@@ -1,7 +1,7 @@
 """Pages: Markdown by hand for small ones, jinja2 templates for whole ones, in Markdown and in HTML.
 
-The templates lie beside this file, in templates/. Whatever they insert is escaped for their format, so a sentence
-from a data file can neither break a table nor bring a script along.
+The templates lie beside this file, in templates/. Whatever they insert is escaped for their format, so a
+sentence from a data file can neither break a table nor bring a script along.
 """
 
 import re
@@ -24,7 +24,7 @@ class Table(NamedTuple):
     rows: Iterable[Sequence[str]]
 
 
-# --- Markdown -----------------------------------------------------------------------------------------------
+# --- Markdown ---------------------------------------------------------------------------------------------
 
 
 def paragraph(text: str) -> str:
@@ -51,7 +51,7 @@ def markdown_page(blocks: Iterable[str]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-# --- templates ----------------------------------------------------------------------------------------------
+# --- templates --------------------------------------------------------------------------------------------
 
 
 def make_environment(**settings) -> Environment:
@@ -83,7 +83,7 @@ def render_markdown(name: str, **values) -> str:
     return re.sub(r"\n{3,}", "\n\n", MARKDOWN.get_template(name).render(values)).strip("\n") + "\n"
 
 
-# --- what several pages show --------------------------------------------------------------------------------
+# --- what several pages show ------------------------------------------------------------------------------
 
 
 def percent(share: float) -> str:

@@ -1,7 +1,8 @@
-"""The poster's results table as data: each row's recipe and numbers, and each claim as a difference between rows.
+"""The poster's results table as data: each row's recipe and numbers, each claim as a difference of rows.
 
-"Fine-tuning minBERT for Various Downstream Tasks", Stanford CS224N. Its scores are accuracy for sentiment (SST-5) and
-paraphrase (Quora) and Pearson's r for similarity (SemEval STS), on dev; its overall is their plain mean.
+"Fine-tuning minBERT for Various Downstream Tasks", Stanford CS224N. Its scores are accuracy for sentiment
+(SST-5) and paraphrase (Quora) and Pearson's r for similarity (SemEval STS), on dev; its overall is their
+plain mean.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Reading what a run wrote, for reports and tables: settings, log and scores, each checked against the types below.
+"""Reading what a run wrote: settings, log and scores, each checked against the types below.
 
 Only what is read here is declared; other keys are left alone, since a newer version may have written them.
 """
@@ -19,7 +19,11 @@ Task = Literal[tuple(TASKS)]
 Pair = Literal[tuple("-".join(pair) for pair in permutations(TASKS, 2))]
 ByTask, ByPair = dict[Task, float], dict[Pair, float]
 Summary = TypedDict("Summary", {"tasks": dict[Task, dict[str, float]]} | dict.fromkeys(OVERALLS, float))
-Scores = TypedDict("Scores", {"step": int, "dev": Summary})
+
+
+class Scores(TypedDict):
+    step: int
+    dev: Summary
 
 
 class LogLine(TypedDict, total=False):
@@ -49,8 +53,17 @@ class Settings(TypedDict):
     extra_data: dict
 
 
-Fingerprints = TypedDict("Fingerprints", {"train": dict[str, str], "dev": dict[str, str]})
-Facts = TypedDict("Facts", {"args": Settings, "data": Fingerprints, "versions": dict[str, str]})
+class Fingerprints(TypedDict):
+    train: dict[str, str]
+    dev: dict[str, str]
+
+
+class Facts(TypedDict):
+    args: Settings
+    data: Fingerprints
+    versions: dict[str, str]
+
+
 EXPECTED = {int: "a whole number", float: "a number", str: "text", dict: "names and values"}
 hints_of = cache(get_type_hints)
 

@@ -1,9 +1,10 @@
-"""The page of a run: what was run, scores, curves, conflict between tasks, mistakes; as Markdown and as one HTML file.
+"""The page of a run: settings, scores, curves, conflict between tasks, mistakes; in Markdown and in HTML.
 
     python -m reporting.report runs/NAME
 
-writes `report.md`, with its pictures in `report/` and `curves.png`, and `report.html`, which holds its pictures and
-needs no other file. The functions here collect what the page says; templates/ has the page itself in both formats.
+writes `report.md`, with its pictures in `report/` and `curves.png`, and `report.html`, which holds its
+pictures and needs no other file. The functions here collect what the page says; templates/ has the page
+itself in both formats.
 """
 
 import base64
@@ -39,7 +40,7 @@ OVERALL_TITLES = {
 }
 NUM_MISTAKES = 5  # shown for each task
 MAX_TEXT = 160  # characters shown of a sentence
-# Between a run's scores and those computed again from its prediction files, which hold float32 numbers as text.
+# Between a run's scores and those recomputed from its prediction files, which hold float32 numbers as text.
 SCORE_TOLERANCE = 1e-6
 
 
@@ -69,7 +70,7 @@ def draw(path: str, caption: str, figure) -> Picture | None:
     return Picture(path, caption, buffer.getvalue())
 
 
-# --- what a run folder holds --------------------------------------------------------------------------------
+# --- what a run folder holds ------------------------------------------------------------------------------
 
 
 def read_settings(run_dir: Path) -> tuple[Namespace, dict]:
@@ -107,7 +108,8 @@ def read_dev(args: Namespace, task: str, scores: dict[str, float] | None) -> Dev
     """Read a task's dev rows and predictions.
 
     Args:
-        scores: those of the finished run; files that do not give them have been replaced since, and are left out.
+        scores: those of the finished run; files that do not give them have been replaced since, and are left
+            out.
     """
     spec, result = TASKS[task], DevResult()
     kind, path = TASK_KINDS[spec.kind], prediction_file(args, task, "dev")
@@ -145,7 +147,7 @@ def means_of(metrics: list[dict], key: str) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-# --- the sections of the page -------------------------------------------------------------------------------
+# --- the sections of the page -----------------------------------------------------------------------------
 
 
 def list_values(values: dict) -> str:
@@ -155,12 +157,13 @@ def list_values(values: dict) -> str:
 def settings_table(args: Namespace, stored: dict, metrics: list[dict]) -> Table:
     """The settings that matter, with every default resolved."""
     seconds = training_seconds(metrics)
+    heads = {task: head_name(args, task) for task in args.tasks}
     batch_sizes = {task: getattr(args, f"{task}_batch_size") for task in args.tasks}
     sources = [f"{name}={count}" if count else name for name, count in args.extra_data.items()]
     fingerprints = [f"; {split} {list_values(values)}" for split, values in stored["data"].items()]
     facts = {
         "encoder": f"{args.pretrained}{' (frozen)' if args.freeze_encoder else ''}: {stored.get('encoder')}",
-        "heads": f"{list_values({task: head_name(args, task) for task in args.tasks})}; pooling {args.pooling}",
+        "heads": f"{list_values(heads)}; pooling {args.pooling}",
         "gradients": f"{args.grad_method}, {args.grad_reduction}"
         + (f", only of {', '.join(args.surgery_tasks)}" if args.surgery_tasks else ""),
         "sampler": args.sampler,
@@ -202,7 +205,8 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
     if summary["finished"]:
         text = f"Scores of the best checkpoint by {args.select_by}, from step {summary['step']}."
     else:
-        text = f"The run is not finished. Its best evaluation so far by {args.select_by} was at step {summary['step']}{limit}."
+        best = f"by {args.select_by} was at step {summary['step']}{limit}"
+        text = f"The run is not finished. Its best evaluation so far {best}."
     text += " The baseline gives every example the same answer: the most frequent class, or some constant."
     header = ("task", "score", "dev", "baseline", "examples")
     return {"text": text, "table": Table(header, rows), "warnings": warnings}
@@ -221,9 +225,9 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
 
     most = max(shares, key=shares.get)
     text = (
-        "Two tasks are in conflict in a step where the cosine between their gradients is below 0; unrelated gradients"
-        f" are in about half of the steps. Most often in conflict here: {tasks_of(most)}, in {percent(shares[most])} of"
-        " the steps."
+        "Two tasks are in conflict in a step where the cosine between their gradients is below 0; unrelated"
+        " gradients are in about half of the steps. Most often in conflict here:"
+        f" {tasks_of(most)}, in {percent(shares[most])} of the steps."
     )
     by_layer = {
         (group, pair): share
@@ -253,8 +257,8 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
             ("pair of tasks", "mean cosine", "steps in conflict"),
             [(tasks_of(pair), f"{cosines[pair]:.4f}", percent(shares[pair])) for pair in shares],
         ),
-        "weights_text": f"Mean weights of the task gradients in the sum that {args.grad_method} makes; all 1 is the"
-        " plain sum.",
+        "weights_text": f"Mean weights of the task gradients in the sum that {args.grad_method} makes;"
+        " all 1 is the plain sum.",
         "weights": Table(
             ("task", "mean weight of its gradient", "mean length of its gradient"),
             [(task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}") for task in weights],
@@ -303,7 +307,7 @@ def task_section(task: str, result: DevResult) -> dict:
     return section
 
 
-# --- the page -----------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------
 
 
 def collect(run_dir: Path) -> dict:

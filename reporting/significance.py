@@ -1,8 +1,9 @@
-"""Statistics of a results table: each row (a recipe) was trained with several seeds and predicts the same examples.
+"""Statistics of a results table: each row (a recipe) was trained with several seeds on the same examples.
 
-The intervals are paired bootstraps on two levels. The examples are resampled, and one draw serves all rows and seeds;
-the seeds are resampled, and one draw serves all rows and tasks. Every draw depends on the seed, the task's name and
-the counts alone, never on predictions, so the resamples of two rows may be subtracted one by one:
+The intervals are paired bootstraps on two levels. The examples are resampled, and one draw serves all rows
+and seeds; the seeds are resampled, and one draw serves all rows and tasks. Every draw depends on the seed,
+the task's name and the counts alone, never on predictions, so the resamples of two rows may be subtracted one
+by one:
 
     to_interval(resampled_means(a, labels, tasks)["sts"] - resampled_means(b, labels, tasks)["sts"])
 
@@ -50,8 +51,8 @@ def with_overalls(scores: dict, tasks: dict[str, TaskSpec]) -> dict:
     return scores | {name: overall(pairs) for name, overall in OVERALLS.items()}
 
 
-# --- scores of resamples: (predictions (S, N), labels (N,), weights (R, N)) -> (S, R) -----------------------
-# Weighted sums over the examples, as one matrix product, in float64: its rounding does not show in any result.
+# --- scores of resamples: (predictions (S, N), labels (N,), weights (R, N)) -> (S, R) ---------------------
+# Weighted sums over the examples, as one matrix product, in float64: its rounding shows in no result.
 
 
 def resampled_accuracy(predictions: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -98,11 +99,11 @@ def resampled_scores(
     return score(np.asarray(predictions), np.asarray(labels), weights)
 
 
-# --- resamples ----------------------------------------------------------------------------------------------
+# --- resamples --------------------------------------------------------------------------------------------
 
 
 def resample_weights(rng: np.random.Generator, num_examples: int, num_resamples: int) -> np.ndarray:
-    """How often each of N draws with replacement gives each example, (R, N) float64; each row adds up to N."""
+    """How often N draws with replacement give each example, (R, N) float64; each row adds up to N."""
     drawn = rng.integers(num_examples, size=(num_resamples, num_examples))
     drawn += num_examples * np.arange(num_resamples)[:, None]  # every resample has its own bins
     counts = np.bincount(drawn.ravel(), minlength=drawn.size)  # many times faster than rng.multinomial
@@ -122,14 +123,15 @@ def resampled_means(
 ) -> dict[str, np.ndarray]:
     """The mean over seeds of a row's main scores: the actual value, then its resamples.
 
-    A resample is the seeds' mean score on resampled examples, plus the mean deviation of resampled seeds from all.
-    S resampled seeds vary less than S new ones would, by (S - 1) / S in the variance, so the deviations are widened
-    by sqrt(S / (S - 1)) (Davison and Hinkley 1997). The deviations are those on the actual examples: on the resampled
-    ones, as in Owen 2007, they would contain the chance of the examples a second time, and the intervals of similar
-    rows would be too wide.
+    A resample is the seeds' mean score on resampled examples, plus the mean deviation of resampled seeds from
+    all. S resampled seeds vary less than S new ones would, by (S - 1) / S in the variance, so the deviations
+    are widened by sqrt(S / (S - 1)) (Davison and Hinkley 1997). The deviations are those on the actual
+    examples: on the resampled ones, as in Owen 2007, they would contain the chance of the examples a second
+    time, and the intervals of similar rows would be too wide.
 
-    With one seed only examples are resampled, and the interval says nothing about other seeds. With three or so it is
-    still too narrow where seeds matter more than examples: percentiles do not correct for few values as Student's t does.
+    With one seed only examples are resampled, and the interval says nothing about other seeds. With three or
+    so it is still too narrow where seeds matter more than examples: unlike Student's t, percentiles do not
+    allow for few values.
 
     Args:
         predictions: task -> (S, N), the same seeds in the same order for every task.
@@ -147,8 +149,8 @@ def resampled_means(
     for task, shape in shapes.items():
         if shape[1:] != np.shape(labels[task]) or 0 in shape:
             raise ValueError(
-                f"{task}: predictions are {shape}, labels {np.shape(labels[task])}; expected (seeds, examples)"
-                " and (examples,)"
+                f"{task}: predictions are {shape}, labels {np.shape(labels[task])};"
+                " expected (seeds, examples) and (examples,)"
             )
     num_seeds = {task: shape[0] for task, shape in shapes.items()}
     if len(set(num_seeds.values())) > 1:
@@ -171,7 +173,7 @@ def resampled_means(
 
 
 def to_interval(resamples: np.ndarray) -> Interval:
-    """The actual value and the 95 % percentile interval of an array of `resampled_means`, or of sums of such."""
+    """The actual value and the 95 % percentile interval of an array of `resampled_means`, or of a sum."""
     low, high = np.quantile(resamples[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(resamples[0]), float(low), float(high))
 

@@ -1,8 +1,8 @@
 """The class's submission: prediction files checked against the data, then zipped together with the code.
 
-Every id of each dev and test file must have exactly one prediction, of a legal value; rows without a label, which are
-left out of dev, have none. Predictions that are (nearly) the same for every row are warned about. The zip holds the
-prediction files and all of the project's code, as the course asks for, and nothing else.
+Every id of each dev and test file must have exactly one prediction, of a legal value; rows without a label,
+which are left out of dev, have none. Predictions that are (nearly) the same for every row are warned about.
+The zip holds the prediction files and all of the project's code, as the course asks for, and nothing else.
 """
 
 import sys
@@ -30,10 +30,8 @@ def find_prediction_file(folder: Path, task: str, split: str) -> Path:
     names = [prediction_name(task, split, style) for style in PREDICTION_STYLES]
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) != 1:
-        raise UserError(
-            f"{folder}: holds {'both' if found else 'neither'} {names[0]} {'and' if found else 'nor'} {names[1]};"
-            " expected one of them"
-        )
+        there = "both {} and {}" if found else "neither {} nor {}"
+        raise UserError(f"{folder}: holds {there.format(*names)}; expected one of them")
     return found[0]
 
 
@@ -66,7 +64,7 @@ def check_folder(
 
 
 def find_code() -> list[Path]:
-    """The project's code: Python files at the top, in the packages and beside the data; the templates of pages."""
+    """The project's code: Python at the top, in the packages and beside the data; the templates of pages."""
     found = {*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("reporting/templates/*.jinja")}
     for package in ROOT.glob("*/__init__.py"):
         found |= set(package.parent.rglob("*.py"))

@@ -1,7 +1,8 @@
 """The results table as a command: which runs it needs, running them, holding them against what is asked for.
 
-`results_table.py` starts it. Each row and seed is a run folder under --runs_dir; what is finished there is not run
-again. So the same command goes on where it was stopped, and folders made on several machines can be put together.
+`results_table.py` starts it. Each row and seed is a run folder under --runs_dir; what is finished there is
+not run again. So the same command goes on where it was stopped, and folders made on several machines can be
+put together.
 Poster: "Fine-tuning minBERT for Various Downstream Tasks", Stanford CS224N.
 """
 
@@ -31,8 +32,8 @@ from training.flags import get_args as get_run_args
 from training.resolve import data_file
 from training.sources import EXTRA_SOURCES
 
-# What a run is told besides its row's flags. Three evaluations on part of dev choose the best checkpoint, which is then
-# evaluated on all of dev.
+# What a run is told besides its row's flags. Three evaluations on part of dev choose the best checkpoint,
+# which is then evaluated on all of dev.
 BATCH_SIZE = 16
 NUM_EVALS = 3
 EVAL_MAX_EXAMPLES = 600
@@ -42,7 +43,7 @@ EVAL_EXAMPLES = 22_000
 # Flags of a run that are the table's own: it gives them itself, or could not read the run with others.
 OWN_FLAGS = FILES | MODES | {"data_dir", "tasks", "pretrained", "max_steps", "seed"}
 OWN_FLAGS |= {"predict_splits", "prediction_style"}
-# Flags that are what rows differ in: given to every run, they would make two rows one, or be overridden by most.
+# Flags that are what rows differ in: given to every run, they would make two rows one, or be overridden.
 ROW_FLAGS = {
     name for row in ROWS.values() if row.group != "control" for name in given_flags(row.flags.split())
 }
@@ -52,7 +53,7 @@ FREE_FLAGS = READING_MAY_CHANGE | RESUME_MAY_CHANGE
 FREE_FLAGS -= {"max_steps", "max_length", "patience", "prediction_style"}
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------
 
 
 def folder_of(runs_dir: Path, row: str, seed: int) -> Path:
@@ -122,9 +123,9 @@ def check_settings(args: argparse.Namespace, row: str, seed: int, folder: Path) 
         for name in sorted(names, key=lambda name: (name not in OWN_FLAGS, name)):
             if stored.get(name) != asked.get(name):
                 raise UserError(
-                    f"{folder}: was made with --{name} {stored.get(name, '(default)')}, the table now asks for"
-                    f" {asked.get(name, '(default)')}; give the flags it was made with, give another --runs_dir, or"
-                    " remove that folder"
+                    f"{folder}: was made with --{name} {stored.get(name, '(default)')}, the table now asks"
+                    f" for {asked.get(name, '(default)')}; give the flags it was made with, give another"
+                    " --runs_dir, or remove that folder"
                 )
 
     free, encoder = FREE_FLAGS, pretrain_folder(args, row, seed)
@@ -138,11 +139,11 @@ def check_settings(args: argparse.Namespace, row: str, seed: int, folder: Path) 
         compare(folder, stored, asked, (set(stored) | set(asked)) - free)
 
 
-# --- cost ---------------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------
 
 
 def estimate_seconds(args: argparse.Namespace, row: str, rate: float) -> float:
-    """Rough time of one run on this machine: operations of training and evaluation, over a measured matrix rate."""
+    """Rough time of one run on this machine: its operations over a measured matrix rate."""
     if args.pretrained == OFFLINE_ENCODER:
         size = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     elif Path(args.pretrained).is_dir():
@@ -211,15 +212,15 @@ def print_plan(args: argparse.Namespace) -> None:
     )
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 and one line if a flag is wrong."""
     parser = OneLineParser(
         prog="results_table.py",
-        description="Train every row of the poster's table with several seeds, compare the rows, judge the claims.",
-        epilog="Flags after -- go to every run, as in: results_table.py --seeds 0 1 -- --lr 3e-5 --pooling cls",
+        description="Train every row of the poster's table with several seeds, compare, judge the claims.",
+        epilog="Flags after -- go to every run, as in: results_table.py --seeds 0 1 -- --lr 3e-5",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -270,8 +271,8 @@ def check_training_data(runs: dict[str, dict[int, FinishedRun]]) -> None:
             seen, folder = first.setdefault(key, (fingerprint, run.folder))
             if seen != fingerprint:
                 raise UserError(
-                    f"{run.folder}: was trained on other {task} data ({fingerprint}) than {folder} ({seen}); all runs of"
-                    " a table need the same --data_dir"
+                    f"{run.folder}: was trained on other {task} data ({fingerprint}) than {folder} ({seen});"
+                    " all runs of a table need the same --data_dir"
                 )
 
 

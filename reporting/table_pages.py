@@ -58,15 +58,16 @@ def judge(claim: Claim, table: Table) -> tuple[Interval | None, str]:
     if len(table.shared_seeds({row for _, row, _ in claim.terms})) < 2:
         return interval, "one seed only"
     word = verdict(interval, claim.direction, claim.margin)
-    # An effect that may have either sign, but is certainly less than a quarter of the claimed one, is not the claimed
-    # one. A claim with a margin says nothing about an effect's size, only that it stays within bounds.
+    # An effect that may have either sign, but is certainly less than a quarter of the claimed one, is not the
+    # claimed one. A claim with a margin says nothing about an effect's size, only that it stays within
+    # bounds.
     least = SMALL_SHARE * claimed_value(claim)
     if word == "undecided" and not claim.margin and verdict(interval, claim.direction, least) == "refuted":
         word = "refuted"
     return interval, word
 
 
-# --- numbers and tables as text ------------------------------------------------------------------------------
+# --- numbers and tables as text ---------------------------------------------------------------------------
 
 
 def format_mean(values: list[float]) -> str:
@@ -154,7 +155,7 @@ def format_comparison(table: Table, a: str, b: str) -> str:
     return "\n".join(lines)
 
 
-# --- the files -----------------------------------------------------------------------------------------------
+# --- the files --------------------------------------------------------------------------------------------
 
 
 def make_page(table: Table, command: list[str], test_folder: Path | None, pictures: Sequence[str]) -> str:
@@ -185,7 +186,8 @@ def make_page(table: Table, command: list[str], test_folder: Path | None, pictur
     test_set = "no run has predicted it yet."
     if test_folder is not None:
         row, seed = table.best_run
-        test_set = f"the predictions of the best seed of the best row on dev ({row}, seed {seed}) are in predictions/."
+        best = f"the best seed of the best row on dev ({row}, seed {seed})"
+        test_set = f"the predictions of {best} are in predictions/."
     return pages.render_markdown(
         "table.md.jinja",
         encoders=", ".join(encoders),
@@ -290,7 +292,7 @@ def dev_scores(summary: dict) -> dict[str, float]:
 def write_results(
     table: Table, results_dir: Path, command: list[str], test_folder: Path | None
 ) -> list[Path]:
-    """Write all files of a table, and remove those of an earlier one; returns their paths. Arguments: `make_page`."""
+    """Write all files of a table, remove those of an earlier one, return the paths; see `make_page`."""
     drawn = draw_figures(table)
     texts = {
         "table.md": make_page(table, command, test_folder, list(drawn)),

@@ -103,7 +103,7 @@ class Table:
         return self.combine([(1.0, row, score)])
 
     def combine(self, terms) -> Interval | None:
-        """A sum of terms (factor, row, score), over the seeds that all its rows have; None if there are none."""
+        """A sum of terms (factor, row, score) over the seeds that all rows have; None if there are none."""
         seeds = self.shared_seeds({row for _, row, _ in terms})
         if not seeds or not all(self.values(row, score) for _, row, score in terms):
             return None
@@ -115,7 +115,7 @@ class Table:
 
     @cached_property
     def best_run(self) -> tuple[str, int] | None:
-        """Row and seed of the run to predict the test set: the best seed of the row with the best mean overall."""
+        """Row and seed of the run that predicts the test set: the best seed of the best row on average."""
         means = {row: np.mean(self.values(row, "mean")) for row in self.runs if self.values(row, "mean")}
         if not means:
             return None

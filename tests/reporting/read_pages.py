@@ -1,4 +1,4 @@
-"""Pages read back, as a reader sees them: cells and text of Markdown and HTML. And a text that is hard to show."""
+"""Pages read back as a reader sees them, Markdown and HTML; and a text that is hard to show."""
 
 import re
 from html.parser import HTMLParser

@@ -1,4 +1,4 @@
-"""The data that figures draw, held against log lines and scores whose every number says where it comes from."""
+"""The data that figures draw, held against logs and scores whose every number says where it comes from."""
 
 import io
 
@@ -23,7 +23,7 @@ def make_metrics(shift=0.0, pairs=PAIRS, layers=True):
         line["conflict"] = {pair: shift + number / 10 for number, pair in enumerate(pairs)}
         for key, start in (("layer_cosine", -0.5), ("layer_conflict", 0.1)) if layers else ():
             line[key] = {
-                group: {pair: start + shift + place / 10 + step / 1000 for pair in pairs}
+                group: dict.fromkeys(pairs, start + shift + place / 10 + step / 1000)
                 for place, group in enumerate(("embeddings", "layer.0", "layer.1"))
             }
         metrics.append(line)

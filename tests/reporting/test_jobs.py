@@ -1,7 +1,7 @@
 """Jobs of small shell commands: each runs once and in order, whoever starts, stops or kills the runner.
 
-A command leaves a line in `marks` each time it is started. What has to happen at the same time waits for files, so
-nothing here depends on how fast the machine is.
+A command leaves a line in `marks` each time it is started. What has to happen at the same time waits for
+files, so nothing here depends on how fast the machine is.
 """
 
 import os
@@ -35,7 +35,8 @@ command = lambda name, script: ["sh", "-c", 'mkdir -p "$0"; cd "$0"; ' + script,
 is_finished = lambda folder: (folder / "done").exists()
 resume = "echo again >> marks; touch done"
 jobs = [
-    Job(name, [Stage(folder / name, command(name, script), is_finished, command(name, resume))]) for name in names
+    Job(name, [Stage(folder / name, command(name, script), is_finished, command(name, resume))]) for name in
+    names
 ]
 (folder / f"up-{{os.getpid()}}").touch()
 sys.exit(len(run_jobs(jobs, int(at_once))))
@@ -119,7 +120,7 @@ def fill(folder, *names):
         path.mkdir() if name.endswith("/") else path.touch()
 
 
-# --- in one runner ------------------------------------------------------------------------------------------
+# --- in one runner ----------------------------------------------------------------------------------------
 
 
 def test_all_jobs_run_at_most_so_many_at_a_time(folder):
@@ -221,7 +222,7 @@ def test_resume_is_for_runs_that_were_started(folder, present):
 
 @pytest.mark.parametrize("num_threads", [None, 3])
 def test_environment_of_the_commands(folder, monkeypatch, num_threads):
-    """Modules of the project are found from any folder, which stays the one that relative paths start from."""
+    """Modules of the project are found from any folder, and relative paths still start from there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.chdir(folder)
@@ -260,7 +261,7 @@ def test_steps_done_takes_any_log(folder, log, steps):
     assert job.steps_done() == 10
 
 
-# --- stopped, killed, and several runners -------------------------------------------------------------------
+# --- stopped, killed, and several runners -----------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ CHANGES = {  # the flags in which a row differs from its `versus`
 }
 
 
-# --- rows ----------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------
 
 
 def test_poster_rows_and_their_numbers():
@@ -112,7 +112,7 @@ def test_settings_of_the_recipes():
     assert given["diff_extra"]["extra_data"] == given["surgery_diff_extra"]["extra_data"]
 
 
-# --- claims --------------------------------------------------------------------------------------------------
+# --- claims -----------------------------------------------------------------------------------------------
 
 
 def test_every_claim_of_the_poster_has_a_line():

@@ -64,7 +64,7 @@ def make_page(run_dir):
     return text, page
 
 
-# --- the page ----------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------
 
 
 def test_scores_and_baselines(run_dir):
@@ -141,7 +141,7 @@ def test_a_page_can_be_made_twice_and_nothing_else_changes(run_dir):
     assert not list(run_dir.rglob("*.tmp"))
 
 
-# --- runs with something missing ---------------------------------------------------------------------------
+# --- runs with something missing --------------------------------------------------------------------------
 
 
 def test_unfinished_run(run_dir):
@@ -228,7 +228,7 @@ def test_damage_ends_in_one_line(run_dir, name, text, message, capsys):
     assert not (run_dir / "report.md").exists() and not (run_dir / "report.html").exists()
 
 
-# --- what training uses ------------------------------------------------------------------------------------
+# --- what training uses -----------------------------------------------------------------------------------
 
 
 def test_plot_run(run_dir):

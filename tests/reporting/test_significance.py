@@ -1,4 +1,4 @@
-"""Resamples and intervals against scipy, scikit-learn and numbers worked by hand; how often intervals are right."""
+"""Resamples and intervals against scipy, scikit-learn and numbers worked by hand; and their coverage."""
 
 import math
 import warnings
@@ -53,7 +53,7 @@ def interval(a, labels, tasks, num_resamples=2000, seed=0):
 
 
 def compare(a, b, labels, tasks, num_resamples=2000, seed=0):
-    """The differences a - b of two rows with the same tasks, paired in examples and seeds, with their intervals."""
+    """The differences a - b of two rows with the same tasks, paired in examples and seeds, with intervals."""
     means_a, means_b = (resampled_means(row, labels, tasks, num_resamples, seed) for row in (a, b))
     return {name: to_interval(means_a[name] - means_b[name]) for name in means_a}
 
@@ -71,7 +71,7 @@ def test_mean_and_sd():
     assert mean == 0.5 and math.isnan(sd)
 
 
-# --- scores of resamples ------------------------------------------------------------------------------------
+# --- scores of resamples ----------------------------------------------------------------------------------
 
 
 def test_every_main_score_can_be_resampled():
@@ -114,7 +114,7 @@ def test_resampled_scores_by_hand():
 
 
 def test_pearson_at_its_limits():
-    """Constants, also where the mean of equal numbers rounds or a resample happens to be constant; r = 1 and -1."""
+    """Constants, also where the mean of equal numbers rounds or a resample is constant; r = 1 and -1."""
     rng = np.random.default_rng(1)
     x, weights = rng.normal(size=13), resample_weights(rng, 13, 50)
     for constant in (0.0, 0.1, 1e6 / 3):
@@ -130,7 +130,7 @@ def test_pearson_at_its_limits():
 
 
 def test_resample_weights_are_multinomial():
-    """Counts of each example: mean 1, variance 1 - 1/N; of two examples: covariance -1/N. 30,000 resamples."""
+    """Counts of an example: mean 1, variance 1 - 1/N; of two: covariance -1/N. 30,000 resamples."""
     weights = resample_weights(np.random.default_rng(0), 5, 30_000)
     assert weights.shape == (30_000, 5) and (weights.sum(1) == 5).all() and (weights >= 0).all()
     # Four standard errors of a mean, sqrt(0.8 / 30,000) = 0.005, and about twice that for squares.
@@ -138,14 +138,14 @@ def test_resample_weights_are_multinomial():
     np.testing.assert_allclose(np.cov(weights.T), np.eye(5) - 1 / 5, rtol=0, atol=0.04)
 
 
-# --- resamples of rows --------------------------------------------------------------------------------------
+# --- resamples of rows ------------------------------------------------------------------------------------
 
 
 def test_resampled_means_by_hand(monkeypatch):
     """Two seeds that score 2/3 and 1/3, so they deviate by +-1/6, which widens by sqrt(2).
 
-    First resample: the first example thrice (both seeds right) and the first seed twice; second: one of the second
-    example, two of the third (1/3 and 0), and each seed once.
+    First resample: the first example thrice (both seeds right) and the first seed twice; second: one of the
+        second example, two of the third (1/3 and 0), and each seed once.
     """
     counts = {3: np.array([[3.0, 0, 0], [0, 1, 2]]), 2: np.array([[2.0, 0], [1, 1]])}
     monkeypatch.setattr(significance, "resample_weights", lambda rng, n, r: counts[n])
@@ -178,7 +178,7 @@ def test_actual_values_are_those_of_evaluation():
 
 
 def test_draws_depend_on_seed_task_and_counts_only(monkeypatch):
-    """So a task's resamples are the same alone, in another order, beside another row, and when drawn in chunks."""
+    """A task's resamples are the same alone, in another order, beside another row, and in chunks."""
     row, labels = make_row(0), make_labels()
     means = resampled_means(row, labels, TASKS, num_resamples=50)
     for other in (row, dict(reversed(row.items())), {"para": row["para"]}):
@@ -204,7 +204,7 @@ def test_seeds_are_drawn_together_for_all_tasks():
     predictions = np.repeat(
         [[0], [1], [0], [1]], 5, axis=1
     )  # all right, or all wrong: examples do not matter
-    means = resampled_means({task: predictions for task in labels}, labels, TASKS, num_resamples=50)
+    means = resampled_means(dict.fromkeys(labels, predictions), labels, TASKS, num_resamples=50)
     assert means["sst"].std() > 0.1 and np.array_equal(means["sst"], means["para"])
 
 
@@ -229,9 +229,10 @@ def test_one_seed_resamples_examples_only():
         np.testing.assert_allclose(one[name], three[name], rtol=0, atol=1e-12)
 
 
-# --- intervals against scipy --------------------------------------------------------------------------------
-# A 2.5 % quantile of R resamples has a standard error of sqrt(0.025 * 0.975 / R) / density, which is 2.7 / sqrt(R)
-# standard deviations of a normal: 0.03 for the difference of two such with R = 20,000. Four of them are allowed.
+# --- intervals against scipy ------------------------------------------------------------------------------
+# A 2.5 % quantile of R resamples has a standard error of sqrt(0.025 * 0.975 / R) / density, which is 2.7 /
+# sqrt(R) standard deviations of a normal: 0.03 for the difference of two such with R = 20,000. Four of them
+# are allowed.
 
 MANY = 20_000
 QUANTILE_ERROR = 4 * math.sqrt(2) * 2.7 / math.sqrt(MANY)
@@ -252,7 +253,7 @@ def scipy_interval(columns, statistic) -> tuple[float, float, float]:
 
 
 def make_equal_seeds(seed: int, num_right: int) -> tuple[dict, np.ndarray]:
-    """Three seeds with as many answers right but others: their scores do not deviate, so only examples matter."""
+    """Three seeds with equally many right answers, though others: their scores are equal, examples matter."""
     rng = np.random.default_rng(seed)
     wrong = np.stack([rng.permutation(np.arange(300) >= num_right) for _ in range(3)]).astype(int)
     return {"para": wrong}, (wrong == 0).mean(0)  # labels are all 0
@@ -305,7 +306,7 @@ def test_coverage(num_seeds, seed_sd):
     assert 0.89 <= held / 200 <= 0.99
 
 
-# --- comparisons --------------------------------------------------------------------------------------------
+# --- comparisons ------------------------------------------------------------------------------------------
 
 
 def test_constant_differences():

@@ -1,4 +1,4 @@
-"""The submission: each fault of the prediction files is found, and the zip holds them, all the code and nothing else."""
+"""Each fault of the prediction files is found; the zip holds them, all of the code and nothing else."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def names_in_zip(place):
     return {name for name in names if name.startswith("predictions/")}, {n for n in names if n[:5] != "predi"}
 
 
-# --- what is handed in -------------------------------------------------------------------------------------
+# --- what is handed in ------------------------------------------------------------------------------------
 
 
 def test_good_folder_becomes_a_zip(place, capsys):
@@ -71,7 +71,7 @@ def test_good_folder_becomes_a_zip(place, capsys):
 
 @pytest.mark.slow
 def test_code_in_the_zip_runs_on_its_own(place):
-    """Whatever a command imports is there: in another folder, the page of a table and the flags of training."""
+    """Whatever a command imports is there: the page of a table and the flags of training."""
     assert run(place) == 0
     with zipfile.ZipFile(place / "x.zip") as archive:
         archive.extractall(place / "handed in")
@@ -117,7 +117,7 @@ def test_links_are_not_written_through(place):
     assert not (place / "x.zip").is_symlink() and zipfile.is_zipfile(place / "x.zip")
 
 
-# --- what is refused ---------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------
 
 
 def change_line(number, new):

@@ -77,7 +77,7 @@ def starts(runs_dir):
     return {log.stem: sum(line.startswith("$ ") for line in log.read_text().splitlines()) for log in logs}
 
 
-# --- rows and flags -----------------------------------------------------------------------------------------
+# --- rows and flags ---------------------------------------------------------------------------------------
 
 
 def test_rows_differ_and_so_do_all_folders(tmp_path):
@@ -157,7 +157,8 @@ def test_wrong_flags_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
 
 
 OWN = "the table has to know it"
-DIFFER = "rows of the table differ in it"  # given to every run, it would make rows the same, or have no effect on most
+# Given to every run, it would make rows the same, or have no effect on most.
+DIFFER = "rows of the table differ in it"
 
 
 @pytest.mark.parametrize(
@@ -206,12 +207,12 @@ def test_dry_run_names_missing_files(place, tmp_path, monkeypatch, capsys):
     assert all(line.endswith("needed by similar_data") for line in missing)
 
 
-# --- run folders --------------------------------------------------------------------------------------------
+# --- run folders ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(place):
-    """A finished run of the row "diff" with seed 0, which had died between its first best/ and its first last/."""
+    """A finished run of the row "diff" that had died between its first best/ and its first last/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multitask_classifier, "plot_run", lambda folder: None)
         args = get_args(command(place, "--rows diff --seeds 0", runs="made"))
@@ -301,7 +302,7 @@ def test_runs_with_other_training_data_are_refused(place, tmp_path):
     check_training_data(runs)
 
 
-# --- from end to end ----------------------------------------------------------------------------------------
+# --- from end to end --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -404,7 +405,7 @@ def test_further_pretraining_gives_the_run_its_encoder(place, monkeypatch):
 
 @pytest.mark.slow
 def test_what_fails_is_named_and_the_table_of_the_rest_is_written(place, made, tmp_path, capsys):
-    """A row whose data are missing, and missing test data: what was made before gets its table all the same."""
+    """A row whose data are missing, and missing test data: the other rows get their table all the same."""
     runs, data = tmp_path / "runs", shutil.copytree(place / "data", tmp_path / "data")
     (data / "sts-test-student.csv").unlink()
     shutil.copytree(made, runs / made.name)

@@ -67,7 +67,7 @@ def cells(shown: pages.Table) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(shown.header, row, strict=True)) for row in shown.rows}
 
 
-# --- what the cells say ------------------------------------------------------------------------------------
+# --- what the cells say -----------------------------------------------------------------------------------
 
 
 def test_numbers_as_text():
@@ -119,7 +119,7 @@ def test_comparison_on_the_terminal(table):
     assert len(format_comparison(table, "minbert", "baseline").splitlines()) == 2  # sentiment alone
 
 
-# --- claims ------------------------------------------------------------------------------------------------
+# --- claims -----------------------------------------------------------------------------------------------
 
 # Claim, its interval, the verdict. Claimed: 1 +10.3 points, 2b -1.3, 4 within 5 below, 5a less than 5.
 JUDGED = {
@@ -183,11 +183,11 @@ def test_claimed_size_in_interval():
     assert cells(claims_table(measured(Interval(0, -0.2, 0.2))))["5b"]["claimed size in it"] == "no"  # -30.1
 
 
-# --- CSV and LaTeX -----------------------------------------------------------------------------------------
+# --- CSV and LaTeX ----------------------------------------------------------------------------------------
 
 
 def test_csv_of_the_rows_has_all_digits(table):
-    """repr and float are exact; sums get 1e-12, since Python 3.12 and later round those of floats only once."""
+    """Text of a float is exact; sums get 1e-12, since from Python 3.12 on `sum` rounds floats only once."""
     lines = list(csv.DictReader(io.StringIO(rows_csv(table))))
     assert [line["row"] for line in lines] == list(table.runs)
     for line in lines:
@@ -238,13 +238,14 @@ def test_latex(table, tmp_path, data_dir):
     assert tex_rows(reflected)[1][1:] == ["0.333", "1.000", "1.000", "$-$1.000"]
 
 
-# --- the page and all files --------------------------------------------------------------------------------
+# --- the page and all files -------------------------------------------------------------------------------
 
 
 def test_odd_titles_and_paths_break_nothing(tmp_path, data_dir, table, monkeypatch):
     monkeypatch.setitem(ROWS, "diff", replace(ROWS["diff"], title=ODD))
     assert tex_rows(table)[3][0] == (
-        r"a | b\_c \& 50 \% `x` <b> \{y\} \#2 \$1 \textasciitilde{}z \textasciicircum{} \textbackslash{} **c** [e](f)"
+        r"a | b\_c \& 50 \% `x` <b> \{y\} \#2 \$1 \textasciitilde{}z \textasciicircum{}"
+        r" \textbackslash{} **c** [e](f)"
     )
     assert [line["title"] for line in csv.DictReader(io.StringIO(rows_csv(table)))][2] == ODD
     path = "my `data` | \n```\n# <b> 'd'"
@@ -328,7 +329,7 @@ def test_pictures_show_the_rows_and_the_best_run(table):
 
 
 def test_pictures_with_nothing_to_show_are_left_out(tmp_path, data_dir):
-    """Sentiment alone has no conflict, and no run with an overall to show more of; two tasks have an overall."""
+    """Sentiment alone has no conflict, and no run with an overall to show more of; two tasks have one."""
     table = make_table(tmp_path / "a", data_dir, {"minbert": {0: {"sst": 2}}})
     assert list(draw_figures(table)) == ["scores.png", "learning_curves.png"]
     table = make_table(tmp_path / "b", data_dir, {"baseline": {0: {"para": 2, "sts": 1}}})

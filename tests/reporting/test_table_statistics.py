@@ -1,4 +1,4 @@
-"""Finished runs are read as they were written, or refused; statistics of rows by hand and against `significance`."""
+"""Finished runs are read as written, or refused; statistics of rows by hand and against `significance`."""
 
 import json
 
@@ -31,7 +31,7 @@ def dev_rows(data_dir, task):
     return read_rows(data_dir / TASKS[task].files["dev"], TASKS[task], "dev")
 
 
-# --- reading -------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", ["starter", "handout"])
@@ -159,7 +159,7 @@ def test_an_overall_is_computed_from_the_scores(tmp_path, data_dir, dev_data):
     assert read_finished_run(run, dev_data).scores["mean"] == pytest.approx(1)
 
 
-# --- a table's rows -----------------------------------------------------------------------------------------
+# --- a table's rows ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +263,11 @@ def test_row_that_was_not_run(table):
     assert table.combine([(1.0, "cosine", "sst"), (-1.0, "diff", "sst")]) is None
 
 
-# --- the best run -------------------------------------------------------------------------------------------
+# --- the best run -----------------------------------------------------------------------------------------
 
 
 def test_best_run_is_the_best_seed_of_the_row_that_is_best_on_average(tmp_path, data_dir):
-    """The best single run is one of cosine, whose other seed is bad; minbert has no overall, however good it is."""
+    """The best single run is one of cosine, whose other seed is bad; minbert has no overall."""
     rows = {
         "minbert": {0: {"sst": 0}},
         "cosine": {0: all_tasks(0, 0, 0), 1: all_tasks(9, 9, 0)},
