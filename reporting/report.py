@@ -257,8 +257,8 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
             ("pair of tasks", "mean cosine", "steps in conflict"),
             [(tasks_of(pair), f"{cosines[pair]:.4f}", percent(shares[pair])) for pair in shares],
         ),
-        "weights_text": f"Mean weights of the task gradients in the sum that {args.grad_method} makes;"
-        " all 1 is the plain sum.",
+        "weights_text": "Weight of each task's gradient in the combined one, made by --grad_method"
+        f" {args.grad_method}; all 1 is the plain sum.",
         "weights": Table(
             ("task", "mean weight of its gradient", "mean length of its gradient"),
             [(task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}") for task in weights],
