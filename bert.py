@@ -1,35 +1,43 @@
 """The BERT encoder, written by hand (Devlin et al. 2019, https://arxiv.org/abs/1810.04805).
 
-Parameter names and mathematics are those of Hugging Face's `BertModel`, so checkpoints go both ways. The
-one difference is in how the work is laid out: padding hardly reaches a matrix product. Embeddings, linear
-layers, LayerNorm and GELU see the real word pieces of the batch, laid end to end; attention alone needs
-the rectangle of (sentence, position), and gets it back for its own few operations.
+Parameter names and mathematics are those of Hugging Face's `BertModel`, so checkpoints go both ways. What
+differs is how the work is laid out: padding hardly reaches a matrix product. The real word pieces of all
+batches are laid end to end as tokens, which is all that embeddings, linear layers, LayerNorm and GELU need;
+attention gets the rectangle of (sentence, position) back for its own few operations. kernels/packing.py has a
+picture of both.
 
-Shapes: B sentences, T padded length in word pieces, M rows of the flat layout (M = B * T without padding),
-H hidden_size, N attention heads, D = H // N.
+Layers are called through `linear`, `layer_norm` and `embedding` of kernels/task_grads.py, which also keep the
+gradients of tasks apart where a `Packing` says so.
+
+Shapes: B sentences, T padded length in word pieces, M tokens (M = B * T without padding), H hidden_size, I
+intermediate_size, N attention heads, D = H // N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from base_bert import BertPreTrainedModel
 from config import BertConfig
 from kernels.cpu import CpuAttention, compute_dtype, dropout
-from kernels.packing import Packing, make_paddings
-from kernels.task_grads import embedding, layer_norm, linear
+from kernels.packing import Packing, Padding, make_paddings
+from kernels.task_grads import GradTarget, embedding, layer_norm, linear
 from support.errors import UserError
 
-MAX_CPU_WIDTH = (
-    256  # positions; beyond, the (T, T) scores that training keeps cost more memory than the speed is worth
-)
-MIN_WIDTH = 16  # torch's float32 softmax is several times slower on rows that fill no vector register
+# Positions up to which attention is written out on the CPU. Beyond, the (T, T) scores that training keeps
+# cost more memory than the speed is worth.
+MAX_CPU_WIDTH = 256
+# On the CPU the rectangle has at least this many positions: torch's float32 softmax is several times slower
+# on rows that fill no vector register.
+MIN_WIDTH = 16
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
 class BertEmbeddings(nn.Module):
+    """The sum of word, position and segment embeddings, normalised."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -38,15 +46,24 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_prob = config.hidden_dropout_prob
 
-    def forward(self, input_ids, position_ids, token_type_ids, packing):
+    def forward(
+        self,
+        input_ids: Tensor,  # (M,)
+        position_ids: Tensor,  # (M,)
+        token_type_ids: Tensor,  # (M,)
+        packing: Packing,
+    ) -> Tensor:  # (M, H)
         embeddings = embedding(input_ids, packing, self.word_embeddings)  # (M,) -> (M, H)
         embeddings = embeddings + embedding(position_ids, packing, self.position_embeddings)
         embeddings = embeddings + embedding(token_type_ids, packing, self.token_type_embeddings)
         embeddings = layer_norm(embeddings, packing, self.LayerNorm)
+        # From here on hidden states are in autocast's type, or every operation would convert them again.
         return dropout(embeddings, self.dropout_prob, self.training).to(compute_dtype(embeddings))
 
 
 class BertSelfAttention(nn.Module):
+    """softmax(query key^T / sqrt(D)) value for each head, within each sentence."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
@@ -55,21 +72,27 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(self, hidden_states, packing, paddings):
+    def forward(
+        self,
+        hidden_states: Tensor,  # (M, H)
+        packing: Packing,
+        paddings: Sequence[Padding],  # of each batch
+    ) -> Tensor:  # (M, H)
+        # One product instead of three: large matrices keep the processor busier.
         qkv = linear(hidden_states, packing, self.query, self.key, self.value)  # (M, H) -> (M, 3 * H)
         dropout_prob = self.dropout_prob if self.training else 0.0
         if qkv.device.type == "cpu" and max(padding.mask.shape[1] for padding in paddings) <= MAX_CPU_WIDTH:
             with torch.autocast("cpu", enabled=False):  # it chooses its own types
                 return CpuAttention.apply(qkv, packing, paddings, self.num_attention_heads, dropout_prob)
         contexts = []
-        for rows, padding in zip(packing.batches, paddings, strict=True):
-            heads = padding.restore(qkv[rows]).unflatten(-1, (3, self.num_attention_heads, -1))
+        for tokens, padding in zip(packing.batches, paddings, strict=True):
+            heads = padding.restore(qkv[tokens]).unflatten(-1, (3, self.num_attention_heads, -1))
             query, key, value = heads.permute(2, 0, 3, 1, 4)  # (B, T, 3, N, D) -> (B, N, T, D) each
             context = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=padding.key_mask, dropout_p=dropout_prob
-            )
-            contexts.append(padding.remove(context.transpose(1, 2).flatten(2)))  # (M, H)
-        return torch.cat(contexts)
+            )  # (B, N, T, D)
+            contexts.append(padding.remove(context.transpose(1, 2).flatten(2)))  # the batch's tokens, H
+        return torch.cat(contexts)  # (M, H)
 
 
 class BertOutput(nn.Module):
@@ -81,60 +104,90 @@ class BertOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_prob = config.hidden_dropout_prob
 
-    def forward(self, x, residual, packing):
+    def forward(
+        self,
+        x: Tensor,  # (M, H) or (M, I)
+        residual: Tensor,  # (M, H)
+        packing: Packing,
+    ) -> Tensor:  # (M, H)
         x = dropout(linear(x, packing, self.dense), self.dropout_prob, self.training, residual)
-        return layer_norm(x, packing, self.LayerNorm)  # (M, H): BERT normalises after the sum
+        return layer_norm(x, packing, self.LayerNorm)  # BERT normalises after the sum, GPT-2 before the layer
 
 
 class BertAttention(nn.Module):
+    """Self-attention and its projection."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config.hidden_size, config)
 
-    def forward(self, hidden_states, packing, paddings):
+    def forward(
+        self,
+        hidden_states: Tensor,  # (M, H)
+        packing: Packing,
+        paddings: Sequence[Padding],
+    ) -> Tensor:  # (M, H)
         return self.output(self.self(hidden_states, packing, paddings), hidden_states, packing)
 
 
 class BertIntermediate(nn.Module):
+    """The feed-forward layer's first half."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, hidden_states, packing):
-        return self.activation(linear(hidden_states, packing, self.dense))  # (M, H) -> (M, intermediate_size)
+    def forward(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+        return self.activation(linear(hidden_states, packing, self.dense))  # (M, H) -> (M, I)
 
 
 class BertLayer(nn.Module):
+    """One Transformer layer: attention, then feed-forward."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config.intermediate_size, config)
 
-    def forward(self, hidden_states, packing, paddings):
+    def forward(
+        self,
+        hidden_states: Tensor,  # (M, H)
+        packing: Packing,
+        paddings: Sequence[Padding],
+    ) -> Tensor:  # (M, H)
         hidden_states = self.attention(hidden_states, packing, paddings)
         return self.output(self.intermediate(hidden_states, packing), hidden_states, packing)
 
 
 class BertEncoder(nn.Module):
+    """The stack of layers."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden_states, packing, paddings):
+    def forward(
+        self,
+        hidden_states: Tensor,  # (M, H)
+        packing: Packing,
+        paddings: Sequence[Padding],
+    ) -> Tensor:  # (M, H)
         for layer in self.layer:
             hidden_states = layer(hidden_states, packing, paddings)
         return hidden_states
 
 
 class BertPooler(nn.Module):
+    """A dense layer and tanh on [CLS]."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, first_states, packing):
+    def forward(self, first_states: Tensor, packing: Packing) -> Tensor:
         return linear(first_states, packing, self.dense).tanh()  # (B, H) -> (B, H)
 
 
@@ -152,10 +205,10 @@ class BertModel(BertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Encode a batch of sentences or of joint pairs.
 
         Args:
@@ -176,15 +229,17 @@ class BertModel(BertPreTrainedModel):
 
     def encode(
         self,
-        batches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        tasks: list[int] | None = None,
-    ) -> list[dict[str, torch.Tensor]]:
+        batches: Sequence[tuple[Tensor, Tensor, Tensor]],
+        task_numbers: Sequence[int] | None = None,
+        targets: Mapping[int, GradTarget] | None = None,
+    ) -> list[dict[str, Tensor]]:
         """Encode several batches of different lengths in one pass.
 
         Args:
             batches: of each `input_ids`, `attention_mask`, `token_type_ids`, as `forward` takes them.
-            tasks: of each batch the number of its task, to keep the gradients of tasks apart (see `direct_grads`;
-                the parameters live in a `FlatMemory`); None for ordinary gradients.
+            task_numbers: of each batch the number of its task, to keep the gradients of tasks apart; None for
+                ordinary gradients.
+            targets: where gradients by task go, `FlatMemory.targets`; needed with `task_numbers`.
 
         Returns:
             for each batch what `forward` returns.
@@ -195,32 +250,39 @@ class BertModel(BertPreTrainedModel):
                     f"input_ids has {input_ids.shape[1]} positions; this encoder was built for at most"
                     f" {self.config.max_position_embeddings} (max_position_embeddings)"
                 )
-        paddings = make_paddings([attention_mask for _, attention_mask, _ in batches])
-        packing = Packing([padding.num_rows for padding in paddings], tasks)
 
-        def pack(tensors):
+        # 1. Lay the word pieces of all batches end to end.
+        paddings = make_paddings([attention_mask for _, attention_mask, _ in batches])
+        packing = Packing([padding.num_tokens for padding in paddings], task_numbers, targets)
+
+        def pack(tensors: Sequence[Tensor]) -> Tensor:
+            """(B, T) of each batch -> (M,)"""
             pairs = zip(tensors, paddings, strict=True)
-            return torch.cat([padding.remove(tensor) for tensor, padding in pairs])  # (M,)
+            return torch.cat([padding.remove(tensor) for tensor, padding in pairs])
 
         input_ids, _, token_type_ids = zip(*batches, strict=True)
         position_ids = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) for ids in input_ids]
+
+        # 2. All layers, on tokens.
         hidden_states = self.embeddings(pack(input_ids), pack(position_ids), pack(token_type_ids), packing)
-        wide = [
-            padding.widen(MIN_WIDTH) if hidden_states.device.type == "cpu" else padding
-            for padding in paddings
-        ]
+        wide = paddings
+        if hidden_states.device.type == "cpu":
+            wide = [padding.widen(MIN_WIDTH) for padding in paddings]
         hidden_states = self.encoder(hidden_states, packing, wide).to(self.word_embeddings().dtype)  # (M, H)
+
+        # 3. Back to a rectangle for each batch.
         outputs = []
-        for k, (rows, padding) in enumerate(zip(packing.batches, paddings, strict=True)):
-            last_hidden_state = padding.restore(hidden_states[rows])  # (B, T, H)
+        for k, (tokens, padding) in enumerate(zip(packing.batches, paddings, strict=True)):
+            last_hidden_state = padding.restore(hidden_states[tokens])  # (B, T, H)
+            # Padding that was kept among the tokens went through the layers too.
             last_hidden_state = last_hidden_state.masked_fill(~padding.mask.unsqueeze(-1), 0.0)
-            one = Packing([len(padding.mask)], tasks and [tasks[k]])
-            pooler_output = self.pooler(last_hidden_state[:, 0], one)
+            sentences = Packing([len(padding.mask)], task_numbers and [task_numbers[k]], targets)
+            pooler_output = self.pooler(last_hidden_state[:, 0], sentences)  # (B, H)
             outputs.append({"last_hidden_state": last_hidden_state, "pooler_output": pooler_output})
         return outputs
 
     def word_embeddings(self) -> nn.Parameter:
-        return self.embeddings.word_embeddings.weight
+        return self.embeddings.word_embeddings.weight  # (V, H)
 
     def linear_groups(self) -> list[tuple[nn.Linear, ...]]:
         """The linear layers of the encoder, those that share a product together."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TaskSpec
-from support.device import explain_memory
+from support.device import out_of_memory_hint
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
 
@@ -339,7 +339,7 @@ def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> 
                     key: value.to(device) for key, value in data.sequences.pad(chosen, pad_token_id).items()
                 }
                 shape = tuple(batch["input_ids"].shape)
-                with explain_memory(
+                with out_of_memory_hint(
                     lambda shape=shape: (
                         f"predicting {task}, batch (sequences, word pieces) {shape}; try a smaller --max_length"
                     )

@@ -1,26 +1,31 @@
-"""From hidden states to logits: pooling, and the task heads.
+"""From hidden states to logits: pooling, task heads, and the model of one encoder with a head per task.
 
-Shapes: B examples, R sentences in a batch (R = 2 * B for two-vector pair heads), T padded length, H hidden_size,
-C number of outputs of a task (classes, or 1).
+Shapes: B examples, R sentences in a batch (R = 2 * B for two-vector pair heads), T padded length, H
+hidden_size, C number of outputs of a task (classes, or 1).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert import BertModel
 from config import TaskSpec
 from evaluation import TASK_KINDS
 from kernels.cpu import dropout
 from kernels.flat_memory import FlatMemory
-from kernels.fused import PLAIN, Passes
+from kernels.fused import PLAIN, Kernels
 
-# --- pooling: (encoder outputs, attention_mask (R, T)) -> (R, H) -------------------------------------------------
+if TYPE_CHECKING:  # the flags take their choices from here, and --help should not have to import the encoder
+    from bert import BertModel
+
+# --- pooling: (encoder outputs, attention_mask (R, T)) -> (R, H) --------------------------------------------
 
 
 def pool_cls(outputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
@@ -30,9 +35,9 @@ def pool_cls(outputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> 
 
 def pool_mean(outputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
     """The mean of the last hidden states over real word pieces, [CLS] and [SEP] included."""
-    mask = attention_mask.unsqueeze(-1)
+    mask = attention_mask.unsqueeze(-1)  # (R, T, 1)
     total = (outputs["last_hidden_state"] * mask).sum(1)  # (R, T, H) -> (R, H)
-    return total / mask.sum(1).clamp(min=1)
+    return total / mask.sum(1).clamp(min=1)  # a sentence of nothing but padding stays finite
 
 
 def pool_pooler(outputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
@@ -43,22 +48,26 @@ def pool_pooler(outputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) 
 POOLINGS: dict[str, Callable] = {"cls": pool_cls, "mean": pool_mean, "pooler": pool_pooler}
 
 
-# --- features of a pair of sentence vectors: u (B, H), v (B, H) -> (B, width) ------------------------------------
+# --- features of a pair of sentence vectors: u (B, H), v (B, H) -> (B, width) -------------------------------
 
 
 def concat_features(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The two vectors side by side; what the pair has in common is for the head to find out."""
-    return torch.cat([u, v], dim=-1)
+    return torch.cat([u, v], dim=-1)  # (B, 2 * H)
 
 
 def diff_features(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """(u, v, |u - v|, u * v): the comparison spelled out (Reimers and Gurevych 2019, arXiv:1908.10084, and InferSent)."""
-    return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
+    """(u, v, |u - v|, u * v): the comparison spelled out, as in InferSent and SBERT.
+
+    Conneau et al. 2017, https://arxiv.org/abs/1705.02364; Reimers and Gurevych 2019,
+    https://arxiv.org/abs/1908.10084.
+    """
+    return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)  # (B, 4 * H)
 
 
 def cosine_features(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The cosine alone, in [-1, 1]."""
-    return F.cosine_similarity(u.float(), v.float(), dim=-1).unsqueeze(-1)
+    return F.cosine_similarity(u.float(), v.float(), dim=-1).unsqueeze(-1)  # (B, 1)
 
 
 @dataclass(frozen=True)
@@ -66,22 +75,28 @@ class HeadSpec:
     """How a head sees its input.
 
     Args:
-        features: joins the vectors of a pair; None for heads that see one vector (a sentence, or a joint pair).
-        vectors: width of the features in units of H; 0 means a single number.
+        features: joins the vectors of a pair; None for heads that see one (of a sentence, or a joint pair).
+        vectors: how many vectors of width H the features are.
         joint: the pair is encoded as one sequence, `[CLS] a [SEP] b [SEP]`.
+        single_number: the features are one number, (B, 1), not vectors.
     """
 
-    features: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
-    vectors: int
+    features: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    vectors: int = 1
     joint: bool = False
+    single_number: bool = False
+
+    def width(self, hidden_size: int) -> int:
+        """Of the features."""
+        return 1 if self.single_number else self.vectors * hidden_size
 
 
 HEADS: dict[str, HeadSpec] = {
-    "single": HeadSpec(features=None, vectors=1),  # the head of single-sentence tasks
-    "concat": HeadSpec(features=concat_features, vectors=2),
-    "cosine": HeadSpec(features=cosine_features, vectors=0),
-    "diff": HeadSpec(features=diff_features, vectors=4),
-    "cross": HeadSpec(features=None, vectors=1, joint=True),
+    "single": HeadSpec(),  # the head of single-sentence tasks
+    "concat": HeadSpec(concat_features, vectors=2),
+    "cosine": HeadSpec(cosine_features, single_number=True),
+    "diff": HeadSpec(diff_features, vectors=4),
+    "cross": HeadSpec(joint=True),
 }
 PAIR_HEADS = tuple(name for name in HEADS if name != "single")
 
@@ -93,11 +108,11 @@ class TaskHead(nn.Module):
         name: a key of HEADS.
         hidden_size: H.
         num_outputs: C.
-        num_layers: dense layers; each but the last has H outputs, a GELU and its own dropout. The cosine head
-            has always one: a learned scale and offset for its single number.
+        num_layers: dense layers; each but the last has H outputs and a GELU, and each has dropout before it.
+            A head on a single number always has one: a learned scale and offset.
         dropout_prob: in [0, 1).
-        logit_range: (least, greatest) that the logits should span: they start in its middle or, for the cosine
-            head, with 0 at the low end and 1 at the high end. None: they start at 0.
+        logit_range: (least, greatest) that the logits should span: they start in its middle or, for a head on
+            a single number, with 0 at the low end and 1 at the high end. None: they start at 0.
     """
 
     def __init__(
@@ -112,10 +127,10 @@ class TaskHead(nn.Module):
     ):
         super().__init__()
         self.spec = HEADS[name]
-        # Dropping the cosine head's single number would only be noise.
-        self.dropout_prob = dropout_prob if self.spec.vectors else 0.0
-        width = max(1, self.spec.vectors * hidden_size)
-        widths = [width, *[hidden_size] * (num_layers - 1 if self.spec.vectors else 0), num_outputs]
+        if self.spec.single_number:
+            num_layers, dropout_prob = 1, 0.0  # dropping the only number would just be noise
+        self.dropout_prob = dropout_prob
+        widths = [self.spec.width(hidden_size), *[hidden_size] * (num_layers - 1), num_outputs]
         self.dense = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(widths))
         for layer in self.dense:
             nn.init.normal_(layer.weight, std=initializer_range)
@@ -123,15 +138,15 @@ class TaskHead(nn.Module):
         if logit_range is not None:
             low, high = logit_range
             nn.init.constant_(self.dense[-1].bias, (low + high) / 2)
-            if not self.spec.vectors:
+            if self.spec.single_number:
                 nn.init.constant_(self.dense[-1].weight, high - low)
                 nn.init.constant_(self.dense[-1].bias, low)
 
     def forward(self, u: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """(B, H) and, for two-vector heads, (B, H) -> logits (B, C)."""
-        x = u if self.spec.features is None else self.spec.features(u, v)
+        x = u if self.spec.features is None else self.spec.features(u, v)  # (B, width)
         for layer in self.dense[:-1]:
-            x = F.gelu(layer(dropout(x, self.dropout_prob, self.training)))
+            x = F.gelu(layer(dropout(x, self.dropout_prob, self.training)))  # (B, H)
         return self.dense[-1](dropout(x, self.dropout_prob, self.training))
 
 
@@ -176,15 +191,19 @@ class MultitaskBERT(nn.Module):
         if pooling != "pooler":
             bert.pooler.requires_grad_(False)  # not used: must not decay either
 
-    def train(self, mode: bool = True) -> "MultitaskBERT":
+    def train(self, mode: bool = True) -> MultitaskBERT:
         super().train(mode)
         if self.freeze_encoder:
             self.bert.eval()  # a frozen encoder is a fixed function: no dropout
         return self
 
-    def embed(self, input_ids, attention_mask, token_type_ids) -> torch.Tensor:
+    def embed(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Encode and pool: each (R, T) -> (R, H)."""
-        with torch.no_grad() if self.freeze_encoder else nullcontext():
+        with (
+            torch.no_grad() if self.freeze_encoder else nullcontext()
+        ):  # then nothing is kept for a backward pass
             outputs = self.bert(input_ids, attention_mask, token_type_ids)
             return POOLINGS[self.pooling](outputs, attention_mask)
 
@@ -192,8 +211,8 @@ class MultitaskBERT(nn.Module):
         """Logits of one task.
 
         Args:
-            batch: `input_ids`, `attention_mask`, `token_type_ids`, each (R, T). For two-vector heads R = 2 * B: all
-                first sentences, then all second ones, encoded in one forward pass.
+            batch: `input_ids`, `attention_mask`, `token_type_ids`, each (R, T). For two-vector heads they are
+                2 * B sequences: all first sentences, then all second ones, encoded in one forward pass.
 
         Returns:
             (B, C) float32.
@@ -203,44 +222,49 @@ class MultitaskBERT(nn.Module):
 
     def logits(self, task: str, pooled: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) float32 from all pooled vectors of a batch, (R, H)."""
-        vectors = pooled.chunk(2) if self.heads[task].spec.features is not None else (pooled,)
+        vectors = pooled.chunk(2) if self.heads[task].spec.features is not None else (pooled,)  # (B, H) each
         return self.classify(task, *vectors)
 
     def classify(self, task: str, *vectors: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) float32 from the pooled vectors of a task's input, each (B, H): one, or two for a pair.
+        """Logits (B, C) float32 from the pooled vectors of a task's input, each (B, H): one, or a pair's two.
 
         Always in float32: bfloat16 has three significant digits, too few for a similarity.
         """
         with torch.autocast(vectors[0].device.type, enabled=False):
             return self.heads[task](*(vector.float() for vector in vectors))
 
-    def make_memory(
+    def move_to_flat_memory(
         self,
         dtype: torch.dtype = torch.float32,
         grad_dtype: torch.dtype = torch.float32,
-        passes: Passes = PLAIN,
+        kernels: Kernels = PLAIN,
     ) -> FlatMemory:
-        """Flat memory that holds this model's parameters from now on; for the arguments see there."""
+        """Make every trainable parameter a view of one flat buffer, for good; arguments as for `FlatMemory`.
+
+        To be called when the model is on its device: it must not be moved or copied afterwards.
+        """
         heads = {task: self.heads[task] for task in self.tasks}
-        return FlatMemory(self.bert, heads, dtype=dtype, grad_dtype=grad_dtype, passes=passes)
+        return FlatMemory(self.bert, heads, dtype=dtype, grad_dtype=grad_dtype, kernels=kernels)
 
     def losses(
-        self, batches: Sequence[tuple[str, dict[str, torch.Tensor]]], by_task: bool = False
+        self, batches: Sequence[tuple[str, dict[str, torch.Tensor]]], memory: FlatMemory | None = None
     ) -> list[torch.Tensor]:
         """Mean losses of several batches, each of a task, from one pass through the encoder.
 
         Args:
-            by_task: keep the encoder's gradients of tasks apart, in the memory of `make_memory`.
+            memory: keep the encoder's gradients of tasks apart, in this memory; None for ordinary gradients.
         """
-        tasks = [list(self.tasks).index(task) for task, _ in batches] if by_task else None
+        task_numbers, targets = None, None
+        if memory is not None:
+            task_numbers, targets = [memory.tasks.index(task) for task, _ in batches], memory.targets
         inputs = [
             (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]) for _, batch in batches
         ]
         with torch.no_grad() if self.freeze_encoder else nullcontext():
-            outputs = self.bert.encode(inputs, tasks)
+            outputs = self.bert.encode(inputs, task_numbers, targets)
         losses = []
         for (task, batch), output in zip(batches, outputs, strict=True):
-            pooled = POOLINGS[self.pooling](output, batch["attention_mask"])
+            pooled = POOLINGS[self.pooling](output, batch["attention_mask"])  # (R, H)
             losses.append(TASK_KINDS[self.tasks[task].kind].loss(self.logits(task, pooled), batch["labels"]))
         return losses
 

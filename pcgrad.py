@@ -1,20 +1,23 @@
-"""Gradient surgery on the matrix of inner products (PCGrad: Yu et al. 2020, https://arxiv.org/abs/2001.06782).
+"""Gradient surgery on the matrix of inner products.
 
-A gradient method never sees the gradients. Each projection of the paper adds a multiple of one task gradient to
-another, so every result is a weighted sum of the original task gradients, and the weights follow from their
-inner products alone. For K tasks that is arithmetic on a K x K matrix, instead of passes over K copies of the
-model. (The idea of working on the Gramian: Quinton and Rey, https://arxiv.org/abs/2406.16232.)
+PCGrad: Yu et al. 2020, https://arxiv.org/abs/2001.06782.
+
+A gradient method never sees the gradients. Each projection of the paper adds a multiple of one task gradient
+to another, so every result is a weighted sum of the original task gradients, and the weights follow from
+their inner products alone. For K tasks that is arithmetic on a K x K matrix, instead of passes over K copies
+of the model. (The idea of working on the Gramian: Quinton and Rey, https://arxiv.org/abs/2406.16232.)
 
 Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 COSINE_EMA_BETA = 0.01  # weight of the newest step in the running mean of cosines, as in GradVac
-CHUNK_SIZE = 2**18  # columns of a bfloat16 G that are converted at once
+CHUNK_SIZE = 2**18  # columns of a bfloat16 G converted at once: the float32 copy stays in the cache
 BLOCK_SIZE = 2**14  # columns of G handled at once: K blocks stay in a core's cache, so G is read once
 
 
@@ -50,16 +53,16 @@ def cosine_matrix(gram: torch.Tensor) -> torch.Tensor:
 
 
 def update_cosine_ema(ema: torch.Tensor | None, gram: torch.Tensor) -> torch.Tensor:
-    """Running mean of the cosine matrix, (K, K), from 0; pairs with a zero gradient (no batch) keep theirs."""
+    """Running mean of the cosine matrix, (K, K), from 0; pairs with a zero gradient (no batch) keep it."""
     ema = torch.zeros_like(gram) if ema is None else ema
     present = gram.diagonal() > 0
     return torch.where(present[:, None] & present, ema + COSINE_EMA_BETA * (cosine_matrix(gram) - ema), ema)
 
 
-# --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None, adjusted or None) -> weights (K,) --------
-# The combined gradient is weights @ G. `cosine_ema` is the running mean of the cosine matrix over the steps so far
-# (None at the first); the training loop keeps it for its log, and GradVac aims at it. `adjusted` says of each task
-# whether its gradient may be changed (None: all may).
+# --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None, adjusted or None) -> weights (K,)
+# The combined gradient is weights @ G. `cosine_ema` is the running mean of the cosine matrix over the steps
+# so far (None at the first); the training loop keeps it for its log, and GradVac aims at it. `adjusted` says
+# of each task whether its gradient may be changed (None: all may).
 
 
 def sum_grads(
@@ -82,11 +85,12 @@ def project(
     target: Callable[[int, int], float],
     adjusted: Sequence[bool] | None,
 ) -> torch.Tensor:
-    """Shared walk of PCGrad and GradVac; `target(i, j)` is the least cosine that task i must keep with task j.
+    """Shared walk of PCGrad and GradVac; `target(i, j)` is the least cosine that task i keeps with task j.
 
-    For each adjusted task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i has a
-    cosine with the original gradient of j below the target, add the multiple of gradient j that lifts it to the
-    target. A zero gradient meets nobody; a task that is not adjusted keeps its gradient. Returns the sum over tasks of the adjusted gradients, as weights (K,).
+    For each adjusted task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i
+    has a cosine with the original gradient of j below the target, add the multiple of gradient j that lifts
+    it to the target. A zero gradient meets nobody; a task that is not adjusted keeps its gradient. Returns
+    the sum over tasks of the adjusted gradients, as weights (K,).
     """
     inner = gram.double().cpu()
     num_tasks = len(inner)
@@ -118,8 +122,8 @@ def pcgrad(
 ) -> torch.Tensor:
     """PCGrad, Algorithm 1: take out of each task's gradient what conflicts with the others, then sum.
 
-    The order of the others is redrawn for each task, the task itself is left out, and projections use the others'
-    original gradients.
+    The order of the others is redrawn for each task, the task itself is left out, and projections use the
+    others' original gradients.
     """
     return project(gram, generator, lambda i, j: 0.0, adjusted)
 
@@ -129,9 +133,10 @@ def gradvac(
 ) -> torch.Tensor:
     """GradVac (Wang et al. 2021, https://arxiv.org/abs/2010.05874): lift each cosine to its running mean.
 
-    Two differences from the paper: the running mean is that of the cosines between the original gradients, not
-    the partly adjusted ones, which keeps it a property of the tasks; and it is kept within -0.99 and 0.99, beyond
-    which the formula divides by almost nothing. Without a running mean yet, the target is 0, which is PCGrad.
+    Two differences from the paper: the running mean is that of the cosines between the original gradients,
+    not the partly adjusted ones, which keeps it a property of the tasks; and it is kept within -0.99 and
+    0.99, beyond which the formula divides by almost nothing. Without a running mean yet, the target is 0,
+    which is PCGrad.
     """
     if cosine_ema is None:
         return pcgrad(gram, generator, adjusted=adjusted)
@@ -139,9 +144,31 @@ def gradvac(
     return project(gram, generator, lambda i, j: aims[i][j], adjusted)
 
 
-GRAD_METHODS: dict[str, Callable[..., torch.Tensor]] = {
-    "sum": sum_grads,
-    "mean": mean_grads,
-    "pcgrad": pcgrad,
-    "gradvac": gradvac,
+@dataclass(frozen=True)
+class GradMethod:
+    """A row of GRAD_METHODS.
+
+    Args:
+        weights: as described above.
+        is_mean: it already divides by the number of tasks, so that losses are averaged, not summed.
+        changes_gradients: tasks can be kept from it by `adjusted`; the others only add gradients up.
+    """
+
+    weights: Callable[..., torch.Tensor]
+    is_mean: bool = False
+    changes_gradients: bool = False
+
+    @property
+    def reduction(self) -> str:
+        """The key of GRAD_REDUCTIONS that goes with it."""
+        return "mean" if self.is_mean else "sum"
+
+
+GRAD_METHODS: dict[str, GradMethod] = {
+    "sum": GradMethod(sum_grads),
+    "mean": GradMethod(mean_grads, is_mean=True),
+    "pcgrad": GradMethod(pcgrad, changes_gradients=True),
+    "gradvac": GradMethod(gradvac, changes_gradients=True),
 }
+# Over the task batches of a step, after the method; value: is the combined gradient divided by their number?
+GRAD_REDUCTIONS = {"sum": False, "mean": True}

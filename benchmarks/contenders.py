@@ -28,14 +28,15 @@ from datasets import BatchOrder, TaskData, limit_examples
 from evaluation import TASK_KINDS, evaluate
 from heads import MultitaskBERT, pool_mean
 from kernels.flat_memory import FlatMemory
-from kernels.fused import PLAIN, Passes, compile_passes, find_compiler
-from multitask_classifier import train_step
+from kernels.fused import PLAIN, Kernels, compile_kernels, find_compiler
+from multitask_classifier import TaskBatch, train_step
 from optimizer import AdamW
 from pcgrad import GRAD_METHODS
 from support.device import keep_freed_memory, make_autocast
 from support.errors import UserError
 from support.files import ROOT
 from support.seeds import task_seed
+from training.settings import StepSettings
 
 LR, HEAD_LR, WEIGHT_DECAY = 1e-4, 1e-3, 0.01  # no time depends on them
 HF_EVAL_BATCH = 64  # examples
@@ -293,26 +294,18 @@ class Ours(StepContender):
     def prepare(self, grad_method: str = "sum", compiled: bool = True):
         keep_freed_memory()
         self.grad_method = grad_method
-        self.passes = compile_passes() if compiled and find_compiler() else PLAIN
+        self.kernels = compile_kernels() if compiled and find_compiler() else PLAIN
         self.memory = self.make_memory()
         groups = self.memory.param_groups(LR, HEAD_LR, WEIGHT_DECAY)
-        self.optimizer = AdamW(groups, lr=LR, update=self.passes.adamw_update)
+        self.optimizer = AdamW(groups, lr=LR, update=self.kernels.adamw_update)
 
     def make_memory(self) -> FlatMemory:
-        return self.model.make_memory(self.dtype, self.dtype, self.passes)
+        return self.model.move_to_flat_memory(self.dtype, self.dtype, self.kernels)
 
     def train(self, batches, step):
-        slots = [(task, [batch]) for task, batch in batches.items()]
-        result = train_step(
-            self.model,
-            self.memory,
-            self.optimizer,
-            slots,
-            step=step,
-            seed=self.setting.seed,
-            grad_method=self.grad_method,
-            autocast=self.autocast,
-        )
+        task_batches = [TaskBatch(task, [batch]) for task, batch in batches.items()]
+        settings = StepSettings(self.setting.seed, grad_method=self.grad_method, autocast=self.autocast)
+        result = train_step(self.model, self.memory, self.optimizer, task_batches, settings, step=step)
         if not result.applied:
             raise RuntimeError("a step was skipped: its loss or gradient is not finite")
 
@@ -322,7 +315,9 @@ class OneRow(Ours):
 
     def make_memory(self):
         heads = {"all": self.model.heads}
-        return FlatMemory(self.model.bert, heads, dtype=self.dtype, grad_dtype=self.dtype, passes=self.passes)
+        return FlatMemory(
+            self.model.bert, heads, dtype=self.dtype, grad_dtype=self.dtype, kernels=self.kernels
+        )
 
     def train(self, batches, step):
         self.memory.start_step([batch["input_ids"] for batch in batches.values()])
@@ -331,7 +326,7 @@ class OneRow(Ours):
             for batch in batches.values()
         ]
         with self.autocast():
-            outputs = self.model.bert.encode(inputs, [0] * len(inputs))
+            outputs = self.model.bert.encode(inputs, [0] * len(inputs), self.memory.targets)
             losses = [
                 self.loss(task, pool_mean(output, batch["attention_mask"]), batch)
                 for (task, batch), output in zip(batches.items(), outputs, strict=True)
@@ -446,16 +441,16 @@ class OptimizerContender(Contender):
     """One optimizer on random gradients of the model's own sizes."""
 
     def __init__(
-        self, setting: Setting, fused: bool | None = None, passes: Callable[[], Passes] | None = None
+        self, setting: Setting, fused: bool | None = None, kernels: Callable[[], Kernels] | None = None
     ):
         super().__init__(setting)
         model = self.make_model()
-        if passes:
-            memory = model.make_memory()
+        if kernels:
+            memory = model.move_to_flat_memory()
             memory.grad.normal_(std=1e-3)
             memory.show_grads(set(model.tasks))
             groups = memory.param_groups(LR, HEAD_LR, WEIGHT_DECAY)
-            self.optimizer = AdamW(groups, lr=LR, update=passes().adamw_update)
+            self.optimizer = AdamW(groups, lr=LR, update=kernels().adamw_update)
         else:
             params = [param for param in model.parameters() if param.requires_grad]
             for param in params:
@@ -483,13 +478,15 @@ class SurgeryContender(Contender):
 class OurSurgery(SurgeryContender):
     """On the gram matrix; `dtype` is that of the gradients, which are bfloat16 in bfloat16 training."""
 
-    def __init__(self, setting: Setting, passes: Callable[[], Passes], dtype: torch.dtype = torch.float32):
+    def __init__(self, setting: Setting, kernels: Callable[[], Kernels], dtype: torch.dtype = torch.float32):
         super().__init__(setting)
-        self.task_grads, self.passes = self.task_grads.to(dtype), passes()
+        self.task_grads, self.kernels = self.task_grads.to(dtype), kernels()
 
     def step(self, i):
-        weights = GRAD_METHODS["pcgrad"](self.passes.gram_matrix(self.task_grads).cpu()).to(self.device)
-        self.passes.weighted_sum(self.task_grads, weights, self.combined)
+        weights = (
+            GRAD_METHODS["pcgrad"].weights(self.kernels.gram_matrix(self.task_grads).cpu()).to(self.device)
+        )
+        self.kernels.weighted_sum(self.task_grads, weights, self.combined)
 
 
 class TextbookSurgery(SurgeryContender):
@@ -574,15 +571,15 @@ STEP = {
     "Hugging Face + TorchJD on vectors": partial(TorchJDVectors, order="random"),
 }
 OPTIMIZER = {
-    "ours, compiled": partial(OptimizerContender, passes=compile_passes),
-    "ours, plain operations": partial(OptimizerContender, passes=Passes),
+    "ours, compiled": partial(OptimizerContender, kernels=compile_kernels),
+    "ours, plain operations": partial(OptimizerContender, kernels=Kernels),
     "torch.optim.AdamW, fused": partial(OptimizerContender, fused=True),
     "torch.optim.AdamW, default": partial(OptimizerContender),
 }
 SURGERY = {
-    "ours, compiled, bf16 gradients": partial(OurSurgery, passes=compile_passes, dtype=torch.bfloat16),
-    "ours, compiled": partial(OurSurgery, passes=compile_passes),
-    "ours, plain operations": partial(OurSurgery, passes=Passes),
+    "ours, compiled, bf16 gradients": partial(OurSurgery, kernels=compile_kernels, dtype=torch.bfloat16),
+    "ours, compiled": partial(OurSurgery, kernels=compile_kernels),
+    "ours, plain operations": partial(OurSurgery, kernels=Kernels),
     "textbook, vectors": partial(TextbookSurgery),
     "TorchJD aggregator": partial(TorchJDSurgery),
 }

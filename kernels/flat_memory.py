@@ -1,50 +1,178 @@
 """The flat memory that parameters and per-task gradients live in.
 
-Shapes: K tasks, P parameters shared by all tasks, D of them in weights of linear layers, V words, H hidden_size, U words
-that occur in a step.
+One buffer holds every trainable parameter, so that the optimizer and gradient surgery go over a few long
+tensors, not over some hundred short ones. `Layout` says what stands where, with no tensor at hand;
+`FlatMemory` allocates the buffers and makes every parameter a view of its place.
+
+Shapes: K tasks, P parameters shared by all tasks, D of them in weights of linear layers, V words, H
+hidden_size, U words that occur in a step.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from kernels.fused import PLAIN, Passes
-from kernels.task_grads import Slot
+from kernels.fused import PLAIN, Kernels
+from kernels.task_grads import GradTarget
 from optimizer import has_weight_decay
 from pcgrad import gram_matrix
 
+SHARED = "shared"  # the owner of the encoder's parameters; the others are owned by a task
+# Kinds of parameters in the order in which they stand: the word embeddings, others, weights of linear layers.
+WORDS, OTHER, MATRIX = range(3)
 
-def part_name(name: str) -> str:
-    """The part of the encoder that a parameter is in: `embeddings`, `layer.0`, `layer.1`, ..., `pooler`."""
+
+def layer_group_name(name: str) -> str:
+    """The layer group that an encoder parameter is in: `embeddings`, `layer.0`, `layer.1`, ..., `pooler`."""
     layer = re.match(r"encoder\.(layer\.\d+)\.", name)
     return layer[1] if layer else name.partition(".")[0]
+
+
+# --- the layout ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParamRow:
+    """A parameter to be placed."""
+
+    name: str
+    shape: tuple[int, ...]
+    decays: bool
+    kind: int = OTHER
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every parameter stands in the flat buffers.
+
+                 |<----------- shared: the encoder, P elements --------->|<- one head -->|<- next head ..
+                 |<----------- decays ------------>|<- does not decay -->| decays | not  | decays | not
+        data     | words | tables | linear weights | biases, LayerNorm   | weight | bias | weight | bias
+        grad     | words | tables | linear weights | biases, LayerNorm   | weight | bias | weight | bias
+                 0       |        |                |                     |                              |
+                   words.stop  matrices.start  matrices.stop         num_shared                        size
+
+    `grad` takes the combined gradient of the encoder, and the gradients of the heads. The encoder's gradients
+    by task stand in two matrices with a row per task; together they have the columns of the shared part:
+
+        other_grads  (K, P - D)   | words | tables |                | biases, LayerNorm |
+        matrix_grads (K, D)                        | linear weights |
+
+    Two, so that those of linear layers, nearly all that is not a word, can be bfloat16: half the memory to
+    write and to read. What decays stands together to be one parameter of the optimizer. Words stand first and
+    linear weights last of it, so that each is one range: of words only the rows that occur in a step are
+    touched, and the weights are converted to bfloat16 in one go.
+
+    Args:
+        places: (owner, name) -> the range of a parameter, in the order of the buffer.
+        blocks: (owner, decays) -> the range of all of them, maybe empty.
+        words: the word embeddings; empty if they are frozen.
+        matrices: the weights of linear layers.
+    """
+
+    places: dict[tuple[str, str], slice]
+    blocks: dict[tuple[str, bool], slice]
+    words: slice
+    matrices: slice
+
+    @property
+    def num_shared(self) -> int:
+        """P"""
+        return self.blocks[SHARED, False].stop
+
+    @property
+    def num_matrix(self) -> int:
+        """D"""
+        return self.matrices.stop - self.matrices.start
+
+    @property
+    def size(self) -> int:
+        return max(where.stop for where in self.blocks.values())
+
+    @cached_property
+    def sections(self) -> list[slice]:
+        """The shared part cut into words, tables, linear weights, and the rest, as far as they are there."""
+        stops = (0, self.words.stop, self.matrices.start, self.matrices.stop, self.num_shared)
+        return [slice(start, stop) for start, stop in pairwise(stops) if start < stop]
+
+    @cached_property
+    def layer_groups(self) -> dict[str, list[slice]]:
+        """Layer group of the encoder -> its ranges: as few as possible, each in one section."""
+        groups: dict[str, list[slice]] = {}
+        starts = {section.start for section in self.sections}
+        for (owner, name), where in self.places.items():
+            if owner == SHARED:
+                ranges = groups.setdefault(layer_group_name(name), [])
+                if ranges and ranges[-1].stop == where.start and where.start not in starts:
+                    where = slice(ranges.pop().start, where.stop)  # side by side: one range
+                ranges.append(where)
+        return groups
+
+    def is_matrix(self, where: slice) -> bool:
+        """Whether a range is in the linear weights."""
+        return self.matrices.start <= where.start < self.matrices.stop
+
+    def columns(self, where: slice) -> slice:
+        """A range in one section as columns of its matrix, `matrix_grads` or `other_grads`."""
+        skipped = 0
+        if self.is_matrix(where):
+            skipped = self.matrices.start
+        elif where.start >= self.matrices.stop:
+            skipped = self.num_matrix
+        return slice(where.start - skipped, where.stop - skipped)
+
+
+def make_layout(encoder: Sequence[ParamRow], heads: Mapping[str, Sequence[ParamRow]]) -> Layout:
+    """Place the encoder's parameters, then each head's: first what decays, sorted by kind, then the rest."""
+    places, blocks, offset = {}, {}, 0
+    for owner, rows in ((SHARED, encoder), *heads.items()):
+        for decays in (True, False):
+            start = offset
+            for row in sorted((row for row in rows if row.decays == decays), key=lambda row: row.kind):
+                places[owner, row.name] = slice(offset, offset + math.prod(row.shape))
+                offset = places[owner, row.name].stop
+            blocks[owner, decays] = slice(start, offset)
+    kinds = {row.name: row.kind for row in encoder}
+    words = [where for (owner, name), where in places.items() if owner == SHARED and kinds[name] == WORDS]
+    matrices = [where for (owner, name), where in places.items() if owner == SHARED and kinds[name] == MATRIX]
+    stop = blocks[SHARED, True].stop
+    return Layout(
+        places,
+        blocks,
+        words=words[0] if words else slice(0, 0),
+        matrices=slice(matrices[0].start if matrices else stop, stop),
+    )
+
+
+# --- the memory ---------------------------------------------------------------------------------------------
 
 
 class FlatMemory:
     """The trainable parameters of a multitask model in one buffer, and a gradient row for each task.
 
-    Layout of `data` and `grad`: the shared encoder first (P elements), then each task's head; within each,
-    first what decays, then what does not. Every model `Parameter` becomes a view of `data`, and the optimizer
-    sees a few long tensors, the `param_groups`.
+    In the one backward pass of a step, the encoder's layers write each task's gradient to a row of its own
+    (see `task_grads`); autograd adds the gradients of the heads, which have one task each, to `grad`. Then
+    come the inner products of the rows (`group_grams`), and their weighted sum (`combine`).
 
-    In the one backward pass of a step, the encoder's layers write each task's gradient to a row of its own (see
-    `direct_grads`); autograd adds those of the heads, which have one task each, to `grad`. The rows stand in two
-    tensors: `matrix_grads` (K, D) for the weights of linear layers, `other_grads` (K, P - D) for the rest. Of
-    the word embeddings, only the rows of words that occur in a step are zeroed, read and combined.
+    Every model `Parameter` becomes a view of `data`. Do not move or copy the model afterwards (`.to`,
+    `deepcopy`): its parameters would leave the buffer that the optimizer updates.
 
     Args:
         encoder: a `bert.BertModel`, or a module with its methods `word_embeddings` and `linear_groups`.
         heads: task -> that task's head.
-        dtype: what linear layers compute in; other than float32, they read a copy of their weights.
-        grad_dtype: of `matrix_grads`; a sum of several batches' gradients is better off in float32.
-        passes: how to go over the long tensors.
+        dtype: what linear layers compute in; if not float32, they read a copy of their weights.
+        grad_dtype: of `matrix_grads`; a sum of several micro-batches' gradients is better off in float32.
+        kernels: how to go over the long tensors.
 
     Raises:
-        ValueError: if a parameter is both shared and a head's, nothing is trainable, or the encoder has a trainable
-            parameter in a layer that `direct_grads` does not know.
+        ValueError: if a parameter is both shared and a head's, nothing is trainable, or the encoder has a
+            trainable parameter in a layer that `task_grads` does not know.
     """
 
     def __init__(
@@ -54,200 +182,206 @@ class FlatMemory:
         *,
         dtype: torch.dtype = torch.float32,
         grad_dtype: torch.dtype = torch.float32,
-        passes: Passes = PLAIN,
+        kernels: Kernels = PLAIN,
     ):
-        self.tasks, self.passes = tuple(heads), passes
-        groups = [
-            group
-            for group in encoder.linear_groups()
-            if any(param.requires_grad for layer in group for param in layer.parameters())
-        ]
-        self._place(encoder, heads, [layer.weight for group in groups for layer in group])
-        device, num_tasks = self.data.device, len(heads)
-        num_matrix = self.matrices.stop - self.matrices.start
-        self.weight_copy = None if dtype == torch.float32 else self.data[self.matrices].to(dtype)  # (D,)
-        self.matrix_grads = torch.zeros(num_tasks, num_matrix, device=device, dtype=grad_dtype)
-        self.other_grads = torch.zeros(num_tasks, self.num_shared - num_matrix, device=device)
+        self.tasks, self.kernels = tuple(heads), kernels
+        word_embeddings = encoder.word_embeddings()
+        linear_groups = [group for group in encoder.linear_groups() if is_trainable(*group)]
+
+        # 1. Lay out and move: from here on every parameter is a view of `data`.
+        kinds = {id(layer.weight): MATRIX for group in linear_groups for layer in group}
+        self._move(encoder, heads, kinds | {id(word_embeddings): WORDS})
+
+        # 2. Room for the task gradients, and for the weights in the type that linear layers compute in.
+        layout, num_tasks = self.layout, len(heads)
+        num_other, device = layout.num_shared - layout.num_matrix, self.data.device
+        self.matrix_grads = torch.zeros(num_tasks, layout.num_matrix, device=device, dtype=grad_dtype)
+        self.other_grads = torch.zeros(num_tasks, num_other, device=device)
+        # One conversion a step; autocast would convert each weight again for every product.
+        self.weight_copy = None if dtype == torch.float32 else self.data[layout.matrices].to(dtype)  # (D,)
         self.word_grads = None  # (K, V, H), a view of `other_grads`
-        if self.words.stop:
-            shape = encoder.word_embeddings().shape
-            self.word_grads = self.other_grads[:, self.words].unflatten(1, shape)
-            self.touched = torch.arange(shape[0], device=device)  # (U,) rows that may not be zero
+        if layout.words.stop:
+            self.word_grads = self.other_grads[:, layout.words].unflatten(1, word_embeddings.shape)
+            self.touched = torch.arange(len(word_embeddings), device=device)  # (U,) rows that may not be zero
             self.combined = self.touched  # the same of the combined gradient
 
-        self.slots: list[Slot] = []  # written to in each step
-        self.tables: list[Slot] = []  # added to in each step: embeddings, other than of words
-        for group in groups:
-            self.slots += [self._make_slot(*(layer.weight for layer in group))]
-            self.slots += [self._make_slot(*(layer.bias for layer in group))]
-        for module in encoder.modules():
-            if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters()):
-                self.slots += [self._make_slot(module.weight), self._make_slot(module.bias)]
-            elif isinstance(module, nn.Embedding) and module.weight.requires_grad:
-                slot = self._make_slot(module.weight)
-                self.tables += [slot] if module.weight is not encoder.word_embeddings() else []
-        num_known = self.words.stop + sum(slot.weight.numel() for slot in self.slots + self.tables)
-        if num_known != self.num_shared:
-            raise ValueError(
-                f"{self.num_shared - num_known} trainable parameters of the encoder are in layers whose gradients"
-                " cannot be kept by task; see direct_grads.py"
-            )
+        # 3. Tell each layer where to write.
+        self.targets: dict[int, GradTarget] = {}  # id of a parameter -> where its gradients go
+        self._make_targets(encoder, linear_groups)
 
-    def _place(self, encoder: nn.Module, heads: dict[str, nn.Module], matrices: list[nn.Parameter]) -> None:
-        """Give every trainable parameter its range of the buffers."""
-        # Word embeddings first and linear layers last among what decays: each is one range.
-        rank = {id(encoder.word_embeddings()): -1} | {id(weight): 1 for weight in matrices}
-        self.slices: dict[tuple[str, bool], slice] = {}  # (owner, decays) -> where in the buffers
-        self.views: list[tuple[str, nn.Parameter, int]] = []  # (owner, parameter, offset)
-        self.parts: dict[str, list[slice]] = {}  # part of the encoder -> its ranges of the buffers
-        self.ranges: dict[int, slice] = {}  # id of a parameter -> its range of the buffers
-        names: list[str] = []  # of the encoder's parameters, as they stand in `views`
-        offset = 0
-        for owner, module in [("shared", encoder), *heads.items()]:
-            params = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
-            for decays in (True, False):
-                start = offset
-                for name, param in sorted(params, key=lambda item: rank.get(id(item[1]), 0)):
-                    if has_weight_decay(param) == decays:
-                        if id(param) in self.ranges:
-                            raise ValueError(
-                                "a parameter belongs to two owners (shared encoder, task heads); they must be disjoint"
-                            )
-                        self.views.append((owner, param, offset))
-                        self.ranges[id(param)] = slice(offset, offset + param.numel())
-                        names += [name] * (owner == "shared")
-                        offset += param.numel()
-                self.slices[owner, decays] = slice(start, offset)
-        if not self.views:
+    def _move(self, encoder: nn.Module, heads: dict[str, nn.Module], kinds: dict[int, int]) -> None:
+        """Allocate `data` and `grad`, and give every trainable parameter its range of them."""
+        params: dict[tuple[str, str], nn.Parameter] = {}  # (owner, name) ->
+        rows: dict[str, list[ParamRow]] = {}
+        for owner, module in [(SHARED, encoder), *heads.items()]:
+            found = {name: param for name, param in module.named_parameters() if param.requires_grad}
+            params |= {(owner, name): param for name, param in found.items()}
+            rows[owner] = [
+                ParamRow(name, tuple(param.shape), has_weight_decay(param), kinds.get(id(param), OTHER))
+                for name, param in found.items()
+            ]
+        if not params:
             raise ValueError("nothing to train: every parameter is frozen")
-        self.num_shared = self.slices["shared", False].stop
-        self.data = torch.empty(offset, device=self.views[0][1].device)
+        if len({id(param) for param in params.values()}) < len(params):
+            raise ValueError(
+                "a parameter belongs to two owners (shared encoder, task heads); they must be disjoint"
+            )
+        self.layout = make_layout(rows.pop(SHARED), rows)
+        self.views = [
+            (owner, params[owner, name], where) for (owner, name), where in self.layout.places.items()
+        ]
+        self.ranges = {id(param): where for _, param, where in self.views}
+        self.data = torch.empty(self.layout.size, device=self.views[0][1].device)
         self.grad = torch.zeros_like(self.data)
-        for owner, param, _ in self.views:
-            where = self.ranges[id(param)]
+        for owner, param, where in self.views:
             view = self.data[where].view_as(param)
             view.copy_(param.detach())
             param.data = view
-            if owner != "shared":
-                param.grad = self.grad[where].view_as(param)
+            if owner != SHARED:
+                param.grad = self.grad[where].view_as(param)  # autograd adds to it in place
+        # What the optimizer sees: up to two long parameters for the encoder, and as many for each head.
         self.flat_params = {
-            key: nn.Parameter(self.data[where])
-            for key, where in self.slices.items()
+            block: nn.Parameter(self.data[where])
+            for block, where in self.layout.blocks.items()
             if where.start < where.stop
         }
-        stop = self.slices["shared", True].stop
-        self.matrices = slice(self.ranges[id(matrices[0])].start if matrices else stop, stop)
-        self.words = self.ranges.get(id(encoder.word_embeddings()), slice(0, 0))
-        for name, (_, param, _) in zip(names, self.views, strict=False):
-            self._add_to_part(part_name(name), self.ranges[id(param)])
 
-    def _add_to_part(self, part: str, where: slice) -> None:
-        ranges = self.parts.setdefault(part, [])
-        borders = (self.words.stop, self.matrices.start, self.matrices.stop)
-        if ranges and ranges[-1].stop == where.start and where.start not in borders:
-            where = slice(ranges.pop().start, where.stop)  # side by side: one range
-        ranges.append(where)
+    def _make_targets(self, encoder: nn.Module, linear_groups: list[tuple[nn.Linear, ...]]) -> None:
+        """A `GradTarget` for every trainable parameter of the encoder."""
+        self.written: list[GradTarget] = []  # overwritten in each step
+        self.tables: list[GradTarget] = []  # added to in each step: embeddings, other than of words
+        for group in linear_groups:
+            self.written.append(self._make_target(*(layer.weight for layer in group)))
+            self.written.append(self._make_target(*(layer.bias for layer in group)))
+        for module in encoder.modules():
+            if isinstance(module, nn.LayerNorm) and is_trainable(module):
+                self.written += [self._make_target(module.weight), self._make_target(module.bias)]
+            elif isinstance(module, nn.Embedding) and is_trainable(module):
+                target = self._make_target(module.weight)
+                if module.weight is not encoder.word_embeddings():
+                    self.tables.append(target)
+        num_missing = self.layout.num_shared - sum(target.weight.numel() for target in self.targets.values())
+        if num_missing:
+            raise ValueError(
+                f"{num_missing} trainable parameters of the encoder are in layers whose gradients"
+                " cannot be kept by task; see kernels/task_grads.py"
+            )
 
-    def _make_slot(self, *params: nn.Parameter) -> Slot:
-        """One slot for parameters that lie end to end; the first one carries it."""
+    def _make_target(self, *params: nn.Parameter) -> GradTarget:
+        """One target for parameters that lie end to end; it is found by the first of them."""
         if not all(id(param) in self.ranges for param in params):
             raise ValueError(
-                "the encoder is partly frozen: the weight and bias of a layer, and query, key and value, can only be"
-                " trained or frozen together"
+                "the encoder is partly frozen: the weight and bias of a layer, and query, key and value,"
+                " can only be trained or frozen together"
             )
         where = slice(self.ranges[id(params[0])].start, self.ranges[id(params[-1])].stop)
-        shape = (-1, *params[0].shape[1:])
-        weight, start = self.data, where.start
-        if self.weight_copy is not None and self.matrices.start <= where.start < self.matrices.stop:
-            weight, start = self.weight_copy, where.start - self.matrices.start
-        weight = weight[start : start + where.stop - where.start].view(shape)
-        grads = self._stored(where).unflatten(1, weight.shape)
-        params[0].slot = Slot(weight, list(grads), [True] * len(self.tasks))
-        return params[0].slot
+        shape = (-1, *params[0].shape[1:])  # weights one below the other: (sum of out, in)
+        if self.weight_copy is not None and self.layout.is_matrix(where):
+            weight = self.weight_copy[self.layout.columns(where)].view(shape)
+        else:
+            weight = self.data[where].view(shape)
+        grads = self.stored_grads(where).unflatten(1, weight.shape)
+        target = GradTarget(weight, list(grads), [True] * len(self.tasks))
+        self.targets[id(params[0])] = target
+        return target
 
-    def _stored(self, where: slice) -> torch.Tensor:
-        """(K, n) where the task gradients of a range of the buffers stand; the range crosses no border."""
-        if self.matrices.start <= where.start < self.matrices.stop:
-            return self.matrix_grads[:, where.start - self.matrices.start : where.stop - self.matrices.start]
-        skipped = self.matrix_grads.shape[1] if where.start >= self.matrices.stop else 0
-        return self.other_grads[:, where.start - skipped : where.stop - skipped]
+    def stored_grads(self, where: slice) -> torch.Tensor:
+        """(K, n) the task gradients of a range in one section of the encoder, a view."""
+        matrix = self.matrix_grads if self.layout.is_matrix(where) else self.other_grads
+        return matrix[:, self.layout.columns(where)]
+
+    def step_grads(self, where: slice) -> torch.Tensor:
+        """The same without what is zero in this step: of the words only those that occur, (K, U * H)."""
+        if self.word_grads is not None and where == self.layout.words:
+            return torch.stack([grad[self.touched].flatten() for grad in self.word_grads])
+        return self.stored_grads(where)
+
+    def head_grad(self, task: str) -> torch.Tensor:
+        """The flat gradient of one task's head, a view of `grad`."""
+        return self.grad[self.layout.blocks[task, True].start : self.layout.blocks[task, False].stop]
 
     def param_groups(self, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
         """Groups for AdamW, one flat parameter each."""
         groups = []
         for (owner, decays), param in self.flat_params.items():
-            group_lr = lr if owner == "shared" else head_lr
+            group_lr = lr if owner == SHARED else head_lr
             group = {"params": [param], "lr": group_lr, "initial_lr": group_lr}
             groups.append(group | {"weight_decay": weight_decay if decays else 0.0})
         return groups
 
+    # --- a step, in the order of its calls ------------------------------------------------------------------
+
     def start_step(self, input_ids: Sequence[torch.Tensor] | None = None) -> None:
-        """Forget the gradients of the last step, and copy the weights as they are now.
+        """Make ready for the backward passes of a step.
 
         Args:
-            input_ids: all words that the step will look up, in tensors of any shape; None means any word.
+            input_ids: all words that will occur, in any shape; None means that any may.
         """
+        # After `.to()`, say, the optimizer would update numbers that no layer reads.
+        base, width = self.data.data_ptr(), self.data.element_size()
+        assert all(param.data_ptr() == base + where.start * width for _, param, where in self.views), (
+            "the model was moved or changed after move_to_flat_memory: its parameters are no longer views"
+        )
         if self.word_grads is not None:
+            # Zeroes the last step's words and notes this one's: a step has some hundred of 30,000.
             for grad in self.word_grads:  # (V, H); all tasks at once would copy the whole table
                 grad.index_fill_(0, self.touched, 0.0)
             if input_ids is None:
                 self.touched = torch.arange(self.word_grads.shape[1], device=self.grad.device)
             else:
                 self.touched = torch.cat([ids.flatten() for ids in input_ids]).unique()
-        for slot in self.tables:
-            for grad in slot.grads:
+        for target in self.tables:
+            for grad in target.grads:
                 grad.zero_()
-        for slot in self.slots:
-            slot.is_empty = [True] * len(self.tasks)
-        self.grad[self.num_shared :].zero_()
+        for target in self.written:
+            target.is_empty = [True] * len(self.tasks)
+        self.grad[self.layout.num_shared :].zero_()
         if self.weight_copy is not None:
-            self.weight_copy.copy_(self.data[self.matrices])
+            self.weight_copy.copy_(self.data[self.layout.matrices])
 
     def finish_grads(self) -> None:
         """After the step's last backward pass: what none of them wrote is zero."""
-        for slot in self.slots:
-            for task, is_empty in enumerate(slot.is_empty):
+        for target in self.written:
+            for task, is_empty in enumerate(target.is_empty):
                 if is_empty:
-                    slot.grads[task].zero_()
+                    target.grads[task].zero_()
 
-    def show_grads(self, tasks: set[str]) -> None:
-        """Show the optimizer the gradients of the encoder and of these tasks' heads; other heads are left alone."""
-        for (owner, decays), param in self.flat_params.items():
-            param.grad = (
-                self.grad[self.slices[owner, decays]] if owner == "shared" or owner in tasks else None
-            )
+    def group_grams(self) -> torch.Tensor:
+        """Inner products of the task gradients within each layer group of the encoder, (layer groups, K, K).
 
-    def head_grad(self, task: str) -> torch.Tensor:
-        """The flat gradient of one task's head, a view of `grad`."""
-        return self.grad[self.slices[task, True].start : self.slices[task, False].stop]
-
-    def rows(self, where: slice) -> torch.Tensor:
-        """(K, n) the task gradients of a range of the buffers; of word embeddings those of the step's words only."""
-        if self.word_grads is not None and where == self.words:
-            return torch.stack([grad[self.touched].flatten() for grad in self.word_grads])  # (K, U * H)
-        return self._stored(where)
-
-    def part_grams(self) -> torch.Tensor:
-        """Inner products of the task gradients within each part of the encoder, (number of parts, K, K).
-
-        Their sum is the whole gram matrix; no part, as with a frozen encoder, gives (0, K, K).
+        Their sum is the whole gram matrix; no layer group, as with a frozen encoder, gives (0, K, K).
         """
 
         def gram(where):
-            # The words of a step are another number each time: nothing to compile for.
-            return (gram_matrix if where == self.words else self.passes.gram_matrix)(self.rows(where))
+            # The words of a step are another number each time: compiled code would be compiled anew for each.
+            kernel = gram_matrix if where == self.layout.words else self.kernels.gram_matrix
+            return kernel(self.step_grads(where))
 
-        grams = [sum(gram(where) for where in ranges) for ranges in self.parts.values()]
+        grams = [sum(gram(where) for where in ranges) for ranges in self.layout.layer_groups.values()]
         return torch.stack(grams) if grams else self.grad.new_zeros(0, len(self.tasks), len(self.tasks))
 
     def combine(self, weights: torch.Tensor) -> None:
         """Write the weighted sum of the task gradients, weights (K,), to the shared part of `grad`."""
+        for where in self.layout.sections:
+            if where != self.layout.words:
+                self.kernels.weighted_sum(self.stored_grads(where), weights, self.grad[where])
         if self.word_grads is not None:
             _, num_words, width = self.word_grads.shape
-            combined = self.grad[self.words].view(num_words, width)
-            combined.index_fill_(0, self.combined, 0.0)
-            combined[self.touched] = (weights @ self.rows(self.words)).view(-1, width)
+            combined = self.grad[self.layout.words].view(num_words, width)  # (V, H)
+            combined.index_fill_(0, self.combined, 0.0)  # what the last step wrote
+            combined[self.touched] = (weights @ self.step_grads(self.layout.words)).view(-1, width)
             self.combined = self.touched
-        borders = (self.words.stop, self.matrices.start, self.matrices.stop, self.num_shared)
-        for where in (slice(start, stop) for start, stop in pairwise(borders) if start < stop):
-            self.passes.weighted_sum(self._stored(where), weights, self.grad[where])
+
+    def show_grads(self, tasks: Collection[str]) -> None:
+        """Show the optimizer the gradients of the encoder and of these tasks' heads.
+
+        The heads of other tasks get none: a zero gradient would still decay them and move them by their
+        momentum.
+        """
+        for (owner, decays), param in self.flat_params.items():
+            is_shown = owner == SHARED or owner in tasks
+            param.grad = self.grad[self.layout.blocks[owner, decays]] if is_shown else None
+
+
+def is_trainable(*modules: nn.Module) -> bool:
+    return any(param.requires_grad for module in modules for param in module.parameters())

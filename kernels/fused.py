@@ -1,9 +1,13 @@
-"""The passes over flat memory, compiled: each reads and writes every number once.
+"""The kernels that go over flat memory, compiled: each reads and writes every number once.
 
-Plain tensor operations go over memory once per operation, and convert bfloat16 rows beforehand. `torch.compile`
-(https://docs.pytorch.org/docs/stable/torch.compiler.html) makes one loop of each function here, which takes a C++
-compiler and some seconds. The plain twins `gram_matrix`, `weighted_sum` and `adamw_update` give the same numbers up to
-rounding, and stand in for small tensors and where compiling fails.
+Plain tensor operations go over memory once per operation, and convert bfloat16 gradients beforehand.
+`torch.compile` (https://docs.pytorch.org/docs/stable/torch.compiler.html) makes one loop of each function
+here, which takes a C++ compiler and some seconds. Measured for MiniLM on two cores: AdamW 12.8 ms instead of
+27.9 with plain operations, gram matrix and weighted sum together 13.7 ms instead of 36.2, a whole step 378 ms
+instead of 415.
+
+The plain twins `gram_matrix`, `weighted_sum` and `adamw_update` give the same numbers up to rounding, and
+stand in for small tensors and where compiling fails.
 
 Shapes: K tasks, n columns of their gradients.
 """
@@ -18,23 +22,23 @@ import torch
 from optimizer import adamw_update
 from pcgrad import gram_matrix, weighted_sum
 
-# Measured on two cores: compiling takes 15 s the first time on a machine, 2 s when torch has kept the code, and
-# saves about 1.6e-9 s for each shared parameter and step. A slower machine should not lose by it either.
+# Measured on two cores: compiling takes 15 s the first time on a machine, 2 s when torch has kept the code,
+# and saves about 1.6e-9 s for each shared parameter and step. A slower machine should not lose by it either.
 COMPILE_SECONDS = 30.0
 SAVED_SECONDS = 1.5e-9
-MIN_SIZE = 2**20  # elements; passes over fewer take no time
+MIN_SIZE = 2**20  # elements; going over fewer takes no time
 
 
 @dataclass(frozen=True)
-class Passes:
-    """The three passes over flat memory; signatures as those of the defaults."""
+class Kernels:
+    """The three kernels that go over flat memory; signatures as those of the defaults, the plain ones."""
 
     gram_matrix: Callable = gram_matrix
     weighted_sum: Callable = weighted_sum
     adamw_update: Callable = adamw_update
 
 
-PLAIN = Passes()
+PLAIN = Kernels()
 
 
 def find_compiler() -> str | None:
@@ -48,20 +52,21 @@ def pays_off(num_params: int, num_steps: int) -> bool:
     return num_params * num_steps * SAVED_SECONDS > COMPILE_SECONDS
 
 
-def compile_passes() -> Passes:
-    """The passes, each to be compiled at its first call with a large tensor."""
-    return Passes(
-        CompiledPass(fused_gram_matrix, gram_matrix),
-        CompiledPass(fused_weighted_sum, weighted_sum),
-        CompiledPass(fused_adamw_update, adamw_update),
+def compile_kernels() -> Kernels:
+    """The kernels, each to be compiled at its first call with a large tensor."""
+    return Kernels(
+        CompiledKernel(fused_gram_matrix, gram_matrix),
+        CompiledKernel(fused_weighted_sum, weighted_sum),
+        CompiledKernel(fused_adamw_update, adamw_update),
     )
 
 
-class CompiledPass:
+class CompiledKernel:
     """A compiled function, with a plain one for small tensors and for where compiling fails."""
 
     def __init__(self, function: Callable, plain: Callable):
-        # The number of threads is compiled in, and torch's cache of compiled code does not know of it otherwise.
+        # The number of threads is compiled in; without this option, torch's cache would hand out code for
+        # another.
         options = {"cpp.threads": torch.get_num_threads()}
         self.compiled = torch.compile(function, dynamic=False, options=options)
         self.plain = plain
@@ -78,7 +83,11 @@ class CompiledPass:
             return self.plain(tensor, *others)
 
 
+# --- the functions to be compiled: written for one loop over the columns, not for speed as they stand -------
+
+
 def fused_gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
+    """(K, n) -> (K, K), as sums of products: a matrix product would not share a loop with the conversion."""
     rows = task_grads.float()
     num_tasks = len(rows)
     sums = {(i, j): (rows[i] * rows[j]).sum() for i in range(num_tasks) for j in range(i, num_tasks)}
@@ -87,11 +96,19 @@ def fused_gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
 
 
 def fused_weighted_sum(task_grads: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Weights (K,) and (K, n) -> (n,)."""
     out.copy_(sum(row.float() * weight for row, weight in zip(task_grads, weights, strict=True)))
 
 
-def fused_adamw_update(param, grad, exp_avg, exp_avg_sq, numbers) -> None:
-    beta1, beta2, step_size, eps, keep = numbers.unbind()
+def fused_adamw_update(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    hyperparameters: torch.Tensor,
+) -> None:
+    """`optimizer.adamw_update`; the hyperparameters stay a tensor, whose values are not compiled in."""
+    beta1, beta2, step_size, eps, keep = hyperparameters.unbind()
     exp_avg.add_((grad - exp_avg) * (1 - beta1))
     exp_avg_sq.mul_(beta2).add_(grad * grad * (1 - beta2))
     param.sub_(step_size * exp_avg / (exp_avg_sq.sqrt() + eps)).mul_(keep)

@@ -26,7 +26,7 @@ from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import whole_file, write_text
 from training.flags import read_run
-from training.resolve import data_file, head_name, prediction_file
+from training.resolve import data_settings, head_name, output_settings
 from training.run_folder import ARGS_FILE, read_args_file
 
 CLASS_NAMES = {  # the classes of other tasks are shown as numbers
@@ -112,9 +112,9 @@ def read_dev(args: Namespace, task: str, scores: dict[str, float] | None) -> Dev
             out.
     """
     spec, result = TASKS[task], DevResult()
-    kind, path = TASK_KINDS[spec.kind], prediction_file(args, task, "dev")
+    kind, path = TASK_KINDS[spec.kind], output_settings(args).prediction_files[task, "dev"]
     try:
-        result.rows = rows = read_rows(data_file(args, task, "dev"), spec, "dev")
+        result.rows = rows = read_rows(data_settings(args).files[task, "dev"], spec, "dev")
         result.remark = check_predictions(path, spec, rows.ids)
         by_id = read_predictions(path, spec)
     except UserError as error:

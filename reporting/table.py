@@ -29,7 +29,7 @@ from support.errors import UserError
 from support.files import ROOT, read_json
 from training.flags import COUNT, FILES, MODES, READING_MAY_CHANGE, RESUME_MAY_CHANGE, given_flags, read_run
 from training.flags import get_args as get_run_args
-from training.resolve import data_file
+from training.resolve import data_settings
 from training.sources import EXTRA_SOURCES
 
 # What a run is told besides its row's flags. Three evaluations on part of dev choose the best checkpoint,
@@ -175,7 +175,8 @@ def matrix_rate() -> float:
 def missing_files(args: argparse.Namespace, row: str) -> list[Path]:
     """Data files that a row needs but that are missing."""
     run_args = get_run_args(["--data_dir", args.data_dir, *ROWS[row].flags.split()])
-    paths = [data_file(run_args, task, split) for task in run_args.tasks for split in ("train", "dev")]
+    files = data_settings(run_args).files
+    paths = [files[task, split] for task in run_args.tasks for split in ("train", "dev")]
     paths += [
         Path(args.data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files
     ]

@@ -7,13 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from support.device import is_out_of_memory, keep_freed_memory
 from support.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+Result = TypeVar("Result")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -52,39 +53,82 @@ def number(
     return parse
 
 
-# --- signals -----------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
+
+
+# Ctrl-C, the system's and Slurm's request to end, and the end of the terminal or ssh session.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGINT came, and nothing had to be finished first."""
+    """One of STOP_SIGNALS came, and nothing had to be finished first."""
 
 
-class Signals(list):
-    """Numbers of the signals that have come, for work that stops where it can be taken up again."""
+class StopRequest:
+    """Whether a signal has asked this process to stop, for work that stops where it can be taken up again."""
 
     def __init__(self):
-        super().__init__()
-        self.interrupts = False
+        self.signal_number: int | None = None
+        self._is_interruptible = False
 
-    @contextmanager
-    def stop_at_once(self):
-        """Raise `Stopped` when one comes; for long parts that change nothing."""
-        self.interrupts = True
+    @property
+    def requested(self) -> bool:
+        return self.signal_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal has ended."""
+        return 128 + self.signal_number
+
+    def receive(self, number: int, frame=None) -> None:
+        """The signal handler. A second signal ends the process at once."""
+        self.signal_number = number
+        let_next_signal_end(number)
+        if self._is_interruptible:
+            raise Stopped
+
+    def interruptible(self, work: Callable[[], Result]) -> Result | None:
+        """Do long work that changes nothing, unless or until a stop is requested.
+
+        Returns:
+            what `work` returns; None if a stop was requested before or meanwhile.
+        """
+        if self.requested:
+            return None
         try:
-            if self:
-                raise Stopped
-            yield
-        finally:
-            self.interrupts = False
+            try:
+                self._is_interruptible = True
+                return work()
+            finally:
+                self._is_interruptible = False
+        except (Exception, Stopped):
+            # Whatever a library has made of our exception on its way here, the stop is what it was about.
+            if not self.requested:
+                raise
+            return None
+
+
+def let_next_signal_end(number: int) -> None:
+    """After a first signal, let a second one end the process without waiting for anything."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    if number == signal.SIGHUP:  # the terminal is gone: writing to it would be an error before all is saved
+        signal.signal(number, signal.SIG_IGN)  # the system may send it again
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if os.isatty(descriptor):
+                os.dup2(nowhere, descriptor)
 
 
 @contextmanager
 def handle_signals(receive: Callable):
-    """Let SIGINT and SIGTERM call `receive(number, frame)`; outside the main thread they are left as they are."""
+    """Let STOP_SIGNALS call `receive(number, frame)`; does nothing outside the main thread."""
     before = {}
     with suppress(ValueError):  # not the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, receive)
+        for number in STOP_SIGNALS:
+            # Under nohup, a hang-up is ignored on purpose.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
@@ -94,21 +138,13 @@ def handle_signals(receive: Callable):
 
 @contextmanager
 def catch_signals():
-    """Collect SIGINT and SIGTERM in the `Signals` that this yields; a second one ends the process at once."""
-    signals = Signals()
-
-    def receive(number, frame):
-        signals.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        if signals.interrupts:
-            raise Stopped
-
-    with handle_signals(receive):
-        yield signals
+    """Note STOP_SIGNALS in a `StopRequest`; a second one ends the process at once."""
+    stop = StopRequest()
+    with handle_signals(stop.receive):
+        yield stop
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def explain(error: Exception) -> str | None:
@@ -124,22 +160,37 @@ def explain(error: Exception) -> str | None:
     return None
 
 
+def mend_standard_streams() -> None:
+    """Make sure that whatever a script prints can be written, to a closed stream as to one that is ASCII only."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed, as by >&-: without this the next file to be opened would take its number
+            os.open(os.devnull, os.O_RDWR)
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False)
+            setattr(sys, name, stream)
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_script(prog: str, work: Callable[[], None]) -> int:
     """Run a script's work and turn what the user can mend into one line.
 
     Returns:
-        the exit code: 0; 2 for an error; 130 after SIGINT (Ctrl-C) and 143 after SIGTERM; 141 when the reader of a
-        pipe is gone.
+        the exit code: 0; 2 for an error; 128 and the number of the signal that ended it; 141 when the reader
+        of a pipe is gone.
     """
     received = []
 
     def stop(number, frame):
         received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):  # a second one need not wait for files to be removed
-            signal.signal(each, signal.SIG_DFL)
+        let_next_signal_end(number)
         raise Stopped
 
     keep_freed_memory()
+    mend_standard_streams()
     try:
         with handle_signals(stop):
             work()

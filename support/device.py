@@ -63,8 +63,9 @@ def describe_machine(device: str) -> dict:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next step to use.
 
-    By default glibc gives large blocks back to the system, which hands them out again page by page, each zeroed:
-    45,000 page faults in every training step, a quarter of its time. Other C libraries are left as they are.
+    By default glibc gives large blocks back to the system, which hands them out again page by page, each
+    zeroed: 45,000 page faults in every training step, a quarter of its time. Other C libraries are left as
+    they are.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -83,11 +84,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_memory(explain: Callable[[], str]):
-    """Turn a lack of memory into one line that says for what, and what makes it smaller."""
+def out_of_memory_hint(hint: Callable[[], str]):
+    """Turn a lack of memory into one line that says for what, and what would need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory {explain()}") from None
+        raise UserError(f"out of memory {hint()}") from None

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 def quote(value: object) -> str:
-    """A value from a file as a message shows it: its repr, cut, so that it can neither flood nor steer a terminal."""
+    """A value from a file as a message shows it: its repr, cut; it can neither flood nor steer a terminal."""
     return shorten.repr(value)
 
 

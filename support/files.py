@@ -1,6 +1,6 @@
 """Files: read whole and bounded, written whole or not at all, and folders that one process has to itself."""
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +9,8 @@ import stat
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from support.errors import UserError, quote
 
@@ -71,6 +73,13 @@ def read_json(path: str | Path) -> dict:
     return values
 
 
+def default_mode() -> int:
+    """The mode of a new file under this process's umask."""
+    umask = os.umask(0o077)  # there is no way to ask for it without setting it
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 @contextmanager
 def whole_file(path: Path):
     """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
@@ -110,62 +119,52 @@ def file_digest(path: Path) -> str:
 def lock_folder(folder: Path):
     """Make a folder if need be, and keep other processes that ask for its lock out of it.
 
-    A POSIX record lock: the system gives it back when the process ends, however it ends, and no child keeps it.
+    The system gives the lock back when the process ends, however it ends.
 
     Raises:
         UserError: if another process works there, or the path is taken by a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; expected a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"--output_dir {folder}: is a link to {os.readlink(folder)}, which does not exist")
     path = folder / LOCK_FILE
-    descriptor = None
-    while descriptor is None:
-        descriptor = open_locked(path)
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    lock = FileLock(path, on_acquired=write_holder)
+    for tries_left in reversed(range(100)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            break
+        except Timeout:
+            raise UserError(
+                f"--output_dir {folder}: in use by another run ({read_holder(path)!r}); wait for it, or"
+                " give another folder"
+            ) from None
+        except (FileExistsError, FileNotFoundError):  # another process has just removed the empty folder
+            if not tries_left:
+                raise
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: {folder}: cannot be locked ({error.strerror}); start no other run there")
+            break
     try:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
+            path.unlink()  # before the lock is given back: whoever waits for it then makes a new file
+        lock.release()
         with suppress(OSError):
             folder.rmdir()  # goes only if nothing was written
 
 
-def open_locked(path: Path) -> int | None:
-    """Make a file, and its folder, and take its lock; None if another process removed it meanwhile.
-
-    Raises:
-        UserError: if another process holds the lock.
-    """
-    for tries_left in range(99, -1, -1):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            break
-        except (FileExistsError, FileNotFoundError):  # another process has just removed the empty folder
-            if not tries_left:
-                raise
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_same_file(descriptor, path):
-            return descriptor
-        os.close(descriptor)
-        return None
-    except (BlockingIOError, PermissionError):
-        holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-        os.close(descriptor)
-        raise UserError(
-            f"--output_dir {path.parent}: in use by another run ({holder!r}); wait for it, or give another folder"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        print(f"warning: {path.parent}: cannot be locked ({error.strerror}); start no other run there")
-        return descriptor
+def write_holder(descriptor: int) -> None:
+    """Say in a lock file whose it is."""
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-def is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+def read_holder(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_bytes()[:200].decode("utf-8", "replace").strip()
+    return "unknown"

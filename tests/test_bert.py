@@ -1,14 +1,12 @@
 """The encoder against Hugging Face's `BertModel`, torch's encoder layer, and its own promises about padding.
 
-Shapes: B sentences, T padded length, H hidden_size, M real word pieces.
+Shapes: B sentences, T padded length, H hidden_size, M tokens.
 """
 
 import json
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,9 +14,11 @@ import bert
 from base_bert import resolve_pretrained
 from bert import ACTIVATIONS, MIN_WIDTH, BertLayer, BertModel
 from config import BertConfig
-from kernels.cpu import CpuAttention, dropout, keep_mask
+from kernels import cpu, packing
+from kernels.cpu import CpuAttention
 from kernels.packing import Packing, Padding, make_paddings
 from support.errors import UserError
+from tests.tiny import randomise
 
 TINY = {
     "vocab_size": 99,
@@ -79,14 +79,7 @@ def tiny_config(**changes):
 
 
 def make_model(seed=0, **changes):
-    """A tiny encoder in which every parameter matters: no zero biases, no identity LayerNorm."""
-    model = BertModel(tiny_config(**changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
-            parameter.normal_(centre, 0.2, generator=generator)
-    return model.eval()
+    return randomise(BertModel(tiny_config(**changes)), seed).eval()
 
 
 def make_inputs(config, seed=0):
@@ -180,10 +173,8 @@ def test_gradients_equal_hugging_face(references, name, request):
     found = {"grad." + key: parameter.grad for key, parameter in model.named_parameters()}
     expected = {key: value for key, value in references[name].items() if key.startswith("grad.")}
     assert found.keys() == expected.keys()
-    for (
-        key,
-        value,
-    ) in expected.items():  # float64: a tight tolerance holds for small and large gradients alike
+    for key, value in expected.items():
+        # float64: a tight tolerance holds for small and large gradients alike
         torch.testing.assert_close(
             found[key], value, rtol=1e-8, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
         )
@@ -210,34 +201,34 @@ def test_layer_equals_torch_encoder_layer():
             parameter.normal_(std=0.3)
     ours = BertLayer(config)
     weight = dict(theirs.named_parameters())
-    query, key, value = weight["self_attn.in_proj_weight"].chunk(3)
-    query_bias, key_bias, value_bias = weight["self_attn.in_proj_bias"].chunk(3)
+    for kind in ("weight", "bias"):
+        parts = weight[f"self_attn.in_proj_{kind}"].chunk(3)
+        weight |= {
+            f"{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts, strict=True)
+        }
+    names = {  # ours: theirs
+        "attention.self.query": "query",
+        "attention.self.key": "key",
+        "attention.self.value": "value",
+        "attention.output.dense": "self_attn.out_proj",
+        "attention.output.LayerNorm": "norm1",
+        "intermediate.dense": "linear1",
+        "output.dense": "linear2",
+        "output.LayerNorm": "norm2",
+    }
     ours.load_state_dict(
         {
-            "attention.self.query.weight": query,
-            "attention.self.query.bias": query_bias,
-            "attention.self.key.weight": key,
-            "attention.self.key.bias": key_bias,
-            "attention.self.value.weight": value,
-            "attention.self.value.bias": value_bias,
-            "attention.output.dense.weight": weight["self_attn.out_proj.weight"],
-            "attention.output.dense.bias": weight["self_attn.out_proj.bias"],
-            "attention.output.LayerNorm.weight": weight["norm1.weight"],
-            "attention.output.LayerNorm.bias": weight["norm1.bias"],
-            "intermediate.dense.weight": weight["linear1.weight"],
-            "intermediate.dense.bias": weight["linear1.bias"],
-            "output.dense.weight": weight["linear2.weight"],
-            "output.dense.bias": weight["linear2.bias"],
-            "output.LayerNorm.weight": weight["norm2.weight"],
-            "output.LayerNorm.bias": weight["norm2.bias"],
+            f"{own}.{kind}": weight[f"{name}.{kind}"]
+            for own, name in names.items()
+            for kind in ("weight", "bias")
         }
     )
     mask = make_inputs(config)["attention_mask"].bool()
     ours_in = torch.randn(B, T, config.hidden_size).requires_grad_()
     theirs_in = ours_in.detach().clone().requires_grad_()
-    padding = Padding(mask)
-    rows = ours(padding.remove(ours_in), Packing([padding.num_rows]), [padding])  # (M, H)
-    ours_out = padding.restore(rows)[mask]  # (real word pieces, H)
+    padding = Padding.of_mask(mask)
+    tokens = ours(padding.remove(ours_in), Packing([padding.num_tokens]), [padding])  # (M, H)
+    ours_out = padding.restore(tokens)[mask]  # (real word pieces, H)
     theirs_out = theirs(theirs_in, src_key_padding_mask=~mask)[mask]  # (real word pieces, H)
     torch.testing.assert_close(ours_out, theirs_out, **FLOAT32)
     weigh = torch.randn(ours_out.shape)
@@ -254,9 +245,8 @@ def test_layer_equals_torch_encoder_layer():
 def test_a_sentence_is_the_same_alone_and_in_a_batch(grad):
     model = make_model()
     inputs = make_inputs(model.config)
-    inputs["attention_mask"] = inputs["attention_mask"].sort(dim=1, descending=True)[
-        0
-    ]  # padding on the right
+    # With padding on the right.
+    inputs["attention_mask"] = inputs["attention_mask"].sort(dim=1, descending=True)[0]
     with torch.set_grad_enabled(grad):
         together = model(**inputs)
         for i in range(5):
@@ -315,67 +305,6 @@ def test_any_type_of_mask(dtype):
     assert torch.equal(model(**inputs)["last_hidden_state"], expected)
 
 
-def test_padding_moves_between_layouts():
-    padding = Padding(torch.tensor([[1, 0, 1], [0, 1, 0]]))
-    x = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
-    assert padding.remove(x).tolist() == [[1.0], [3.0], [5.0]]
-    assert padding.restore(padding.remove(x)).tolist() == [[[1.0], [0.0], [3.0]], [[0.0], [5.0], [0.0]]]
-    assert padding.spread(padding.remove(x)).tolist() == [[[1.0], [1.0], [3.0]], [[1.0], [5.0], [1.0]]]
-    assert padding.key_bias.flatten(1).tolist() == [[0, -math.inf, 0], [-math.inf, 0, -math.inf]]
-    assert padding.num_rows == 3
-    full = Padding(torch.ones(2, 3))
-    assert full.key_mask is None and full.num_rows == 6
-    assert torch.equal(full.restore(full.remove(x)), x) and torch.equal(full.spread(full.remove(x)), x)
-
-
-@pytest.mark.parametrize("mask", [[[1, 0, 1], [0, 1, 0]], [[1, 1, 1], [1, 1, 1]]])
-def test_a_wider_padding_has_the_same_rows(mask):
-    padding = Padding(torch.tensor(mask))
-    wide = padding.widen(5)
-    x = torch.arange(1.0, 13.0).view(2, 3, 2)
-    rows = padding.remove(x)
-    assert wide.num_rows == padding.num_rows
-    assert torch.equal(wide.mask, F.pad(padding.mask, (0, 2)))
-    assert torch.equal(wide.key_mask, wide.mask[:, None, None, :])
-    expected = F.pad(padding.restore(rows), (0, 0, 0, 2))  # (2, 5, 2), zeros at the new positions
-    assert torch.equal(wide.restore(rows), expected)
-    assert torch.equal(wide.remove(expected), rows)
-    assert (
-        torch.equal(wide.spread(rows)[wide.mask], expected[wide.mask]) and wide.spread(rows).isfinite().all()
-    )
-    assert padding.widen(3) is padding and padding.widen(2) is padding  # wide enough
-    assert padding.mask.shape == (2, 3)
-
-
-@pytest.mark.parametrize(("multiple", "num_rows"), [(1, 12), (4, 12), (8, 16), (16, 16), (64, 19)])
-def test_rows_are_filled_up_with_padding(monkeypatch, multiple, num_rows):
-    """3 + 9 real word pieces; the last batch has 7 of padding, the first none to give, nor a sentence without any."""
-    monkeypatch.setattr(bert, "ROW_MULTIPLE", multiple)
-    masks = [torch.tensor([[1, 1, 0, 1]]), torch.tensor([[1] * 8, [1] + [0] * 7, [0] * 8])]
-    first, last = make_paddings(masks)
-    assert first.rows.tolist() == [0, 1, 3]
-    assert first.num_rows + last.num_rows == num_rows
-    rows = last.rows.tolist()
-    assert rows == sorted(set(rows)) and max(rows) < 16
-    assert set(masks[1].flatten().nonzero().flatten().tolist()) <= set(rows)
-    assert torch.equal(last.mask, masks[1].bool())
-
-
-def test_filling_up_changes_no_result_and_no_gradient(monkeypatch):
-    outcomes = []
-    for multiple in (1, 64):
-        monkeypatch.setattr(bert, "ROW_MULTIPLE", multiple)
-        model = make_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
-        inputs = make_inputs(model.config)
-        outputs = model(**inputs)["last_hidden_state"]
-        outputs.square().mean().backward()
-        outcomes.append(
-            [outputs, *(param.grad for name, param in model.named_parameters() if "pooler" not in name)]
-        )
-    for plain, filled in zip(*outcomes, strict=True):
-        torch.testing.assert_close(filled, plain, atol=1e-6, rtol=1e-4)  # float32 sums in another order
-
-
 # --- several batches in one pass ---------------------------------------------------------------------------------
 
 
@@ -416,27 +345,17 @@ def test_batches_encoded_together_are_as_each_alone(grad):
 
 def test_word_pieces_are_laid_end_to_end_in_order(monkeypatch):
     """What the embeddings see: real word pieces of the first batch, row by row, then those of the next."""
-    monkeypatch.setattr(bert, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(packing, "TOKEN_MULTIPLE", 1)
     model, seen = make_model(type_vocab_size=2), []
     model.embeddings.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     first = torch.tensor([[[11, 12, 13], [14, 15, 16]], [[1, 0, 1], [1, 1, 0]], [[0, 0, 1], [1, 0, 0]]])
     second = torch.tensor([[[21, 22]], [[1, 1]], [[1, 0]]])
     model.encode([tuple(first), tuple(second)])
-    input_ids, position_ids, token_type_ids, packing = seen[0]
+    input_ids, position_ids, token_type_ids, found = seen[0]
     assert input_ids.tolist() == [11, 13, 14, 15, 21, 22]
     assert position_ids.tolist() == [0, 2, 0, 1, 0, 1]
     assert token_type_ids.tolist() == [0, 1, 1, 0, 1, 0]
-    assert packing.batches == [slice(0, 4), slice(4, 6)] and not packing.tasks
-
-
-def test_too_long_input_among_several():
-    model = make_model()
-    fits, too_long = (
-        (torch.ones(2, length, dtype=torch.long),) * 2 + (torch.zeros(2, length, dtype=torch.long),)
-        for length in (11, 12)
-    )
-    with pytest.raises(ValueError, match="12 positions.*at most 11"):
-        model.encode([fits, too_long])
+    assert found.batches == [slice(0, 4), slice(4, 6)] and not found.tasks
 
 
 def test_linear_groups_are_all_linear_layers_once():
@@ -447,96 +366,6 @@ def test_linear_groups_are_all_linear_layers_once():
     for group in model.linear_groups():  # they share their input, so they have one width
         assert len({layer.in_features for layer in group}) == 1
     assert model.word_embeddings() is model.embeddings.word_embeddings.weight
-
-
-# --- attention written out by hand -------------------------------------------------------------------------------
-
-N, D = 3, 5  # heads and their width
-
-
-def make_attention(batches, seed=0, dtype=torch.float64):
-    """Random projections for padded batches, (M, 3 * N * D), and where they stand."""
-    masks = {
-        "full": torch.ones(2, 4),
-        "padded": torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]]),
-        "short": torch.ones(2, 1),
-        "long": (torch.arange(MIN_WIDTH + 2) < torch.tensor([[3], [MIN_WIDTH + 2]])).long(),
-    }
-    paddings = [Padding(masks[name]).widen(6) for name in batches]  # padding on the right of every rectangle
-    packing = Packing([padding.num_rows for padding in paddings])
-    generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(packing.batches[-1].stop, 3 * N * D, generator=generator, dtype=dtype)
-    return qkv.requires_grad_(), packing, paddings
-
-
-def plain_attention(qkv, packing, paddings, dropout_prob=0.0):
-    """Sentence by sentence: softmax(Q K^T / sqrt(D)) V over real word pieces only, under automatic differentiation."""
-    context = torch.zeros(len(qkv), N * D, dtype=qkv.dtype)
-    for rows, padding in zip(packing.batches, paddings, strict=True):
-        num_sentences, width = padding.mask.shape
-        keep, scale = torch.ones(num_sentences * N, width, width), 1.0
-        if dropout_prob:
-            keep, scale = keep_mask(keep.shape, dropout_prob, keep.dtype)
-        positions = torch.arange(padding.mask.numel()) if padding.rows is None else padding.rows
-        for b in range(num_sentences):
-            inside = ((positions // width) == b).nonzero().flatten()  # rows of this sentence in its batch
-            where = positions[inside] % width
-            query, key, value = qkv[rows][inside].view(len(inside), 3, N, D).unbind(1)
-            for n in range(N):
-                probs = (query[:, n] @ key[:, n].T / math.sqrt(D)).softmax(-1)
-                kept = keep[b * N + n][where][:, where] * scale
-                part = torch.zeros_like(context)
-                part[rows.start + inside, n * D : (n + 1) * D] = (probs * kept) @ value[:, n]
-                context = context + part
-    return context
-
-
-@pytest.mark.parametrize("dropout_prob", [0.0, 0.3])
-@pytest.mark.parametrize("batches", [["full"], ["padded"], ["short"], ["padded", "long", "full", "short"]])
-def test_attention_equals_the_formula(in_double, batches, dropout_prob):
-    qkv, packing, paddings = make_attention(batches)
-    torch.manual_seed(5)
-    found = CpuAttention.apply(qkv, packing, paddings, N, dropout_prob)
-    torch.manual_seed(5)  # the same draws: dropped elements are the same
-    expected = plain_attention(qkv, packing, paddings, dropout_prob)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)  # float64
-    weigh = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
-    (found_grad,), (expected_grad,) = (
-        torch.autograd.grad((context * weigh).sum(), [qkv]) for context in (found, expected)
-    )
-    torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
-    query, key, value = expected_grad.view(len(qkv), 3, -1).unbind(1)
-    assert value.any() and (batches == ["short"] or (query.any() and key.any()))
-    if dropout_prob:
-        torch.manual_seed(5)
-        assert not torch.allclose(found, plain_attention(qkv, packing, paddings))
-
-
-@pytest.mark.parametrize("dropout_prob", [0.0, 0.5])
-def test_attention_gradient_equals_finite_differences(in_double, dropout_prob):
-    qkv, packing, paddings = make_attention(["padded", "full"])
-
-    def attend(qkv):
-        torch.manual_seed(2)
-        return CpuAttention.apply(qkv, packing, paddings, N, dropout_prob)
-
-    assert torch.autograd.gradcheck(attend, [qkv], fast_mode=True)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_attention_in_other_types(dtype, tolerance):
-    """Of the whole result's length: a few roundings to bfloat16, each by up to 2**-9 of a number, or to float32."""
-    qkv, packing, paddings = make_attention(["padded", "long"], dtype=dtype)
-    exact = qkv.detach().float().requires_grad_()
-    found = CpuAttention.apply(qkv, packing, paddings, N, 0.0)
-    expected = plain_attention(exact, packing, paddings)
-    assert found.dtype == dtype
-    assert (found.float() - expected).norm() / expected.norm() < tolerance
-    weigh = torch.randn(found.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
-    found.backward(weigh)
-    expected.backward(weigh.float())
-    assert qkv.grad.dtype == dtype
-    assert (qkv.grad.float() - exact.grad).norm() / exact.grad.norm() < tolerance
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -565,17 +394,6 @@ def test_long_sentences_take_torchs_attention_and_come_to_the_same(monkeypatch, 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)  # float32
 
 
-def test_attention_keeps_the_share_that_its_dropout_leaves():
-    """With value 1 everywhere the context is the sum of what dropout leaves of each row: 1 on average."""
-    padding = Padding(torch.ones(40, 20))
-    qkv = torch.randn(800, 3 * N * D, generator=torch.Generator().manual_seed(0))
-    qkv[:, 2 * N * D :] = 1.0
-    torch.manual_seed(0)
-    context = CpuAttention.apply(qkv, Packing([800]), [padding], N, 0.25)
-    # 2400 rows of 20 draws each, of about equal weight: an error of about sqrt(1/3 / 48000) = 0.003.
-    assert context.mean().item() == pytest.approx(1, abs=0.02) and context.std() > 0.05
-
-
 # --- limits ------------------------------------------------------------------------------------------------------
 
 
@@ -583,8 +401,10 @@ def test_too_long_input():
     model = make_model()
     longest = model.config.max_position_embeddings
     assert model(torch.ones(1, longest, dtype=torch.long))["last_hidden_state"].shape == (1, longest, 32)
-    with pytest.raises(ValueError, match=f"{longest + 1} positions.*at most {longest}"):
-        model(torch.ones(1, longest + 1, dtype=torch.long))
+    for lengths in ([longest + 1], [longest, longest + 1]):
+        batches = [(torch.ones(2, length, dtype=torch.long),) * 3 for length in lengths]
+        with pytest.raises(ValueError, match=f"{longest + 1} positions.*at most {longest}"):
+            model.encode(batches)
 
 
 def test_unknown_activation():
@@ -616,140 +436,6 @@ def test_bfloat16_autocast(grad):
         assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "pooler" not in name)
 
 
-def test_word_embedding_gradient_is_dense_and_adds_up():
-    """Ordinary gradients; those that are kept by task are in test_direct_grads.py."""
-    model, inputs = make_model(), make_inputs(tiny_config())
-    weight = model.word_embeddings()
-    model(**inputs)["last_hidden_state"].pow(3).sum().backward()
-    alone = weight.grad.clone()
-    weight.grad = torch.ones_like(weight)
-    grad = weight.grad
-    model(**inputs)["last_hidden_state"].pow(3).sum().backward()
-    assert weight.grad is grad and not grad.is_sparse
-    torch.testing.assert_close(grad, 1 + alone, rtol=1e-6, atol=1e-5)
-    seen = inputs["input_ids"][inputs["attention_mask"].bool()].unique()
-    assert torch.equal(alone.any(1).nonzero().squeeze(1), seen)
-
-
-# --- dropout -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_a_share_of_1_minus_p(p):
-    torch.manual_seed(0)
-    n = 400_001  # not a multiple of four: the last draw is used in part
-    kept = (dropout(torch.ones(n), p, training=True) != 0).double()
-    sigma = (p * (1 - p)) ** 0.5
-    assert abs(kept.mean() - (1 - p)) < 5 * sigma / n**0.5
-    for lane in range(4):  # each of the four parts of a 64-bit draw
-        share = kept[lane::4]
-        assert abs(share.mean() - (1 - p)) < 5 * sigma / len(share) ** 0.5
-    centred = kept - (1 - p)
-    for distance in range(1, 9):  # neighbours know nothing of each other
-        correlation = (centred[distance:] * centred[:-distance]).mean() / sigma**2
-        assert abs(correlation) < 5 / n**0.5
-
-
-def test_dropout_scales_by_hand():
-    # 0.1 * 65536 = 6553.6 rounds to 6554, so the rest is scaled by 65536 / (65536 - 6554).
-    torch.manual_seed(0)
-    y = dropout(torch.ones(1000), 0.1, training=True)
-    assert y.unique().tolist() == [0.0, torch.tensor(65536 / 58982).item()]
-    y = dropout(torch.ones(1000), 0.25, training=True)  # 0.25 is a multiple of 2**-16
-    assert y.unique().tolist() == [0.0, torch.tensor(4 / 3).item()]
-    x = torch.ones(1000)
-    assert torch.equal(dropout(x, 2**-18, training=True), x)  # rounds to 0
-
-
-def test_dropout_next_to_1():
-    # BertConfig takes any probability below 1; one that rounds to 1 must not divide by zero.
-    y = dropout(torch.ones(1000), 1 - 2**-20, training=True)
-    assert y.isfinite().all()
-
-
-def test_dropout_is_the_identity_in_eval_and_for_0():
-    x = torch.randn(5, 3)
-    state = torch.get_rng_state()
-    assert dropout(x, 0.5, training=False) is x
-    assert dropout(x, 0, training=True) is x
-    assert torch.equal(torch.get_rng_state(), state)  # and draws nothing
-
-
-def test_dropout_follows_the_seed():
-    x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
-    before = x.clone()
-    ys = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        ys += [dropout(x, 0.5, training=True), dropout(x, 0.5, training=True)]
-    assert torch.equal(ys[0], ys[2]) and torch.equal(ys[1], ys[3])
-    assert not torch.equal(ys[0], ys[1]) and not torch.equal(ys[0], ys[4])
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_dropout_gradient_flows_through_kept_elements_only(dtype):
-    torch.manual_seed(0)
-    x = torch.ones(3, 5, 7, dtype=dtype, requires_grad=True)
-    y = dropout(x, 0.5, training=True)
-    y.sum().backward()
-    assert y.dtype == x.grad.dtype == dtype
-    assert set(y.unique().tolist()) == {0.0, 2.0}
-    assert torch.equal(x.grad, y)  # each is 0 or 2 times the 1 that went in, and came back
-
-
-def test_dropout_in_bfloat16():
-    torch.manual_seed(0)
-    x = torch.ones(4001, dtype=torch.bfloat16)
-    low = dropout(x, 0.1, training=True)
-    torch.manual_seed(0)
-    high = dropout(x.float(), 0.1, training=True)
-    assert torch.equal(low != 0, high != 0)  # the same elements, whatever the type
-    torch.testing.assert_close(low.float(), high, rtol=2**-8, atol=0)  # bfloat16 has 8 significant bits
-
-
-@pytest.mark.parametrize("shape", [(0,), (1,), (2,), (3,), (5,), (1, 1, 3), (13, 7, 3)])
-def test_dropout_takes_any_number_of_elements(shape):
-    torch.manual_seed(0)
-    y = dropout(torch.ones(shape), 0.5, training=True)
-    assert y.shape == shape
-    assert set(y.flatten().tolist()) <= {0.0, 2.0}
-
-
-def test_dropout_of_a_transposed_view():
-    torch.manual_seed(0)
-    x = torch.arange(1.0, 92.0).view(7, 13).T
-    y = dropout(x, 0.5, training=True)
-    assert ((y == 0) | (y == 2 * x)).all() and (y == 0).any() and (y != 0).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("p", "training"), [(0.5, True), (0.5, False), (0.0, True)])
-def test_dropout_adds_the_residual_afterwards(p, training, dtype):
-    generator = torch.Generator().manual_seed(0)
-    x, residual, grad = torch.randn(3, 7, 5, generator=generator).to(dtype)
-    x, residual = x.requires_grad_(), residual.requires_grad_()
-    torch.manual_seed(1)
-    expected = dropout(x, p, training) + residual
-    expected_grads = torch.autograd.grad(expected, [x, residual], grad)
-    torch.manual_seed(1)
-    found = dropout(x, p, training, residual)
-    # p = 1/2 scales by 2 exactly, so both ways round once.
-    assert torch.equal(found, expected) and found.dtype == dtype
-    for one, other in zip(torch.autograd.grad(found, [x, residual], grad), expected_grads, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_keep_mask_and_its_scale():
-    torch.manual_seed(0)
-    keep, scale = keep_mask((1000, 3), 0.25, torch.bfloat16)
-    assert keep.shape == (1000, 3) and keep.dtype == torch.bfloat16
-    assert set(keep.unique().tolist()) == {0.0, 1.0} and scale == 4 / 3
-    assert keep_mask((5,), 0.1, torch.float32)[1] == 65536 / 58982  # 6554 of 65536 are dropped
-    keep, scale = keep_mask((5,), 1 - 2**-20, torch.float32)
-    assert scale == 65536  # something is always kept
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_stands_where_bert_has_it(monkeypatch, training):
     calls = []
@@ -763,28 +449,13 @@ def test_dropout_stands_where_bert_has_it(monkeypatch, training):
         return torch.ones(shape, dtype=dtype), 1.0
 
     monkeypatch.setattr(bert, "dropout", record)
-    monkeypatch.setattr(bert, "keep_mask", record_mask)
+    monkeypatch.setattr(cpu, "keep_mask", record_mask)
     model = make_model(num_hidden_layers=1, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
     inputs = make_inputs(model.config)
     model.train(training)(**inputs)
     [padding] = make_paddings([inputs["attention_mask"]])
     embeddings, hidden = (
-        ("hidden", (padding.num_rows, 32), 0.2, training, residual) for residual in (False, True)
+        ("hidden", (padding.num_tokens, 32), 0.2, training, residual) for residual in (False, True)
     )
     probs = [("probs", (B * 4, MIN_WIDTH, MIN_WIDTH), 0.3)] * training
     assert calls == [embeddings, *probs, hidden, hidden]  # attention, attention output, feed-forward
-
-
-@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-def test_each_dropout_probability_has_an_effect(name):
-    model = make_model(**{name: 0.5})
-    inputs = make_inputs(model.config)
-    plain = model.eval()(**inputs)["last_hidden_state"]
-    assert torch.equal(model(**inputs)["last_hidden_state"], plain)
-    model.train()
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(model(**inputs)["last_hidden_state"])
-    assert torch.equal(outputs[0], outputs[1])
-    assert F.l1_loss(outputs[0], outputs[2]) > 0.05 and F.l1_loss(outputs[0], plain) > 0.05

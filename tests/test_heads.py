@@ -1,4 +1,4 @@
-"""Pooling, pair features and task heads, with numbers worked by hand.
+"""Pooling, pair features and task heads with numbers worked by hand; losses of several batches together and alone.
 
 Shapes: B examples, R sentences, T padded length, H hidden_size, C outputs.
 """
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 import heads
 from heads import HEADS, PAIR_HEADS, POOLINGS, TaskHead
+from kernels.fused import PLAIN, Kernels
+from tests.tiny import make_batch, make_model, shared_grads
 
 B, H = 13, 6
 
@@ -55,14 +57,6 @@ def test_mean_of_nothing_is_finite():
     assert pooled.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-@pytest.mark.parametrize("name", POOLINGS)
-def test_pooling_keeps_bfloat16(name):
-    outputs = {key: value.bfloat16() for key, value in OUTPUTS.items()}
-    pooled = POOLINGS[name](outputs, ATTENTION_MASK)
-    assert pooled.dtype == torch.bfloat16
-    assert pooled.tolist() == POOLED[name]  # these few numbers are exact in bfloat16
-
-
 # --- features ----------------------------------------------------------------------------------------------------
 
 U = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]])
@@ -87,7 +81,7 @@ def test_features_by_hand(name):
     found = HEADS[name].features(U, V)
     # The cosine is rounded in float32, the others are exact.
     torch.testing.assert_close(found, torch.tensor(FEATURES[name]), rtol=0, atol=1e-6 * (name == "cosine"))
-    assert found.shape[-1] == max(1, HEADS[name].vectors * U.shape[-1])
+    assert found.shape[-1] == HEADS[name].width(U.shape[-1])
 
 
 def test_cosine_of_bfloat16_is_float32():
@@ -205,32 +199,14 @@ def test_cosine_starts_at_its_range(num_layers, num_outputs):
     torch.testing.assert_close(head(u, v), expected[:, None].expand(4, num_outputs), rtol=0, atol=1e-5)
 
 
-# --- dropout -----------------------------------------------------------------------------------------------------
+# --- dropout -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("name", HEADS)
-def test_dropout_in_training_only(name, num_layers):
-    head = TaskHead(name, H, 5, num_layers, dropout_prob=0.5)
-    vectors = make_vectors(name)
-    head.eval()
-    plain = head(*vectors)
-    assert torch.equal(head(*vectors), plain)
-    head.train()
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(head(*vectors))
-    assert torch.equal(outputs[0], outputs[1])
-    if name == "cosine":  # a single number: dropping it would only be noise
-        assert torch.equal(outputs[0], plain) and torch.equal(outputs[2], plain)
-    else:
-        assert not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], plain)
-
-
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("name", HEADS)
-def test_dropout_stands_before_every_layer(monkeypatch, name, num_layers):
+def test_dropout_stands_before_every_layer(monkeypatch, name, num_layers, training):
+    """And a single number has none: dropping it would only be noise."""
     calls = []
 
     def record(x, p, training):
@@ -238,31 +214,99 @@ def test_dropout_stands_before_every_layer(monkeypatch, name, num_layers):
         return x
 
     monkeypatch.setattr(heads, "dropout", record)
-    TaskHead(name, H, 5, num_layers, dropout_prob=0.3)(*make_vectors(name))
+    TaskHead(name, H, 5, num_layers, dropout_prob=0.3).train(training)(*make_vectors(name))
     if name == "cosine":
-        assert calls == [((B, 1), 0.0, True)]
+        assert calls == [((B, 1), 0.0, training)]
     else:
         widths = [EXPECTED_HEADS[name][0]] + [H] * (num_layers - 1)
-        assert calls == [((B, width), 0.3, True) for width in widths]
+        assert calls == [((B, width), 0.3, training) for width in widths]
 
 
-# --- other properties --------------------------------------------------------------------------------------------
+# --- other properties ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_an_example_is_the_same_alone_and_in_a_batch(name):
+def test_an_example_is_the_same_alone_and_in_a_batch_and_inputs_are_not_modified(name):
     head = TaskHead(name, H, 5, 2, initializer_range=0.5).eval()
     vectors = make_vectors(name)
+    before = [vector.clone() for vector in vectors]
     together = head(*vectors)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
     for i in range(B):
         alone = head(*(vector[i : i + 1] for vector in vectors))
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)  # float32, other order of sums
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_inputs_are_not_modified(name):
-    head = TaskHead(name, H, 5, 2, dropout_prob=0.5)
-    vectors = make_vectors(name)
-    before = [vector.clone() for vector in vectors]
-    head(*vectors)
-    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
+# --- the multitask model -------------------------------------------------------------------------------------
+
+TASK_HEADS = {"sst": "single", "para": "diff", "sts": "cross"}
+SIZES = [("sts", 3, 7), ("sst", 4, 18), ("para", 2, 1), ("sts", 2, 16), ("para", 3, 5)]
+
+
+def make_batches():
+    return [
+        (task, make_batch(task, TASK_HEADS[task], size, seed=n, positions=positions))
+        for n, (task, size, positions) in enumerate(SIZES)
+    ]
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_losses_together_are_those_of_each_batch_alone(pooling, freeze_encoder):
+    model = make_model(TASK_HEADS, pooling=pooling, freeze_encoder=freeze_encoder).eval()
+    batches = make_batches()
+    together = model.losses(batches)
+    assert len(together) == len(batches)
+    for loss, (task, batch) in zip(together, batches, strict=True):
+        assert loss.shape == () and loss.requires_grad
+        torch.testing.assert_close(loss, model.loss(task, batch), rtol=1e-5, atol=1e-6)  # float32
+    assert len({round(loss.item(), 4) for loss in together}) == len(batches)
+    memory = model.move_to_flat_memory()
+    memory.start_step()
+    for loss, expected in zip(model.losses(batches, memory), together, strict=True):
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_by_task_land_in_the_order_of_the_tasks():
+    """Whatever the order of the batches; and the encoder's parameters have no other gradient."""
+    model, batches = make_model(TASK_HEADS).eval(), make_batches()
+    memory = model.move_to_flat_memory()
+    assert memory.tasks == tuple(TASK_HEADS)
+    for k, task in enumerate(memory.tasks):
+        memory.start_step()
+        sum(model.losses([pair for pair in batches if pair[0] == task], memory)).backward()
+        memory.finish_grads()
+        rows = shared_grads(memory)
+        assert rows[k].any() and not rows[[n for n in range(3) if n != k]].any()
+        assert all(memory.head_grad(other).any() == (other == task) for other in memory.tasks)
+    assert all(param.grad is None for param in model.bert.parameters())
+
+
+def test_memory_has_the_types_and_kernels_that_were_asked_for():
+    memory = make_model().move_to_flat_memory()
+    assert memory.weight_copy is None and memory.matrix_grads.dtype == torch.float32
+    assert memory.kernels is PLAIN
+    kernels = Kernels(gram_matrix=len)
+    memory = make_model().move_to_flat_memory(torch.bfloat16, torch.bfloat16, kernels)
+    assert memory.weight_copy.dtype == memory.matrix_grads.dtype == torch.bfloat16
+    assert memory.kernels is kernels
+    memory = make_model(freeze_encoder=True).move_to_flat_memory(torch.bfloat16, torch.bfloat16)
+    assert memory.layout.num_shared == 0
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass(freeze_encoder):
+    model, seen = make_model(freeze_encoder=freeze_encoder), []
+    model.bert.embeddings.register_forward_hook(lambda *args: seen.append(torch.is_grad_enabled()))
+    batch = make_batch("sst", "single", 2)
+    model.loss("sst", batch)
+    model("sst", batch)
+    assert seen == [not freeze_encoder] * 2
+
+
+def test_head_runs_in_float32_under_autocast():
+    model = make_model().eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model("sts", make_batch("sts"))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded on the way

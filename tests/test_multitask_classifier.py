@@ -1,4 +1,4 @@
-"""The update, the run, and the command line from end to end."""
+"""Runs of the command line from end to end: stopped, damaged, resumed with equal bits, and what they write."""
 
 import hashlib
 import json
@@ -17,18 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 import multitask_classifier
-from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
 from datasets import TaskData, read_rows
 from evaluation import TASK_KINDS, read_predictions, summarise
-from heads import HEADS, PAIR_HEADS, MultitaskBERT
-from multitask_classifier import average, main, train_step
-from optimizer import AdamW
-from pcgrad import cosine_matrix
+from heads import PAIR_HEADS, MultitaskBERT
+from multitask_classifier import main
+from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
-from tests.test_pcgrad import draw_orders, textbook_pcgrad
-from tests.tiny import make_config, make_data, make_encoder, shared_grads
+from tests.tiny import make_data, make_encoder
+from training.metrics import Progress, average
 from training.run_folder import Run
 
 TINY = "--batch_size 4 --device cpu --lr 0.003 --head_lr 0.01 --log_every 2"
@@ -45,393 +43,6 @@ def place(tmp_path_factory):
     make_encoder(folder / "encoder")
     make_data(folder / "data")
     return folder
-
-
-def make_model(head="diff", pooling="mean", **options):
-    torch.manual_seed(1)
-    bert = BertModel(make_config(50, initializer_range=0.2))
-    tasks = {task: TASKS[task] for task in DEFAULT_TASKS}
-    heads = {task: head if spec.is_pair else "single" for task, spec in tasks.items()}
-    return MultitaskBERT(bert, tasks, heads, pooling=pooling, **options)
-
-
-def make_batch(task, head="diff", size=3, seed=0):
-    rng = np.random.default_rng(seed)
-    num_sequences = size * (2 if TASKS[task].is_pair and not HEADS[head].joint else 1)
-    lengths = rng.integers(3, 8, num_sequences)
-    mask = torch.from_numpy((np.arange(7) < lengths[:, None]).astype(np.int64))
-    low, high = TASKS[task].label_range
-    return {
-        "input_ids": torch.from_numpy(rng.integers(5, 50, (num_sequences, 7))) * mask,
-        "attention_mask": mask,
-        "token_type_ids": torch.zeros_like(mask),
-        "labels": torch.from_numpy(rng.integers(low, high + 1, size).astype(np.float32)),
-    }
-
-
-def make_slots(tasks=DEFAULT_TASKS, head="diff"):
-    return [(task, [make_batch(task, head, seed=number)]) for number, task in enumerate(tasks)]
-
-
-def make_training(model, lr=0.01, **options):
-    memory = model.make_memory()
-    return memory, AdamW(memory.param_groups(lr, lr, 0.01), lr=lr, **options)
-
-
-def copy_weights(model):
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
-@pytest.mark.parametrize("head", PAIR_HEADS)
-def test_one_update_changes_every_trainable_parameter_and_no_other(head, pooling):
-    model = make_model(head, pooling)
-    memory, optimizer = make_training(model)
-    before = copy_weights(model)
-    result = train_step(model.train(), memory, optimizer, make_slots(head=head), step=0, seed=0)
-    assert result.applied
-    for name, param in model.named_parameters():
-        # A cosine head's key bias has no gradient (softmax ignores it) but for rounding; it may stay.
-        changed = not torch.equal(param, before[name])
-        assert changed == param.requires_grad or name.endswith("key.bias"), name
-    assert model.bert.pooler.dense.weight.requires_grad == (pooling == "pooler")
-
-
-def test_frozen_encoder_trains_the_heads_only():
-    model = make_model(freeze_encoder=True).train()
-    memory, optimizer = make_training(model)
-    before = copy_weights(model)
-    train_step(model, memory, optimizer, make_slots(), step=0, seed=0, clip_norm=1.0)
-    assert not model.bert.training  # no dropout in a fixed function
-    for name, param in model.named_parameters():
-        assert torch.equal(param, before[name]) == name.startswith("bert."), name
-
-
-def test_sum_equals_backward_of_the_summed_weighted_losses():
-    """The flat path against plain autograd: one loss, one backward pass, dense embedding gradient, no surgery."""
-    model = make_model(head_dropout_prob=0.0)
-    model.bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
-    slots, task_weights = make_slots(), {"sst": 1.0, "para": 0.5, "sts": 2.0}
-    sum(task_weights[task] * model.loss(task, batches[0]) for task, batches in slots).backward()
-    expected = {name: param.grad.clone() for name, param in model.named_parameters() if param.requires_grad}
-    memory, optimizer = make_training(model, lr=0.0)
-    result = train_step(
-        model, memory, optimizer, slots, step=0, seed=0, grad_method="sum", task_weights=task_weights
-    )
-    for owner, param, start in memory.views:
-        name = next(name for name, other in model.named_parameters() if other is param)
-        actual = memory.grad[start : start + param.numel()].view_as(param)
-        # float32 sums in another order; gradients here are of the order of 1
-        torch.testing.assert_close(actual, expected[name], atol=2e-5, rtol=1e-4, msg=f"{owner} {name}")
-    norm = math.sqrt(sum(float(grad.square().sum()) for grad in expected.values()))
-    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
-
-
-def textbook_step(model, slots, moments, *, step, seed, options, eps, lr=0.01, weight_decay=0.01):
-    """One update as papers describe it, on a plain model: a loss and a backward pass per batch, lists of tensors.
-
-    Returns losses, task gradients of the encoder (K, P), and the length of the gradient before clipping.
-    """
-    shared = [param for param in model.bert.parameters() if param.requires_grad]
-    heads = {task: list(model.heads[task].parameters()) for task in model.tasks}
-    task_grads = {}
-    head_grads = {task: [torch.zeros_like(param) for param in params] for task, params in heads.items()}
-    losses = {}
-    for task, batches in slots:
-        for batch in batches:
-            loss = model.loss(task, batch)
-            losses.setdefault(task, []).append(loss.item())
-            weighted = loss * options.get("task_weights", {}).get(task, 1.0) / len(batches)
-            grads = torch.autograd.grad(weighted, [*shared, *heads[task]], allow_unused=True)
-            grads = [
-                torch.zeros_like(p) if g is None else g
-                for p, g in zip([*shared, *heads[task]], grads, strict=True)
-            ]
-            vector = torch.cat([grad.flatten() for grad in grads[: len(shared)]]).double()
-            task_grads[task] = task_grads.get(task, 0.0) + vector
-            head_grads[task] = [a + b for a, b in zip(head_grads[task], grads[len(shared) :], strict=True)]
-    present = [task for task in model.tasks if task in losses]
-    rows = torch.stack([task_grads[task] for task in present])
-    if options["grad_method"] == "pcgrad":
-        combined = textbook_pcgrad(rows, draw_orders(len(present), make_seed(seed, step)))
-    else:
-        combined = rows.sum(0) / (len(present) if options["grad_method"] == "mean" else 1)
-    if options.get("grad_reduction") == "mean":
-        # Over slots; the method "mean" divided by tasks, which is undone.
-        combined = combined * (len(present) if options["grad_method"] == "mean" else 1) / len(slots)
-    pieces = combined.float().split([param.numel() for param in shared])
-    grads = {param: piece.view_as(param) for param, piece in zip(shared, pieces, strict=True)}
-    for task in present:
-        grads |= dict(zip(heads[task], head_grads[task], strict=True))
-    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values()))
-    clip_norm = options.get("clip_norm", 0.0)
-    scale = min(1.0, clip_norm / norm) if clip_norm else 1.0
-    with torch.no_grad():
-        for param, grad in grads.items():
-            state = moments.setdefault(
-                param, {"step": 0, "m": torch.zeros_like(param), "v": torch.zeros_like(param)}
-            )
-            state["step"] += 1
-            state["m"] = 0.9 * state["m"] + 0.1 * scale * grad
-            state["v"] = 0.999 * state["v"] + 0.001 * (scale * grad) ** 2
-            rate = lr * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
-            param -= rate * state["m"] / (state["v"].sqrt() + eps)
-            param -= lr * weight_decay * param * (param.ndim >= 2)
-    return losses, rows, norm
-
-
-# Slots of each of three steps: tasks, and how many batches each accumulates.
-STEPS = [
-    [("sst", 1), ("para", 1), ("sts", 1)],
-    [("sst", 2), ("sts", 1), ("sst", 1), ("para", 3)],  # a task twice, apart; unequal numbers of batches
-    [("sts", 2), ("sts", 2)],  # others absent, with momentum that must not move their heads
-]
-STEP_OPTIONS = [
-    {"grad_method": "sum"},
-    {"grad_method": "sum", "task_weights": {"sst": 0.5, "sts": 3.0}, "clip_norm": 0.5},
-    {"grad_method": "sum", "grad_reduction": "mean"},
-    {"grad_method": "mean", "grad_reduction": "mean", "clip_norm": 0.1},
-    {"grad_method": "pcgrad"},
-    {"grad_method": "pcgrad", "task_weights": {"para": 4.0}, "clip_norm": 0.25, "grad_reduction": "mean"},
-]
-
-
-@pytest.mark.parametrize("pooling", ["mean", "pooler"])
-@pytest.mark.parametrize("options", STEP_OPTIONS, ids=range(len(STEP_OPTIONS)))
-def test_steps_equal_textbook_steps(options, pooling):
-    """Losses, inner products, length and parameters over three steps, without dropout.
-
-    eps is large: Adam's first steps go by a gradient's sign, and of a gradient of zero that is only rounding.
-    """
-    eps = 1e-4
-    model, plain = (make_model(pooling=pooling, head_dropout_prob=0.0).train() for _ in range(2))
-    for bert in (model.bert, plain.bert):
-        bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
-    start = torch.cat([param.detach().flatten() for param in model.parameters()])
-    memory, optimizer = make_training(model, lr=0.01, eps=eps)
-    moments, conflicts = {}, 0
-    for step, layout in enumerate(STEPS):
-        slots = [
-            (
-                task,
-                [make_batch(task, size=2 + part, seed=100 * step + 10 * n + part) for part in range(count)],
-            )
-            for n, (task, count) in enumerate(layout)
-        ]
-        found = train_step(model, memory, optimizer, slots, step=step, seed=7, **options)
-        losses, rows, norm = textbook_step(plain, slots, moments, step=step, seed=7, options=options, eps=eps)
-        assert found.applied
-        present = [k for k, task in enumerate(memory.tasks) if task in losses]
-        for k, task in enumerate(memory.tasks):
-            expected = float(np.mean(losses[task])) if task in losses else math.nan
-            assert float(found.losses[k]) == pytest.approx(expected, rel=1e-4, nan_ok=True)  # float32, grown
-        gram = torch.zeros(3, 3, dtype=torch.float64)  # zero where a task is absent
-        gram[np.ix_(present, present)] = rows @ rows.T
-        scale = float(gram.diagonal().max())
-        torch.testing.assert_close(found.gram.double(), gram, rtol=0, atol=1e-4 * scale)
-        assert found.grad_norm == pytest.approx(norm, rel=1e-4)
-        assert found.num_tokens == sum(
-            int(batch["attention_mask"].sum()) for _, batches in slots for batch in batches
-        )
-        conflicts += int((gram < 0).any())
-    assert conflicts  # or PCGrad would be the plain sum
-    moved, expected = (
-        torch.cat([param.detach().flatten() for param in each.parameters()]) - start
-        for each in (model, plain)
-    )
-    assert expected.norm() > 0.1
-    # Gradients differ by 1e-7 or so, which eps lets an update show a thousandfold.
-    assert float((moved - expected).norm() / expected.norm()) < 1e-4
-    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-5)
-
-
-def test_all_slots_go_through_the_encoder_together(monkeypatch):
-    passes = []
-    model = make_model()
-    memory, optimizer = make_training(model)
-    encode = model.bert.encode
-    monkeypatch.setattr(
-        model.bert, "encode", lambda inputs, tasks: passes.append(tasks) or encode(inputs, tasks)
-    )
-    batch = make_batch("sts")
-    slots = [("sts", [batch] * 2), ("sst", [make_batch("sst")]), ("sts", [batch] * 3)]
-    train_step(model, memory, optimizer, slots, step=0, seed=0)
-    assert passes == [[2, 0, 2], [2, 2], [2]]
-
-
-def test_dropout_differs_between_parts_and_depends_on_nothing_else():
-    """The first part's dropout is that of a step without accumulation; the second's is another."""
-    model = make_model().train()
-    memory, optimizer = make_training(model, lr=0.0)
-    batch, state = make_batch("sst"), torch.get_rng_state()
-
-    def loss(parts, **numbers):
-        result = train_step(model, memory, optimizer, [("sst", [batch] * parts)], **numbers)
-        return float(result.losses[0])
-
-    first = loss(1, step=3, seed=1)
-    torch.set_rng_state(state)
-    torch.rand(7)
-    assert loss(1, step=3, seed=1) == first
-    both = loss(2, step=3, seed=1)
-    assert abs(2 * both - 2 * first) > 1e-4  # were the draws the same, so would be the mean
-    assert len({first, loss(1, step=4, seed=1), loss(1, step=3, seed=2)}) == 3
-    model.eval()
-    assert loss(2, step=3, seed=1) == pytest.approx(loss(1, step=3, seed=1), rel=1e-6)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_step_in_bfloat16_is_near_that_in_float32(accumulate):
-    """Gradients of each task, from bfloat16 layers, within 3 % of their length; losses within 1 %."""
-    outcomes = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = make_model(head_dropout_prob=0.0)
-        model.bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
-        memory = model.make_memory(dtype, dtype if accumulate == 1 else torch.float32)
-        optimizer = AdamW(memory.param_groups(0.01, 0.01, 0.01), lr=0.01)
-        slots = [
-            (task, [make_batch(task, seed=k + part) for part in range(accumulate)])
-            for k, task in enumerate(DEFAULT_TASKS)
-        ]
-        autocast = multitask_classifier.make_autocast("cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
-        result = train_step(
-            model, memory, optimizer, slots, step=0, seed=0, grad_method="sum", autocast=autocast
-        )
-        assert result.applied
-        outcomes.append((result.losses, shared_grads(memory), memory.grad.clone()))
-    (losses, rows, grad), (low_losses, low_rows, low_grad) = outcomes
-    torch.testing.assert_close(low_losses, losses, rtol=0.01, atol=0.0)
-    assert not torch.equal(low_losses, losses)
-    assert ((low_rows - rows).norm(dim=1) / rows.norm(dim=1)).max() < 0.03
-    assert (low_grad - grad).norm() / grad.norm() < 0.03
-
-
-@pytest.mark.parametrize("grad_method", ["sum", "pcgrad"])
-def test_clipping_scales_encoder_and_heads_together(grad_method):
-    gradients = []
-    for clip_norm in (0.0, 0.25):
-        model = make_model()
-        memory, optimizer = make_training(model, lr=0.0)
-        result = train_step(
-            model,
-            memory,
-            optimizer,
-            make_slots(),
-            step=0,
-            seed=0,
-            clip_norm=clip_norm,
-            grad_method=grad_method,
-        )
-        gradients.append(memory.grad.clone())
-    assert gradients[0].norm() == pytest.approx(result.grad_norm, rel=1e-4)  # before clipping
-    assert gradients[1].norm() == pytest.approx(0.25, rel=1e-4)
-    torch.testing.assert_close(gradients[1], gradients[0] * (0.25 / result.grad_norm), atol=1e-6, rtol=1e-3)
-
-
-def test_accumulation_is_the_mean_over_batches_and_equals_one_large_batch():
-    gradients = []
-    for sizes in ([4], [2, 2]):
-        model = make_model(head_dropout_prob=0.0)
-        model.bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
-        memory, optimizer = make_training(model, lr=0.0)
-        whole = make_batch("sst", size=4)
-        starts = np.cumsum([0, *sizes])
-        parts = [
-            {key: value[start : start + size] for key, value in whole.items()}
-            for start, size in zip(starts, sizes, strict=False)
-        ]
-        result = train_step(model, memory, optimizer, [("sst", parts)], step=0, seed=0)
-        gradients.append((memory.grad.clone(), result.losses[0]))
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
-
-
-def test_task_without_a_batch_keeps_its_head():
-    model = make_model()
-    memory, optimizer = make_training(model)
-    train_step(model, memory, optimizer, make_slots(), step=0, seed=0)
-    before = copy_weights(model)
-    result = train_step(model, memory, optimizer, make_slots(["sst", "sst"]), step=1, seed=0)
-    after = copy_weights(model)
-    moved = {name for name in after if not torch.equal(before[name], after[name])}
-    assert any(name.startswith("heads.sst") for name in moved)
-    assert not any(
-        name.startswith(("heads.para", "heads.sts")) for name in moved
-    )  # neither momentum nor decay
-    assert result.losses.isnan().tolist() == [False, True, True]
-    assert result.weights.tolist() == [1, 0, 0]
-
-
-@pytest.mark.parametrize("grad_method", ["sum", "mean", "pcgrad"])
-def test_mean_reduction_is_over_slots(grad_method):
-    """A task that fills all three slots with the same batch: their mean is the gradient of one."""
-    gradients = []
-    for tasks in (["sst"], ["sst"] * 3):
-        model = make_model(head_dropout_prob=0.0)
-        model.bert.apply(lambda module: setattr(module, "dropout_prob", 0.0))
-        memory, optimizer = make_training(model, lr=0.0)
-        slots = [(task, [make_batch(task)]) for task in tasks]
-        options = {"grad_method": grad_method, "grad_reduction": "mean"}
-        train_step(model, memory, optimizer, slots, step=0, seed=0, **options)
-        gradients.append(memory.grad[: memory.num_shared].clone())
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)  # float32 sums
-
-
-def test_gradient_surgery_uses_the_steps_own_generator():
-    """Other use of random numbers must not change a step, and the step must not depend on global state."""
-    outcomes = []
-    for noise in (0, 100):
-        model = make_model().train()
-        memory, optimizer = make_training(model)
-        torch.rand(noise)
-        train_step(model, memory, optimizer, make_slots(), step=5, seed=3)
-        outcomes.append(memory.data.clone())
-    assert torch.equal(*outcomes)
-
-
-def test_dropout_differs_between_steps_and_slots():
-    model = make_model().train()
-    memory, optimizer = make_training(model, lr=0.0)
-    batch = make_batch("sst")
-    losses = []
-    for step in (0, 1):
-        for slot in (0, 1):
-            slots = [("para", [make_batch("para")])] * slot + [("sst", [batch])]
-            losses.append(float(train_step(model, memory, optimizer, slots, step=step, seed=0).losses[0]))
-    assert len(set(losses)) == 4
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_step_that_is_not_finite_is_skipped_whole(where, monkeypatch):
-    model = make_model()
-    memory, optimizer = make_training(model)
-    before = memory.data.clone()
-    slots = make_slots()
-    if where == "loss":
-        slots[2][1][0]["labels"][0] = math.nan
-    else:
-
-        def spoil(module, inputs, output):
-            output.register_hook(lambda grad: grad * math.inf)  # losses stay finite
-
-        model.bert.embeddings.register_forward_hook(spoil)
-    result = train_step(model, memory, optimizer, slots, step=0, seed=0)
-    assert not result.applied
-    assert torch.equal(memory.data, before) and not optimizer.state
-    assert result.losses.isnan().tolist() == [False, False, where == "loss"]
-    assert math.isnan(result.grad_norm)
-    if where == "gradient":  # and the next step knows nothing of it
-        model.bert.embeddings._forward_hooks.clear()
-        result = train_step(model, memory, optimizer, slots, step=1, seed=0)
-        assert result.applied and memory.data.isfinite().all() and not torch.equal(memory.data, before)
-
-
-def test_head_runs_in_float32_under_autocast():
-    model = make_model().eval()
-    batch = make_batch("sts")
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model("sts", batch)
-    assert logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded on the way
 
 
 def test_make_seed_is_stable_and_sensitive():
@@ -481,47 +92,6 @@ def test_average_by_hand():
     assert averaged["cosine"] == {"a-b": -0.5} and averaged["conflict"] == {"a-b": 1.0}
     assert averaged["layer_cosine"] == {"embeddings": {"a-b": -0.25}, "layer.0": {"a-b": -0.25}}
     assert averaged["layer_conflict"] == {"embeddings": {"a-b": 0.5}, "layer.0": {"a-b": 0.5}}
-
-
-def test_grams_of_the_parts_add_up_and_are_those_of_their_parameters():
-    model = make_model()
-    memory, optimizer = make_training(model)
-    result = train_step(model, memory, optimizer, make_slots(), step=0, seed=1)
-    assert list(memory.parts) == ["embeddings", "layer.0", "layer.1"]  # the pooler is not trained
-    expected = torch.zeros(2, 3, 3, dtype=torch.float64)
-    for owner, param, start in memory.views:
-        for number in range(2):
-            if owner == "shared" and any(param is p for p in model.bert.encoder.layer[number].parameters()):
-                grads = shared_grads(memory)[:, start : start + param.numel()].double()
-                expected[number] += grads @ grads.T
-    # float32 sums of some thousand products
-    torch.testing.assert_close(result.part_grams[1:].double(), expected, rtol=1e-5, atol=1e-6)
-    grads = shared_grads(memory).double()
-    torch.testing.assert_close(result.gram.double(), grads @ grads.T, rtol=1e-5, atol=1e-6)
-
-
-def test_surgery_on_chosen_tasks_changes_their_gradients_only():
-    def weights(surgery_tasks):
-        model = make_model()
-        memory, optimizer = make_training(model)
-        slots = [(task, [make_batch(task, seed=number)]) for number, task in enumerate(DEFAULT_TASKS)]
-        slots[1][1][0]["labels"] = 1 - slots[1][1][0]["labels"]
-        result = train_step(
-            model, memory, optimizer, slots, step=0, seed=1, surgery_tasks=surgery_tasks, grad_method="pcgrad"
-        )
-        return result.weights, cosine_matrix(result.gram)
-
-    everything, cosines = weights(None)
-    assert (cosines < 0).any()  # or else there is nothing to see
-    assert torch.equal(weights(DEFAULT_TASKS)[0], everything)
-    none, _ = weights(())
-    assert torch.equal(none, torch.ones(3))
-    # What each task's adjustment adds to the weights adds up: they are adjusted independently, in the same orders.
-    alone = torch.stack([weights((task,))[0] - 1 for task in DEFAULT_TASKS])
-    torch.testing.assert_close(1 + alone.sum(0), everything)
-    assert all(
-        alone[k, k] == 0 for k in range(3)
-    )  # its own gradient stays whole; others are taken away from it
 
 
 def command(place, name, extra=""):
@@ -586,7 +156,7 @@ def signal_in(monkeypatch, name, number, times=1, call_number=3):
     monkeypatch.setattr(multitask_classifier, name, call)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("where", "saved"), [("train_step", 3), ("evaluate", 9), ("write_predictions", 9), ("read_data", None)]
 )
@@ -704,25 +274,17 @@ def test_nothing_undamaged_is_an_error_and_changes_nothing(place, no_plot, capsy
     assert (read_run(folder), (folder / "args.json").read_bytes()) == before
 
 
-def test_damaged_best_is_made_again_from_here_on(place, no_plot, capsys):
-    assert main(command(place, "no_best", "--max_steps 2 --eval_every 1")) == 0
-    folder = place / "no_best"
+@pytest.mark.parametrize("max_steps", [2, 3])  # finished, or to go on
+def test_damaged_best_is_made_again_from_here_on(place, no_plot, capsys, max_steps):
+    folder = place / f"no_best{max_steps}"
+    assert main(command(place, folder.name, "--max_steps 2 --eval_every 1")) == 0
     (folder / "best" / "model.safetensors").write_bytes(b"x")
     assert main(["--output_dir", str(folder), "--eval_only"]) == 2
     assert "best/model.safetensors: damaged" in capsys.readouterr().err
-    assert main(["--output_dir", str(folder), "--resume", "--max_steps", "3"]) == 0
+    assert main(["--output_dir", str(folder), "--resume", "--max_steps", str(max_steps)]) == 0
     assert "the best checkpoint from step 2 on will take its place" in capsys.readouterr().out
-    assert json.loads((folder / "best" / "state.json").read_text())["step"] == 3
+    assert json.loads((folder / "best" / "state.json").read_text())["step"] == max_steps
     assert main(["--output_dir", str(folder), "--eval_only"]) == 0
-
-
-def test_damaged_best_of_a_finished_run_is_made_again(place, no_plot, capsys):
-    assert main(command(place, "lost_best", "--max_steps 2")) == 0
-    folder = place / "lost_best"
-    (folder / "best" / "state.json").unlink()
-    assert main(["--output_dir", str(folder), "--resume"]) == 0
-    assert "from step 2 on will take its place" in capsys.readouterr().out
-    assert json.loads((folder / "best" / "state.json").read_text())["step"] == 2
 
 
 def test_args_json_that_is_lost_during_the_run_comes_back(place, no_plot, monkeypatch):
@@ -769,26 +331,10 @@ def test_evaluation_in_another_way_leaves_the_runs_scores(place, no_plot, capsys
     assert not path.read_text().endswith("\n\n")
 
 
-def test_signal_in_the_last_moment_of_training(place, no_plot, monkeypatch):
+def test_signal_in_the_last_moment_of_training(place, no_plot):
     """After the loop looked for the last time: it must not be lost."""
-    real = Run.save_last
-
-    def save(run):
-        real(run)
-        run.args.patience = signal_patience
-
-    class Patience(int):
-        """Zero; the signal comes when it is first looked at, which is after the signals were."""
-
-        def __bool__(self):
-            if not asked:
-                asked.append(True)
-                signal.raise_signal(signal.SIGTERM)
-            return False
-
-    asked, signal_patience = [], Patience()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save_last", save)
+        patch.setattr(Progress, "close", lambda progress: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as end:
             main(command(place, "last_moment", "--max_steps 1"))
     assert end.value.code == 143 and not (place / "last_moment" / "scores.json").exists()
@@ -1219,6 +765,94 @@ def test_prediction_files_hold_the_predictions_that_were_scored(place, no_plot, 
 
 
 def test_autocast_is_only_made_for_bf16():
-    assert multitask_classifier.make_autocast("cpu", "fp32") is nullcontext
-    with multitask_classifier.make_autocast("cpu", "bf16")():
+    assert make_autocast("cpu", "fp32") is nullcontext
+    with make_autocast("cpu", "bf16")():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+# --- nothing is overwritten that is not a prediction file of ours ----------------------------------
+
+
+@pytest.mark.parametrize("target", ["data/ids-sst-dev.csv", "kept/args.json", "notes.txt", "link.csv"])
+def test_output_never_replaces_another_file(place, no_plot, capsys, target):
+    if not (place / "kept").exists():
+        assert main(command(place, "kept", "--max_steps 1")) == 0
+        (place / "notes.txt").write_text("mine")
+        (place / "link.csv").symlink_to(place / "data" / "ids-sst-dev.csv")
+    before = (place / target).read_bytes()
+    flags = ["--sst_dev_out", str(place / target)]
+    for argv in (
+        [*command(place, "other", "--max_steps 1"), *flags],
+        ["--output_dir", str(place / "kept"), "--predict_only", *flags],
+    ):
+        capsys.readouterr()
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert "--sst_dev_out" in error and "is no prediction file" in error and error.count("\n") == 1
+    assert (place / target).read_bytes() == before
+
+
+def test_dangling_links_as_outputs_are_named(place, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for flag in ("--sst_dev_out", "--output_dir"):
+        assert main([*command(place, "dangling", "--max_steps 1"), flag, str(tmp_path / "link")]) == 2
+        error = capsys.readouterr().err
+        assert f"{flag} {tmp_path / 'link'}: is a link to" in error and "does not exist" in error
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_predictions_on_other_data_need_a_name(place, no_plot, tmp_path, capsys, split):
+    folder = place / "leaderboard"
+    if not folder.exists():
+        assert main(command(place, "leaderboard", "--max_steps 1")) == 0
+    own = folder / "predictions" / f"sst-{split}-output.csv"
+    before = own.read_bytes()
+    header, *rows = (place / "data" / TASKS["sst"].files[split]).read_text().splitlines(keepends=True)
+    (tmp_path / "few.csv").write_text(header + "".join(rows[:2]))
+    flags = ["--output_dir", str(folder), "--predict_only", f"--sst_{split}", str(tmp_path / "few.csv")]
+    assert main(flags) == 2
+    assert f"give --sst_{split}_out FILE" in capsys.readouterr().err and own.read_bytes() == before
+    assert main([*flags, f"--sst_{split}_out", str(tmp_path / "out.csv")]) == 0
+    assert (tmp_path / "out.csv").read_text().count("\n") == 3 and own.read_bytes() == before
+
+
+def test_longer_run_says_what_becomes_of_the_learning_rate(place, no_plot, capsys):
+    """Linear, no warm-up: at step 2 of 2 nothing is left, of 8 three quarters."""
+    assert main(command(place, "length", "--max_steps 2 --warmup_steps 0 --lr 0.004")) == 0
+    capsys.readouterr()
+    assert main(["--output_dir", str(place / "length"), "--resume", "--max_steps", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "ends at step 8 now, before it was 2" in printed
+    assert "next learning rate is 3.00e-03 instead of 0.00e+00" in printed
+
+
+def test_errors_that_need_no_data_come_before_the_data(place, no_plot, capsys):
+    assert main(command(place, "quick", "--max_steps 1")) == 0
+    for flags, message in (("", "holds a run already"), ("--overwrite --device cuda:99", "--device cuda:99")):
+        capsys.readouterr()
+        assert main(command(place, "quick", flags)) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and "examples from" not in printed.out
+
+
+def test_every_file_of_a_run_follows_the_umask(place, no_plot):
+    before = os.umask(0o027)
+    try:
+        assert main(command(place, "modes_of_files", "--max_steps 1")) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (place / "modes_of_files").rglob("*") if path.is_file()]
+    assert len(files) > 10 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback():
+    code = (
+        "import signal, sys; sys.argv = ['x', '--help']; import runpy, builtins; real = builtins.__import__\n"
+    )
+    code += "def stop(name, *rest):\n    if name == 'torch': signal.raise_signal(signal.SIGINT)\n"
+    code += "    return real(name, *rest)\nbuiltins.__import__ = stop\n"
+    code += "runpy.run_path('multitask_classifier.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == -signal.SIGINT and not done.stderr

@@ -1,4 +1,4 @@
-"""Tests of pcgrad.py: inner products and weights against the papers' vector forms, hand-worked cases, properties."""
+"""pcgrad.py: inner products and weights against the papers' vector forms, hand-worked cases, properties."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ from pcgrad import (
     CHUNK_SIZE,
     COSINE_EMA_BETA,
     GRAD_METHODS,
+    GRAD_REDUCTIONS,
     cosine_matrix,
     gradvac,
     gram_matrix,
@@ -74,16 +75,21 @@ def textbook_gradvac(grads: torch.Tensor, orders: list[list[int]], targets: torc
 # --- inner products ----------------------------------------------------------------------------------------------
 
 
+# Around the borders of blocks and chunks, and sizes that none of them divides.
+SIZES = [0, 1, 7, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 11]
+CHUNKED_SIZES = [CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + BLOCK_SIZE + 11]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tasks", [1, 3])
-@pytest.mark.parametrize(
-    "num_params", [0, 1, 7, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 11]
-)
-def test_gram_matrix_equals_the_product_in_float64(num_tasks, num_params):
-    grads = torch.randn(num_tasks, num_params, generator=seeded(num_params))
+@pytest.mark.parametrize("num_params", SIZES + CHUNKED_SIZES)
+def test_gram_matrix_equals_the_product_in_float64(num_tasks, num_params, dtype):
+    grads = torch.randn(num_tasks, num_params, generator=seeded(num_params)).to(dtype)
     gram = gram_matrix(grads)
     exact = grads.double() @ grads.double().T
     assert gram.shape == (num_tasks, num_tasks) and gram.dtype == torch.float32
-    # Relative to the lengths: float32 has 1.2e-7, and sums over a block add a little to it.
+    # Relative to the lengths: float32 has 1.2e-7, and sums over a block add a little to it. Rounding bfloat16's
+    # products even once to bfloat16 would be off by 4e-3.
     scale = float(exact.diagonal().max()) if num_params else 1.0
     torch.testing.assert_close(gram.double(), exact, rtol=0, atol=1e-5 * scale)
 
@@ -91,25 +97,7 @@ def test_gram_matrix_equals_the_product_in_float64(num_tasks, num_params):
 def test_gram_matrix_by_hand():
     expected = torch.tensor([[18.0, -22.0], [-22.0, 38.0]])
     assert torch.equal(gram_matrix(CONFLICT), expected)  # small whole numbers are exact
-
-
-# Rows of more than one chunk, and a size that no chunk or block divides.
-CHUNK_SIZES = [0, 1, 7, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + BLOCK_SIZE + 11]
-
-
-@pytest.mark.parametrize("num_params", CHUNK_SIZES)
-def test_gram_matrix_of_bfloat16_multiplies_exactly_and_sums_in_float32(num_params):
-    grads = torch.randn(3, num_params, generator=seeded(num_params)).bfloat16()
-    gram = gram_matrix(grads)
-    exact = grads.double() @ grads.double().T
-    assert gram.shape == (3, 3) and gram.dtype == torch.float32
-    # As for float32: rounding even once to bfloat16 would be off by 4e-3.
-    scale = float(exact.diagonal().max()) if num_params else 1.0
-    torch.testing.assert_close(gram.double(), exact, rtol=0, atol=1e-5 * scale)
-
-
-def test_gram_matrix_of_bfloat16_by_hand():
-    assert torch.equal(gram_matrix(CONFLICT.bfloat16()), torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
+    assert torch.equal(gram_matrix(CONFLICT.bfloat16()), expected)
     # 65537 takes 17 bits, 1 + 2**-16 as many: with the 8 of bfloat16 they would be 65536 and 1.
     grads = torch.tensor([[256.0, 1.0, 2**-5], [1.0, 2**-8, 0.0]]).bfloat16()
     expected = torch.tensor([[65537.0 + 2**-10, 256 + 2**-8], [256 + 2**-8, 1 + 2**-16]])
@@ -118,7 +106,7 @@ def test_gram_matrix_of_bfloat16_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tasks", [1, 3])
-@pytest.mark.parametrize("num_params", CHUNK_SIZES)
+@pytest.mark.parametrize("num_params", [0, 1, 7, *CHUNKED_SIZES])
 def test_weighted_sum_equals_the_product_in_float64(num_params, num_tasks, dtype):
     generator = seeded(num_params)
     grads = torch.randn(num_tasks, num_params, generator=generator).to(dtype)
@@ -153,10 +141,10 @@ def test_only_adjusted_tasks_change(method):
 
     def combine(*adjusted):
         flags = [i in adjusted for i in range(4)]
-        return GRAD_METHODS[method](gram, seeded(3), ema, flags)
+        return GRAD_METHODS[method].weights(gram, seeded(3), ema, flags)
 
     assert torch.equal(combine(), torch.ones(4, dtype=torch.float64))
-    everything = GRAD_METHODS[method](gram, seeded(3), ema)
+    everything = GRAD_METHODS[method].weights(gram, seeded(3), ema)
     assert torch.equal(combine(0, 1, 2, 3), everything)
     # Tasks are adjusted independently of each other, so their changes add up (float64).
     torch.testing.assert_close(1 + sum(combine(i) - 1 for i in range(4)), everything)
@@ -174,9 +162,7 @@ def test_cosine_matrix_by_hand():
 def test_cosine_matrix_stays_in_range_and_finite():
     all_zero = cosine_matrix(torch.zeros(3, 3))
     assert torch.equal(all_zero, torch.zeros(3, 3))
-    rounded = torch.tensor(
-        [[1.0, 1.0001], [1.0001, 1.0]]
-    )  # inner products that rounding made a bit too large
+    rounded = torch.tensor([[1.0, 1.0001], [1.0001, 1.0]])  # inner products rounded up
     assert cosine_matrix(rounded).max() == 1 and cosine_matrix(-rounded).min() >= -1
     for scale in (1e-15, 1e15):  # lengths whose squares still fit into float32
         torch.testing.assert_close(
@@ -209,9 +195,8 @@ def test_pcgrad_on_hand_worked_conflict():
     weights = pcgrad(gram_matrix(CONFLICT), seeded(0))
     torch.testing.assert_close(weights, torch.tensor([1 + 22 / 18, 1 + 22 / 38]))  # float32
     combined = weights @ CONFLICT
-    torch.testing.assert_close(
-        combined, torch.tensor([0.5848, 3.8012, 3.8012]), rtol=0, atol=5e-5
-    )  # 4 decimals
+    expected = torch.tensor([0.5848, 3.8012, 3.8012])  # 4 decimals
+    torch.testing.assert_close(combined, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 3, 4, 5])
@@ -229,9 +214,8 @@ def test_pcgrad_equals_the_vector_form(num_tasks):
 def test_pcgrad_from_float32_gradients():
     """The path of a run: float32 rows, blockwise inner products, weights back in float32."""
     grads = random_grads(3, 2 * BLOCK_SIZE + 5, seed=1)
-    grads[1] -= (
-        5 * grads[0] * grads[1].norm() / grads[0].norm()
-    )  # high-dimensional noise alone hardly conflicts
+    # Noise of many dimensions alone hardly conflicts.
+    grads[1] -= 5 * grads[0] * grads[1].norm() / grads[0].norm()
     weights = pcgrad(gram_matrix(grads.float()), seeded(1))
     expected = textbook_pcgrad(grads, draw_orders(3, 1))
     assert weights.dtype == torch.float32
@@ -278,11 +262,8 @@ def test_a_task_never_projects_onto_itself():
 
 def test_without_conflict_pcgrad_is_the_plain_sum():
     grads = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0], [1.0, 1.0, 0.5]])  # one pair at a right angle
-    assert torch.equal(pcgrad(gram_matrix(grads), seeded(0)), torch.ones(3))
-
-
-def test_identical_gradients_add_up():
-    assert torch.equal(pcgrad(torch.full((3, 3), 7.0), seeded(0)), torch.ones(3))
+    for gram in (gram_matrix(grads), torch.full((3, 3), 7.0)):  # and three that are the same
+        assert torch.equal(pcgrad(gram, seeded(0)), torch.ones(3))
 
 
 def test_opposite_gradients_cancel():
@@ -302,9 +283,8 @@ def test_zero_gradient_neither_changes_nor_is_changed():
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])  # squared lengths still fit into float32
 def test_pcgrad_does_not_depend_on_a_common_scale(scale):
     weights = pcgrad(gram_matrix(CONFLICT * scale), seeded(0))
-    torch.testing.assert_close(
-        weights, pcgrad(gram_matrix(CONFLICT), seeded(0)), rtol=1e-5, atol=0
-    )  # float32
+    expected = pcgrad(gram_matrix(CONFLICT), seeded(0))
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=0)  # float32
 
 
 def test_pcgrad_with_gradients_of_very_different_length():
@@ -386,8 +366,17 @@ def test_every_method_has_a_hand_worked_row():
 
 @pytest.mark.parametrize("method", HAND_COMBINED)
 def test_method_on_hand_worked_conflict(method):
-    combined = GRAD_METHODS[method](gram_matrix(CONFLICT), seeded(0)) @ CONFLICT
+    combined = GRAD_METHODS[method].weights(gram_matrix(CONFLICT), seeded(0)) @ CONFLICT
     torch.testing.assert_close(combined, torch.tensor(HAND_COMBINED[method]), rtol=0, atol=5e-5)  # 4 decimals
+
+
+def test_what_the_rows_say():
+    assert [name for name, method in GRAD_METHODS.items() if method.is_mean] == ["mean"]
+    assert [name for name, method in GRAD_METHODS.items() if method.changes_gradients] == [
+        "pcgrad",
+        "gradvac",
+    ]
+    assert {method.reduction for method in GRAD_METHODS.values()} == set(GRAD_REDUCTIONS)
 
 
 def awkward_grads() -> dict[str, torch.Tensor]:
@@ -405,9 +394,8 @@ def awkward_grads() -> dict[str, torch.Tensor]:
         "huge": 1e17 * torch.randn(3, 9, generator=generator),
         "tiny": 1e-17 * torch.randn(3, 9, generator=generator),
         "tiny beyond float32": 1e-25 * torch.randn(3, 9, generator=generator),  # the inner products are 0
-        "one square underflows": torch.stack(
-            [1e10 * one, -1e-25 * one]
-        ),  # inner products: large, -1e-15 or so, 0
+        # Inner products: large, -1e-15 or so, 0.
+        "one square underflows": torch.stack([1e10 * one, -1e-25 * one]),
         "huge and tiny": torch.stack([1e15 * one, -1e-15 * one, 1e-15 * other]),
         "single task": one[None],
     }
@@ -420,7 +408,7 @@ def test_weights_have_shape_and_type_are_finite_and_inputs_unmodified(method, ca
     gram = gram_matrix(awkward_grads()[case])
     ema = random_targets(len(gram), 3).float() if with_ema else None
     kept, kept_ema = gram.clone(), None if ema is None else ema.clone()
-    weights = GRAD_METHODS[method](gram, seeded(0), ema)
+    weights = GRAD_METHODS[method].weights(gram, seeded(0), ema)
     assert weights.shape == (len(gram),) and weights.dtype == gram.dtype
     assert weights.isfinite().all()
     assert torch.equal(gram, kept)
@@ -430,14 +418,8 @@ def test_weights_have_shape_and_type_are_finite_and_inputs_unmodified(method, ca
 @pytest.mark.parametrize("method", GRAD_METHODS)
 def test_single_task_keeps_its_gradient(method):
     gram = torch.tensor([[5.0]])
-    assert torch.equal(GRAD_METHODS[method](gram, seeded(0)), torch.ones(1))
-    assert torch.equal(GRAD_METHODS[method](gram, seeded(0), torch.ones(1, 1)), torch.ones(1))
-
-
-@pytest.mark.parametrize("method", GRAD_METHODS)
-def test_methods_work_in_float64(method):
-    grads = random_grads(3, 4, seed=0)
-    assert GRAD_METHODS[method](grads @ grads.T, seeded(0)).dtype == torch.float64
+    assert torch.equal(GRAD_METHODS[method].weights(gram, seeded(0)), torch.ones(1))
+    assert torch.equal(GRAD_METHODS[method].weights(gram, seeded(0), torch.ones(1, 1)), torch.ones(1))
 
 
 @pytest.mark.parametrize("method", GRAD_METHODS)
@@ -445,12 +427,14 @@ def test_same_seed_gives_the_same_bits_and_global_random_state_is_untouched(meth
     grads = random_grads(5, 3, seed=11)
     gram, ema = grads @ grads.T, random_targets(5, 4)
     state = torch.get_rng_state()
-    weights = GRAD_METHODS[method](gram, seeded(2), ema)
-    assert torch.equal(torch.get_rng_state(), state)
+    weights = GRAD_METHODS[method].weights(gram, seeded(2), ema)
+    assert weights.dtype == torch.float64 and torch.equal(torch.get_rng_state(), state)
     torch.rand(3)  # a random call elsewhere changes nothing
-    assert torch.equal(GRAD_METHODS[method](gram, seeded(2), ema), weights)
-    results = {tuple(GRAD_METHODS[method](gram, seeded(seed), ema).tolist()) for seed in range(20)}
-    assert (len(results) > 1) == (method in ("pcgrad", "gradvac"))  # the seed matters where an order is drawn
+    assert torch.equal(GRAD_METHODS[method].weights(gram, seeded(2), ema), weights)
+    results = {tuple(GRAD_METHODS[method].weights(gram, seeded(seed), ema).tolist()) for seed in range(20)}
+    assert (len(results) > 1) == GRAD_METHODS[
+        method
+    ].changes_gradients  # the seed matters where an order is drawn
 
 
 @pytest.mark.parametrize("method", GRAD_METHODS)
@@ -461,7 +445,7 @@ def test_renaming_the_tasks_renames_the_weights(method):
     permuted, ema = grads[permutation], random_targets(3, 6)
     results, renamed = set(), set()
     for seed in range(200):  # at most 8 results, each with probability of at least 1/8: all come up
-        results.add(rounded(GRAD_METHODS[method](grads @ grads.T, seeded(seed), ema)[permutation]))
+        results.add(rounded(GRAD_METHODS[method].weights(grads @ grads.T, seeded(seed), ema)[permutation]))
         moved = ema[permutation][:, permutation]
-        renamed.add(rounded(GRAD_METHODS[method](permuted @ permuted.T, seeded(seed), moved)))
+        renamed.add(rounded(GRAD_METHODS[method].weights(permuted @ permuted.T, seeded(seed), moved)))
     assert results == renamed

@@ -1,14 +1,24 @@
-"""A tiny encoder and a few rows of data, so that whole runs take a fraction of a second."""
+"""Tiny encoders, models, batches and data files, so that steps and whole runs take a fraction of a second.
+
+Shapes: R sequences in a batch, T padded length, K tasks, P parameters of the encoder.
+"""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 from bert import BertModel
-from config import TASKS, BertConfig
+from config import DEFAULT_TASKS, TASKS, BertConfig
+from heads import HEADS, MultitaskBERT
 from kernels.flat_memory import FlatMemory
+from multitask_classifier import StepResult, TaskBatch, train_step
+from optimizer import AdamW
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
+from training.settings import StepSettings
 from training.sources import EXTRA_SOURCES
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
@@ -60,8 +70,69 @@ def make_data(folder: Path, start: int = 0) -> Path:
     return folder
 
 
+# --- models, batches and steps -------------------------------------------------------------------------------
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Make every parameter matter: no zero biases, no identity LayerNorm."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            param.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
+    return module
+
+
+def make_model(
+    heads: dict[str, str] | str = "diff",
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    dropout: bool = True,
+    **options,
+) -> MultitaskBERT:
+    """A multitask model with random weights; `heads` by task, or one for all pairs."""
+    torch.manual_seed(1)
+    if isinstance(heads, str):
+        heads = {task: heads if TASKS[task].is_pair else "single" for task in tasks}
+    bert = BertModel(make_config(50, initializer_range=0.2))
+    model = MultitaskBERT(bert, {task: TASKS[task] for task in tasks}, heads, **options)
+    if not dropout:
+        for module in model.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+    return model
+
+
+def make_batch(task: str, head: str = "diff", size: int = 3, seed: int = 0, positions: int = 7) -> dict:
+    """A random batch of a task with padding on the right, as `TaskData.batch` makes it."""
+    rng = np.random.default_rng(seed)
+    num_sequences = size * (2 if TASKS[task].is_pair and not HEADS[head].joint else 1)
+    lengths = rng.integers(min(3, positions), positions + 1, (num_sequences, 1))
+    mask = torch.from_numpy((np.arange(positions) < lengths).astype(np.int64))  # (R, T)
+    low, high = TASKS[task].label_range
+    return {
+        "input_ids": torch.from_numpy(rng.integers(5, 50, (num_sequences, positions))) * mask,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(mask),
+        "labels": torch.from_numpy(rng.integers(low, high + 1, size).astype(np.float32)),
+    }
+
+
+def make_task_batches(tasks: Sequence[str] = DEFAULT_TASKS, head: str = "diff") -> list[TaskBatch]:
+    """One batch of each task, in one piece."""
+    return [TaskBatch(task, [make_batch(task, head, seed=number)]) for number, task in enumerate(tasks)]
+
+
+def make_training(model: MultitaskBERT, lr: float = 0.01, **options) -> tuple[FlatMemory, AdamW]:
+    memory = model.move_to_flat_memory()
+    return memory, AdamW(memory.param_groups(lr, lr, 0.01), lr=lr, **options)
+
+
+def take_step(training: tuple, task_batches: Sequence[TaskBatch], *, step: int = 0, **settings) -> StepResult:
+    """`train_step` with a model, its memory and its optimizer, and `StepSettings` written out."""
+    settings = StepSettings(**{"seed": 0, **settings})
+    return train_step(*training, task_batches, settings, step=step)
+
+
 def shared_grads(memory: FlatMemory) -> torch.Tensor:
     """All task gradients of the encoder, in the order of the flat buffer, (K, P)."""
-    borders = (0, memory.matrices.start, memory.matrices.stop, memory.num_shared)
-    pieces = [memory._stored(slice(borders[n], borders[n + 1])) for n in range(3)]
-    return torch.cat([piece.float() for piece in pieces], dim=1)
+    pieces = [memory.stored_grads(section) for section in memory.layout.sections]
+    return torch.cat([memory.other_grads[:, :0].float(), *(piece.float() for piece in pieces)], dim=1)

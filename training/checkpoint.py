@@ -1,8 +1,9 @@
-"""Files that are whole or not there at all, and checkpoints: folders of safetensors and JSON that carry checksums.
+"""Checkpoints: folders of safetensors and JSON that are whole or not there at all, and carry checksums.
 
-A checkpoint is written beside the one before it, put on disk, then given its name by a rename. The one before moves on
-from `last/` to `last.1/`, and so on. `SHA256SUMS`, written last, is in the form that `sha256sum -c` reads. Every
-checkpoint is also a Hugging Face BERT folder, so `--pretrained RUN/best` starts from the encoder of another run.
+A checkpoint is written beside the one before it, put on disk, then given its name by a rename. The one before
+moves on from `last/` to `last.1/`, and so on. `SHA256SUMS`, written last, is in the form that `sha256sum -c`
+reads. Every checkpoint is also a Hugging Face BERT folder, so `--pretrained RUN/best` starts from the encoder
+of another run.
 """
 
 import json
@@ -19,14 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from heads import MultitaskBERT
 from support.errors import UserError
-from support.files import file_digest, is_regular, read_bytes, read_json, sync
+from support.files import default_mode, file_digest, is_regular, read_bytes, read_json, sync
 from tokenizer import BertTokenizer
 
 SUMS_FILE = "SHA256SUMS"  # written last: a folder that holds it is complete
 STATE_FILE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
 
-# --- checkpoint folders ------------------------------------------------------------------------------------------
+# --- checkpoint folders ---------------------------------------------------------------------------
 
 
 def numbered(folder: Path, number: int) -> Path:
@@ -42,7 +44,7 @@ def versions(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, write: Callable[[Path], None], keep: int = 1) -> None:
-    """Write a checkpoint so that a kill, a power cut or a full disk at any moment leaves it or the one before.
+    """Write a checkpoint: a kill, a power cut or a full disk at any moment leaves it or the one before.
 
     Args:
         write: fills an empty folder with files.
@@ -82,7 +84,7 @@ def remove_newer(folder: Path, good: Path) -> None:
 
 
 def remove_checkpoint(path: Path, folder: Path) -> None:
-    """Remove one of the versions of a checkpoint; it loses its name first, so that no half of it is left under it.
+    """Remove one version of a checkpoint. It loses its name first, so that no half of it can keep that.
 
     A run does not end because something old cannot be removed: that is a warning.
     """
@@ -145,7 +147,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged one of a checkpoint and those before it; None if there is none at all. Warns of damage.
+    """The newest undamaged version of a checkpoint; None if there is none at all. Warns of damage.
 
     Raises:
         UserError: if there are some, all damaged.
@@ -171,7 +173,7 @@ def need_checkpoint(folder: Path) -> Path:
     return path
 
 
-# --- what is in them ---------------------------------------------------------------------------------------------
+# --- what is in them ------------------------------------------------------------------------------
 
 
 def write_model(folder: Path, model: MultitaskBERT, tokenizer: BertTokenizer, state: dict) -> None:
@@ -201,10 +203,16 @@ def load_state(folder: Path) -> dict:
     return read_json(folder / STATE_FILE)
 
 
+def add_moments(optimizer: torch.optim.Optimizer, param: torch.Tensor, step: int) -> None:
+    """Make room for the moments of a parameter that was updated `step` times, to be loaded into."""
+    optimizer.state[param] = {"step": step, **{name: torch.zeros_like(param) for name in MOMENTS}}
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(default_mode())  # the library makes files that only their owner can read
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{path}: cannot be written ({error})") from None
 

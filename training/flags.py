@@ -12,7 +12,7 @@ from datasets import SAMPLERS
 from evaluation import OVERALLS, PREDICTION_STYLES
 from heads import PAIR_HEADS, POOLINGS
 from optimizer import SCHEDULES
-from pcgrad import GRAD_METHODS
+from pcgrad import GRAD_METHODS, GRAD_REDUCTIONS
 from support.command_line import OneLineParser, number
 from support.errors import UserError
 from training.run_folder import ARGS_FILE, read_args_file
@@ -267,7 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     multitask.add_argument(
         "--grad_reduction",
-        choices=("sum", "mean"),
+        choices=GRAD_REDUCTIONS,
         help="sum or mean over the step's slots (default: sum; mean for --grad_method mean)",
     )
     multitask.add_argument(
@@ -396,8 +396,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--extra_data {stray[0]} feeds {EXTRA_SOURCES[stray[0]].task}, which is not among --tasks"
             f" {','.join(args.tasks)}"
         )
-    if args.grad_method == "mean" and args.grad_reduction == "sum":
-        parser.error("--grad_method mean and --grad_reduction sum contradict each other")
+    method = GRAD_METHODS[args.grad_method]
+    if method.is_mean and args.grad_reduction not in (None, method.reduction):
+        parser.error(
+            f"--grad_method {args.grad_method} and --grad_reduction {args.grad_reduction} contradict each other"
+        )
     if args.output_dir == "":
         parser.error("--output_dir is empty; expected a folder")
     return args

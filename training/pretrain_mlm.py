@@ -3,11 +3,9 @@
     python -m training.pretrain_mlm --data_dir data --output_dir runs/mlm --max_steps 300
     python multitask_classifier.py --pretrained runs/mlm
 
-Masking as in BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805), drawn anew for every batch; further training
-on the text of the task as in "Don't stop pretraining" (Gururangan et al. 2020, https://arxiv.org/abs/2004.10964).
-No sentence of a dev or test file is trained on, not even one that a train file has too.
-
-Shapes: B sentences, T padded length in word pieces, H hidden_size, V vocab_size, M masked positions of a batch.
+Further training on the text of the task as in "Don't stop pretraining" (Gururangan et al. 2020,
+https://arxiv.org/abs/2004.10964); masks and head are in masked_lm.py. No sentence of a dev or test file is
+trained on, not even one that a train file has too.
 """
 
 import argparse
@@ -18,35 +16,34 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from base_bert import (
-    check_shape,
     check_vocab_size,
-    copy_weight,
-    encoder_tensors,
-    read_tensors,
     resolve_pretrained,
 )
-from bert import ACTIVATIONS, BertModel
+from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig
-from datasets import BatchOrder, TokenArrays, read_rows, warning_lines
-from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor
-from support.command_line import OneLineParser, Signals, Stopped, catch_signals, number, run_script
-from support.device import explain_memory, is_bf16_fast, make_autocast, resolve_device
+from datasets import BatchOrder, Rows, read_rows, warning_lines
+from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
+from support.command_line import OneLineParser, StopRequest, catch_signals, number, run_script
+from support.device import is_bf16_fast, make_autocast, out_of_memory_hint, resolve_device, to_device
 from support.errors import UserError
 from support.files import lock_folder, read_json, sync, write_text
 from support.seeds import make_seed
-from tokenizer import SPECIAL_TOKENS, BertTokenizer
+from tokenizer import BertTokenizer
 from training.checkpoint import (
+    MOMENTS,
     STATE_FILE,
+    add_moments,
     copy_tensors,
     find_checkpoint,
     load_state,
@@ -57,135 +54,18 @@ from training.checkpoint import (
     write_checkpoint,
 )
 from training.flags import COUNT, NOT_NEGATIVE, POSITIVE, PRECISIONS, PROBABILITY, source_list, task_list
-from training.run_folder import write_args
+from training.masked_lm import BertForMaskedLM, MaskedText, load_head
+from training.run_folder import ARGS_FILE, changed_flags, write_args
 from training.sources import EXTRA_SOURCES, add_sources, text_key
 
-HEAD_PREFIX = "cls.predictions."  # of the head's weights in Hugging Face's checkpoints
 LAST = "last"  # the checkpoint that an unfinished run goes on from
 TENSORS_FILE = "training.safetensors"  # in it
 ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
-# In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is ours.
+# In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is
+# ours.
 OUTPUT_FILES = (*ENCODER_FILES, "metrics.jsonl", "args.json")
 SHRINK = "try a smaller --batch_size or --max_length"
 RESUME_MAY_CHANGE = {"output_dir", "data_dir", "overwrite", "log_every", "save_every"}
-
-
-# --- masking and the model ---------------------------------------------------------------------------------------
-
-
-def mask_tokens(
-    input_ids: torch.Tensor,
-    is_word: torch.Tensor,
-    mask_token_id: int,
-    mlm_prob: float,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose positions to predict; 80 % of them become [MASK], 10 % a random word piece, 10 % stay as they are.
-
-    Args:
-        input_ids: (B, T) int64, on the CPU.
-        is_word: (V,) bool, False for special tokens, which are neither chosen nor put in.
-        mlm_prob: probability of each word piece to be chosen, in (0, 1). At least one is, whatever the draw.
-
-    Returns:
-        the masked copy of `input_ids` and which positions are to be predicted, bool, both (B, T).
-
-    Raises:
-        ValueError: if there are special tokens only.
-    """
-    candidates = is_word[input_ids]
-    if not candidates.any():
-        raise ValueError("input_ids holds special tokens only; expected at least one other word piece")
-    draws = torch.rand(input_ids.shape, generator=generator)
-    chosen = candidates & ((draws < mlm_prob) | (draws == draws[candidates].min()))
-    action = torch.rand(input_ids.shape, generator=generator)
-    words = is_word.nonzero().squeeze(1)
-    random_words = words[torch.randint(len(words), input_ids.shape, generator=generator)]
-    masked = torch.where(chosen & (action < 0.8), mask_token_id, input_ids)
-    return torch.where(chosen & (action >= 0.8) & (action < 0.9), random_words, masked), chosen
-
-
-class MaskedText:
-    """Tokenized sentences, each with at least one word piece to mask; `batch` masks them.
-
-    Raises:
-        UserError: if no sentence is left.
-    """
-
-    def __init__(self, sentences: list[str], tokenizer: BertTokenizer, max_length: int, mlm_prob: float):
-        special = tokenizer.encode(" ".join(SPECIAL_TOKENS))["input_ids"]
-        self.is_word = torch.ones(len(tokenizer), dtype=torch.bool)
-        self.is_word[special] = False
-        self.tokenizer, self.mlm_prob = tokenizer, mlm_prob
-        encodings = tokenizer.encode_batch(sentences, max_length)
-        encodings = [encoding for encoding in encodings if set(encoding["input_ids"]).difference(special)]
-        if not encodings:
-            raise UserError(f"--data_dir: {len(sentences)} sentences, none with a word piece to mask")
-        self.sequences = TokenArrays.from_encodings(encodings)
-        self.lengths = self.sequences.lengths
-
-    def batch(self, rows: np.ndarray, seed: int) -> dict[str, torch.Tensor]:
-        """`input_ids` (masked), `attention_mask`, `chosen`, all (B, T), and `labels` (M,); the same for the same seed."""
-        padded = self.sequences.pad(rows, self.tokenizer.pad_token_id)
-        mask_token_id, generator = self.tokenizer.mask_token_id, torch.Generator().manual_seed(seed)
-        masked, chosen = mask_tokens(
-            padded["input_ids"], self.is_word, mask_token_id, self.mlm_prob, generator
-        )
-        batch = {"input_ids": masked, "attention_mask": padded["attention_mask"], "chosen": chosen}
-        return batch | {"labels": padded["input_ids"][chosen]}
-
-
-class BertForMaskedLM(nn.Module):
-    """The encoder and BERT's prediction head, whose last matrix is the word embedding itself.
-
-    `predictions` has Hugging Face's parameter names. The pooler has no part in this and is frozen.
-    """
-
-    def __init__(self, bert: BertModel):
-        super().__init__()
-        config = bert.config
-        self.bert = bert
-        bert.pooler.requires_grad_(False)
-        dense = nn.Linear(config.hidden_size, config.hidden_size)
-        nn.init.normal_(dense.weight, std=config.initializer_range)
-        nn.init.zeros_(dense.bias)
-        layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.predictions = nn.Module()
-        self.predictions.transform = nn.ModuleDict({"dense": dense, "LayerNorm": layer_norm})
-        self.predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chosen: torch.Tensor
-    ) -> torch.Tensor:
-        """Float32 logits (M, V) at the M chosen positions only; all arguments are (B, T)."""
-        hidden_states = self.bert(input_ids, attention_mask)["last_hidden_state"][chosen]  # (M, H)
-        transform = self.predictions.transform
-        hidden_states = transform["LayerNorm"](self.activation(transform["dense"](hidden_states)))
-        word_embeddings = self.bert.embeddings.word_embeddings.weight  # (V, H)
-        return F.linear(hidden_states, word_embeddings, self.predictions.bias).float()
-
-    def loss(self, batch: dict[str, torch.Tensor], reduction: str = "mean") -> torch.Tensor:
-        """Cross-entropy over the chosen positions of a `MaskedText.batch`, in nats."""
-        logits = self(batch["input_ids"], batch["attention_mask"], batch["chosen"])
-        return F.cross_entropy(logits, batch["labels"], reduction=reduction)
-
-
-def load_head(model: BertForMaskedLM, name: str) -> str:
-    """Take the head's weights from the checkpoint `name` as far as it has them; the line says which.
-
-    Raises:
-        UserError: if one has another shape than the encoder asks for, or is not finite.
-    """
-    folder = resolve_pretrained(name)
-    stored = encoder_tensors(read_tensors(folder), folder)
-    expected = model.predictions.state_dict()
-    found = {key: stored[HEAD_PREFIX + key] for key in expected if HEAD_PREFIX + key in stored}
-    for key, tensor in found.items():
-        check_shape(name, HEAD_PREFIX + key, tensor, tuple(expected[key].shape))
-        copy_weight(name, HEAD_PREFIX + key, tensor, expected[key])
-    new = [key for key in expected if key not in found]
-    return f"{len(found)} of {len(expected)} weights loaded" + (f"; new: {', '.join(new)}" if new else "")
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
@@ -241,14 +121,14 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: int, autocast) -> float:
-    """Mean cross-entropy over masked positions in nats, with masks that depend on the seed only; keeps the mode."""
+    """Mean cross-entropy over masked positions in nats; the masks depend on the seed only. Keeps the mode."""
     device, mode = model.predictions.bias.device, model.training
     model.eval()
     order = np.argsort(text.lengths, kind="stable")
     total, count = 0.0, 0
     for start in range(0, len(order), batch_size):
         batch = text.batch(order[start : start + batch_size], make_seed(seed, start))
-        batch = {key: value.to(device) for key, value in batch.items()}
+        batch = to_device(batch, device)
         with autocast():
             total += model.loss(batch, reduction="sum").item()
         count += len(batch["labels"])
@@ -256,7 +136,7 @@ def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: in
     return total / count
 
 
-# --- a run -------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -318,135 +198,160 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_run(args: argparse.Namespace) -> dict | None:
-    """What `args.json` says of an unfinished run in --output_dir; None if there is nothing to go on from.
+@dataclass(frozen=True)
+class MlmSettings:
+    """What the training loop is told, every flag resolved; fields are named after their flags."""
+
+    folder: Path  # --output_dir
+    seed: int
+    batch_size: int
+    max_steps: int
+    lr: float
+    schedule: str
+    warmup_ratio: float
+    clip_norm: float
+    precision: str
+    device: str
+    log_every: int
+    save_every: int
+
+
+@dataclass
+class MlmState:
+    """The numbers that a resumed run needs besides weights and moments."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # since the last line of the log
+    log: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "MlmState":
+        """Read what `asdict` made. Raises a ValueError, naming what is missing or of another kind."""
+        for name, kind in (("step", int), ("losses", list), ("log", list)):
+            if type(values.get(name)) is not kind:
+                raise ValueError(f"{name!r} is missing or of another kind")
+        return cls(values["step"], values["losses"], values["log"])
+
+
+def find_run(folder: Path, pretrained: str, overwrite: bool) -> dict | None:
+    """What `args.json` says of an unfinished run in a folder; None if there is nothing to go on from.
 
     Raises:
         UserError: if the folder holds a finished run (without --overwrite) or files of something else.
     """
-    folder = Path(args.output_dir)
     present = [name for name in OUTPUT_FILES if (folder / name).exists()]
     present += [path.name for path in versions(folder / LAST)]
     if not present:
         return None
-    stored = read_json(folder / "args.json") if "args.json" in present else {}
+    stored = read_json(folder / ARGS_FILE) if ARGS_FILE in present else {}
     if not isinstance(stored.get("args"), dict) or "mlm_prob" not in stored["args"]:
         raise UserError(f"--output_dir {folder}: {present[0]} is not this script's; expected another folder")
-    if resolve_pretrained(args.pretrained).resolve() == folder.resolve():
+    if resolve_pretrained(pretrained).resolve() == folder.resolve():
         raise UserError(f"--output_dir {folder}: is --pretrained itself; expected another folder")
-    if "config.json" in present and not args.overwrite:
+    if "config.json" in present and not overwrite:
         raise UserError(f"--output_dir {folder}: holds a finished encoder; start anew with --overwrite")
-    return stored if versions(folder / LAST) and not args.overwrite else None
+    return stored if versions(folder / LAST) and not overwrite else None
 
 
-def read_sentences(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The distinct sentences to train on, and --eval_max_examples of the dev files, drawn by --seed."""
-    rows = {}
-    for split in ("train", "dev"):
-        paths = {task: Path(args.data_dir) / TASKS[task].files[split] for task in args.tasks}
-        rows[split] = {task: read_rows(path, TASKS[task], split) for task, path in paths.items()}
-        for line in (line for found in rows[split].values() for line in warning_lines(found)):
+def read_rows_of_split(data_dir: Path, tasks: Iterable[str], split: str) -> dict[str, Rows]:
+    found = {task: read_rows(data_dir / TASKS[task].files[split], TASKS[task], split) for task in tasks}
+    for rows in found.values():
+        for line in warning_lines(rows):
             print(f"warning: {line}")
+    return found
+
+
+def distinct_sentences(rows: dict[str, Rows]) -> list[str]:
+    sentences = (text for task_rows in rows.values() for texts in task_rows.texts for text in texts if text)
+    return list(dict.fromkeys(sentences))  # a dict, since a set has no order
+
+
+def read_sentences(
+    data_dir: Path,
+    tasks: Sequence[str],
+    extra_data: Mapping[str, int | None],
+    *,
+    seed: int,
+    eval_max_examples: int,
+) -> tuple[list[str], list[str]]:
+    """The distinct sentences to train on, and so many of the dev files', drawn by the seed."""
+    train_rows = read_rows_of_split(data_dir, tasks, "train")
+    dev_rows = read_rows_of_split(data_dir, tasks, "dev")
     held_out = set()  # sentences of any dev or test file that is there, of whatever task
     for spec in TASKS.values():
         for split in ("dev", "test"):
-            path = Path(args.data_dir) / spec.files[split]
+            path = data_dir / spec.files[split]
             for texts in read_rows(path, spec, split).texts if path.exists() else ():
                 held_out |= {text_key((sentence,)) for sentence in texts}
-    for task in args.tasks:
-        sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
-        rows["train"][task], lines = add_sources(rows["train"][task], sources, args.data_dir, set())
+    for task in tasks:
+        sources = {name: n for name, n in extra_data.items() if EXTRA_SOURCES[name].task == task}
+        train_rows[task], lines = add_sources(train_rows[task], sources, data_dir, set())
         for line in lines:
             print(f"{task:6s} extra {line}")
-
-    def distinct(split):  # a dict, since a set has no order
-        found = (
-            sentence for task_rows in rows[split].values() for texts in task_rows.texts for sentence in texts
-        )
-        return list(dict.fromkeys(filter(None, found)))
-
-    sentences, dev = distinct("train"), distinct("dev")
+    sentences, dev = distinct_sentences(train_rows), distinct_sentences(dev_rows)
     train = [sentence for sentence in sentences if text_key((sentence,)) not in held_out]
-    chosen = np.random.default_rng(args.seed).permutation(len(dev))[: args.eval_max_examples]
+    chosen = np.random.default_rng(seed).permutation(len(dev))[:eval_max_examples]
     print(
-        f"{len(train)} sentences to train on ({len(sentences) - len(train)} more are also dev or test sentences);"
-        f" {len(chosen)} of {len(dev)} dev sentences to check with"
+        f"{len(train)} sentences to train on ({len(sentences) - len(train)} more are also dev or test"
+        f" sentences); {len(chosen)} of {len(dev)} dev sentences to check with"
     )
     return train, [dev[i] for i in sorted(chosen)]
 
 
-def load_model(args: argparse.Namespace) -> tuple[BertForMaskedLM, BertTokenizer, str]:
-    """Model and tokenizer of --pretrained, and a line that says which weights are new; those depend on --seed only."""
-    torch.manual_seed(make_seed(args.seed))
-    tokenizer = BertTokenizer.from_pretrained(args.pretrained)
-    model = BertForMaskedLM(BertModel.from_pretrained(args.pretrained))
-    check_vocab_size(len(tokenizer), model.bert.config.vocab_size, args.pretrained)
-    head_report = load_head(model, args.pretrained)
+def load_encoder(pretrained: str, seed: int) -> tuple[BertForMaskedLM, BertTokenizer, str]:
+    """Model and tokenizer of --pretrained, and which weights are new, in a line; those depend on the seed."""
+    torch.manual_seed(make_seed(seed))
+    tokenizer = BertTokenizer.from_pretrained(pretrained)
+    model = BertForMaskedLM(BertModel.from_pretrained(pretrained))
+    check_vocab_size(len(tokenizer), model.bert.config.vocab_size, pretrained)
+    head_report = load_head(model, pretrained)
     return model, tokenizer, f"{model.bert.load_report}\nprediction head: {head_report}"
 
 
-def resolve_args(args: argparse.Namespace, config: BertConfig) -> None:
-    """Fit --max_length to the encoder, and --device and --precision to this machine, in place."""
-    args.max_length = min(args.max_length, config.max_position_embeddings)
-    device = resolve_device(args.device)
-    args.device = str(device)
-    if args.precision == "auto":
-        args.precision = "bf16" if is_bf16_fast(device) else "fp32"
-    print(f"chosen: max_length {args.max_length}, device {device}, precision {args.precision}")
-
-
-def check_same(args: argparse.Namespace, stored: dict, data: str) -> None:
+def check_same(folder: Path, stored: dict, flags: Mapping, data: str) -> None:
     """Refuse to go on with a run under other settings or with other sentences."""
-    before, now = stored["args"], json.loads(json.dumps(vars(args)))
-    changed = [
-        f"--{name} {now[name]} (the run has {before.get(name)})"
-        for name in now
-        if name not in RESUME_MAY_CHANGE and now[name] != before.get(name)
-    ]
+    changed = changed_flags(stored["args"], flags, RESUME_MAY_CHANGE)
     if changed:
         raise UserError(
-            f"--output_dir {args.output_dir}: the unfinished run there was started with other settings than"
-            f" {', '.join(changed)}; give those of the run, or start anew with --overwrite"
+            f"--output_dir {folder}: the unfinished run there has other settings: {', '.join(changed)}; give"
+            " those of the run, or start anew with --overwrite"
         )
     if stored.get("data") != data:
-        raise UserError(
-            f"--data_dir {args.data_dir}: not the sentences that {args.output_dir} was started with"
-        )
+        raise UserError(f"--data_dir {flags['data_dir']}: not the sentences that {folder} was started with")
 
 
 def run_tensors(model: BertForMaskedLM, optimizer: AdamW) -> dict[str, torch.Tensor]:
     """All that training changes: weights and both moments, by name."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, param in model.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq") if param.requires_grad else ():
+        for key in MOMENTS if param.requires_grad else ():
             tensors[f"{key}.{name}"] = optimizer.state[param][key]
     return tensors
 
 
-def save_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW, state: dict) -> None:
+def save_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW, state: MlmState) -> None:
     def write(new):
         save_tensors(run_tensors(model, optimizer), new / TENSORS_FILE)
-        (new / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        (new / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
 
     write_checkpoint(folder / LAST, write, keep=2)
 
 
-def load_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW) -> dict:
+def load_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW) -> MlmState:
     """Put weights, moments and counters back from a checkpoint; returns the run's state.
 
     Raises:
         UserError: if its content does not fit this run.
     """
-    tensors, state = load_tensors(folder / TENSORS_FILE), load_state(folder)
-    if type(state.get("step")) is not int or not all(
-        isinstance(state.get(k), list) for k in ("losses", "log")
-    ):
-        raise UserError(f"{folder / STATE_FILE}: does not fit this run")
+    try:
+        state = MlmState.from_json(load_state(folder))
+    except ValueError as error:
+        raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
     for group in optimizer.param_groups:
         for param in group["params"]:
-            moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-            optimizer.state[param] = {"step": state["step"], **moments}
-    copy_tensors(tensors, run_tensors(model, optimizer), folder / TENSORS_FILE)
+            add_moments(optimizer, param, state.step)
+    path = folder / TENSORS_FILE
+    copy_tensors(load_tensors(path), run_tensors(model, optimizer), path)
     return state
 
 
@@ -463,124 +368,159 @@ def save_encoder(folder: Path, model: BertForMaskedLM, tokenizer: BertTokenizer)
     shutil.rmtree(new)
 
 
-def work(argv: list[str] | None) -> None:
+class MlmLog:
+    """The log of a run, `metrics.jsonl` and the terminal."""
+
+    def __init__(self, settings: MlmSettings, state: MlmState):
+        self.path, self.max_steps, self.state = settings.folder / "metrics.jsonl", settings.max_steps, state
+        self.started, self.first_step = time.perf_counter(), state.step
+
+    def write(self, line: dict) -> None:
+        self.state.log.append(line)
+        write_text(self.path, "".join(json.dumps(each) + "\n" for each in self.state.log))
+
+    def dev_loss(self, loss: float) -> None:
+        print(f"step {self.state.step}/{self.max_steps}  dev loss {loss:.4f}", flush=True)
+        self.write({"step": self.state.step, "dev_loss": loss})
+
+    def step(self, lr: float, grad_norm: float) -> None:
+        """Average the losses since the last line."""
+        state, loss = self.state, sum(self.state.losses) / len(self.state.losses)
+        state.losses = []
+        self.write({"step": state.step, "lr": lr, "loss": loss, "grad_norm": grad_norm})
+        seconds = (time.perf_counter() - self.started) / (state.step - self.first_step)
+        print(
+            f"step {state.step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step"
+            f"  {(self.max_steps - state.step) * seconds:.0f} s left",
+            flush=True,
+        )
+
+
+def train(
+    settings: MlmSettings,
+    model: BertForMaskedLM,
+    optimizer: AdamW,
+    state: MlmState,
+    text: MaskedText,
+    dev_text: MaskedText,
+    stop: StopRequest,
+) -> None:
+    """From `state` to --max_steps, or until a signal ends it, which exits the process."""
+    folder, max_steps, seed = settings.folder, settings.max_steps, settings.seed
+    autocast = make_autocast(settings.device, settings.precision)
+    order = BatchOrder(text.lengths, settings.batch_size, seed, "mlm")
+    warmup_steps = int(settings.warmup_ratio * max_steps)
+    log = MlmLog(settings, state)
+
+    def check() -> None:
+        """Evaluate, unless a stop is requested."""
+        with out_of_memory_hint(lambda: f"checking the dev loss; {SHRINK}"):
+            loss = stop.interruptible(lambda: evaluate(model, dev_text, settings.batch_size, seed, autocast))
+        if loss is not None:
+            log.dev_loss(loss)
+
+    if not state.log:
+        check()
+    model.train()
+    while state.step < max_steps and not stop.requested:
+        # 1. The batch, its masks and the learning rate depend on the step alone.
+        batch = text.batch(order[state.step], make_seed(seed, state.step, 1))
+        factor = lr_factor(settings.schedule, state.step, warmup_steps=warmup_steps, total_steps=max_steps)
+        set_lr(optimizer, factor)
+
+        # 2. Update.
+        shape = tuple(batch["input_ids"].shape)
+        with out_of_memory_hint(lambda shape=shape: f"in a batch (sentences, word pieces) {shape}; {SHRINK}"):
+            loss, grad_norm = train_step(
+                model,
+                optimizer,
+                to_device(batch, settings.device),
+                seed=make_seed(seed, state.step),
+                clip_norm=settings.clip_norm,
+                autocast=autocast,
+            )
+        state.step += 1
+        state.losses.append(loss)
+
+        # 3. Log and save.
+        if state.step % settings.log_every == 0 or state.step == max_steps:
+            log.step(settings.lr * factor, grad_norm)
+        if state.step % settings.save_every == 0 and state.step < max_steps and not stop.requested:
+            save_last(folder, model, optimizer, state)
+    if state.step == max_steps:
+        check()
+    if stop.requested:
+        if state.step:
+            save_last(folder, model, optimizer, state)
+        print(
+            f"stopped by a signal at step {state.step}, saved; the same command goes on from here", flush=True
+        )
+        sys.exit(stop.exit_code)
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+def resolve_args(args: argparse.Namespace, config: BertConfig) -> None:
+    """Fit --max_length to the encoder, and --device and --precision to this machine, in place."""
+    args.max_length = min(args.max_length, config.max_position_embeddings)
+    device = resolve_device(args.device)
+    args.device = str(device)
+    if args.precision == "auto":
+        args.precision = "bf16" if is_bf16_fast(device) else "fp32"
+    print(f"chosen: max_length {args.max_length}, device {device}, precision {args.precision}")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Train, from where a stopped run left off if there is one, and write the encoder."""
+    folder = Path(args.output_dir)
+    stored = find_run(folder, args.pretrained, args.overwrite)
+    sentences, dev_sentences = read_sentences(
+        Path(args.data_dir),
+        args.tasks,
+        args.extra_data,
+        seed=args.seed,
+        eval_max_examples=args.eval_max_examples,
+    )
+    model, tokenizer, report = load_encoder(args.pretrained, args.seed)
+    resolve_args(args, model.bert.config)
+    text, dev_text = (
+        MaskedText(found, tokenizer, args.max_length, args.mlm_prob) for found in (sentences, dev_sentences)
+    )
+    steps_per_epoch = math.ceil(len(text.lengths) / args.batch_size)
+    args.max_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
+    names = [each.name for each in fields(MlmSettings) if each.name != "folder"]
+    settings = MlmSettings(folder, **{name: getattr(args, name) for name in names})
+    data = f"{zlib.crc32(repr((sentences, dev_sentences)).encode('utf-8', 'replace')):08x}"
+    if stored:
+        check_same(folder, stored, vars(args), data)
+    else:
+        remove_checkpoints(folder / LAST)
+        for name in OUTPUT_FILES:
+            (folder / name).unlink(missing_ok=True)
+    facts = {"data": data, "encoder": report}
+    write_args(folder, vars(args), facts, device=args.device, before=stored)
+    print(f"encoder {args.pretrained}: {report}")
+    model.to(args.device)
+    optimizer, state = make_optimizer(model, args.lr, args.weight_decay), MlmState()
+    last = find_checkpoint(folder / LAST)
+    if last:
+        state = load_last(last, model, optimizer)
+        print(f"continuing {folder} at step {state.step}")
+    with catch_signals() as stop:
+        train(settings, model, optimizer, state, text, dev_text, stop)
+        save_encoder(folder, model, tokenizer)
+    print(f"encoder: {folder}")
+
+
+def run(argv: list[str] | None) -> None:
     args = get_args(argv)
     with lock_folder(Path(args.output_dir)):
         start(args)
 
 
-def start(args: argparse.Namespace) -> None:
-    """Train, from where a stopped run left off if there is one."""
-    folder = Path(args.output_dir)
-    stored = find_run(args)
-    sentences, dev_sentences = read_sentences(args)
-    model, tokenizer, report = load_model(args)
-    resolve_args(args, model.bert.config)
-    text, dev_text = (
-        MaskedText(found, tokenizer, args.max_length, args.mlm_prob) for found in (sentences, dev_sentences)
-    )
-    order = BatchOrder(text.lengths, args.batch_size, args.seed, "mlm")
-    args.max_steps = args.max_steps or math.ceil(args.epochs * order.batches_per_epoch)
-    data = f"{zlib.crc32(repr((sentences, dev_sentences)).encode('utf-8', 'replace')):08x}"
-    if stored:
-        check_same(args, stored, data)
-    else:
-        remove_checkpoints(folder / LAST)
-        for name in OUTPUT_FILES:
-            (folder / name).unlink(missing_ok=True)
-    write_args(args, {"data": data, "encoder": report}, stored)
-    print(f"encoder {args.pretrained}: {report}")
-    with catch_signals() as signals:
-        train(args, model.to(args.device), tokenizer, text, dev_text, order, signals)
-
-
-def train(
-    args: argparse.Namespace,
-    model: BertForMaskedLM,
-    tokenizer: BertTokenizer,
-    text: MaskedText,
-    dev_text: MaskedText,
-    order: BatchOrder,
-    signals: Signals,
-) -> None:
-    """The run: from where the checkpoint says to --max_steps, or until a signal ends it; then write the encoder."""
-    folder, autocast = Path(args.output_dir), make_autocast(args.device, args.precision)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    state = {"step": 0, "losses": [], "log": []}  # losses since the last line of the log
-
-    def log(line):
-        state["log"].append(line)
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
-
-    def stop():
-        if state["step"]:
-            save_last(folder, model, optimizer, state)
-        print(
-            f"stopped by a signal at step {state['step']}, saved; the same command goes on from here",
-            flush=True,
-        )
-        sys.exit(128 + signals[0])
-
-    def check():
-        try:
-            with signals.stop_at_once(), explain_memory(lambda: f"checking the dev loss; {SHRINK}"):
-                loss = evaluate(model, dev_text, args.batch_size, args.seed, autocast)
-        except (Exception, Stopped):  # a library may make another exception of it
-            if not signals:
-                raise
-            stop()
-        print(f"step {state['step']}/{args.max_steps}  dev loss {loss:.4f}", flush=True)
-        log({"step": state["step"], "dev_loss": loss})
-
-    last = find_checkpoint(folder / LAST)
-    if last:
-        state = load_last(last, model, optimizer)
-        print(f"continuing {folder} at step {state['step']}")
-    if not state["log"]:
-        check()
-    warmup_steps = int(args.warmup_ratio * args.max_steps)
-    model.train()
-    started, first = time.perf_counter(), state["step"]
-    while state["step"] < args.max_steps:
-        step = state["step"]
-        batch = text.batch(order[step], make_seed(args.seed, step, 1))
-        factor = lr_factor(args.schedule, step, warmup_steps=warmup_steps, total_steps=args.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        shape = tuple(batch["input_ids"].shape)
-        with explain_memory(lambda shape=shape: f"in a batch (sentences, word pieces) {shape}; {SHRINK}"):
-            loss, grad_norm = train_step(
-                model,
-                optimizer,
-                {key: value.to(args.device) for key, value in batch.items()},
-                seed=make_seed(args.seed, step),
-                clip_norm=args.clip_norm,
-                autocast=autocast,
-            )
-        state["step"] = step = step + 1
-        state["losses"].append(loss)
-        last = step == args.max_steps
-        if step % args.log_every == 0 or last:
-            mean = sum(state["losses"]) / len(state["losses"])
-            state["losses"] = []
-            log({"step": step, "lr": args.lr * factor, "loss": mean, "grad_norm": grad_norm})
-            seconds = (time.perf_counter() - started) / (step - first)
-            print(
-                f"step {step}/{args.max_steps}  loss {mean:.4f}  lr {args.lr * factor:.2e}  {seconds:.2f} s/step"
-                f"  {(args.max_steps - step) * seconds:.0f} s left",
-                flush=True,
-            )
-        if signals:
-            stop()
-        if not last and step % args.save_every == 0:
-            save_last(folder, model, optimizer, state)
-    check()
-    save_encoder(folder, model, tokenizer)
-    print(f"encoder: {folder}")
-
-
 def main(argv: list[str] | None = None) -> int:
-    return run_script("training.pretrain_mlm", partial(work, argv))
+    return run_script("training.pretrain_mlm", partial(run, argv))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,155 @@
-"""From flags to settings: every default that depends on another flag, the encoder, the data or this machine.
+"""From flags to settings: the last place that sees the whole command line.
 
-`resolve_args` is the one function that fills them in; what it chose is printed and kept in the run's `args.json`.
+`resolve_args` fills in every default that depends on another flag, the encoder, the data or this machine;
+what it chose is printed and kept in the run's `args.json`. `make_settings` then sorts the flags into the
+objects of `training.settings`.
 """
 
 import argparse
 import math
+import os
+from dataclasses import fields
 from pathlib import Path
 
 from config import TASKS, BertConfig
 from evaluation import prediction_name
+from heads import HEADS
 from kernels.fused import find_compiler, pays_off
-from support.device import is_bf16_fast, resolve_device
+from pcgrad import GRAD_METHODS
+from support.device import is_bf16_fast, make_autocast, resolve_device
 from support.errors import UserError
+from training.settings import (
+    HEAD_DROPOUT_PROB,
+    DataSettings,
+    LoopSettings,
+    ModelSettings,
+    OptimizerSettings,
+    OutputSettings,
+    RunSettings,
+    StepSettings,
+    TokenSettings,
+)
 from training.token_cache import default_cache_dir
 
-
-def data_file(args: argparse.Namespace, task: str, split: str) -> Path:
-    """Where a task's rows come from."""
-    return Path(getattr(args, f"{task}_{split}") or Path(args.data_dir) / TASKS[task].files[split])
+LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
 
 
-def cache_dir(args: argparse.Namespace) -> Path | None:
-    """Where tokens are kept; None for nowhere."""
-    if args.cache_dir is None:
-        return default_cache_dir()
-    return Path(args.cache_dir) if args.cache_dir else None
+# --- settings -------------------------------------------------------------------------------------
 
 
-def prediction_file(args: argparse.Namespace, task: str, split: str) -> Path:
-    """Where a task's predictions go."""
-    default = Path(args.output_dir) / "predictions" / prediction_name(task, split, args.prediction_style)
-    return Path(getattr(args, f"{task}_{split}_out") or default)
+def output_folder(args: argparse.Namespace) -> Path:
+    return Path(args.output_dir or default_output_dir(args))
+
+
+def default_output_dir(args: argparse.Namespace) -> str:
+    encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
+    heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
+    name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
+    return str(Path("runs") / name)
 
 
 def head_name(args: argparse.Namespace, task: str) -> str:
     return getattr(args, f"{task}_head") if TASKS[task].is_pair else "single"
 
 
-def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[str]:
-    """Fit --max_length to the encoder, and --device and --precision to this machine, in place.
+def data_settings(args: argparse.Namespace) -> DataSettings:
+    """Known before anything is resolved, since the defaults of other flags depend on the data."""
+    files = {
+        (task, split): Path(getattr(args, f"{task}_{split}") or Path(args.data_dir) / name)
+        for task, spec in TASKS.items()
+        for split, name in spec.files.items()
+    }
+    return DataSettings(
+        tasks=args.tasks,
+        data_dir=Path(args.data_dir),
+        files=files,
+        extra_data=args.extra_data,
+        predict_splits=args.predict_splits,
+        batch_sizes=batch_sizes(args),
+    )
+
+
+def batch_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """Examples of a micro-batch: a task's own flag, or --batch_size."""
+    return {task: getattr(args, f"{task}_batch_size") or args.batch_size for task in args.tasks}
+
+
+def token_settings(args: argparse.Namespace) -> TokenSettings:
+    joint = {task: HEADS[head_name(args, task)].joint for task in args.tasks}
+    cache_dir = default_cache_dir() if args.cache_dir is None else Path(args.cache_dir or ".")
+    return TokenSettings(joint, args.max_length, None if args.cache_dir == "" else cache_dir)
+
+
+def output_settings(args: argparse.Namespace) -> OutputSettings:
+    folder = output_folder(args)
+    default = folder / "predictions"
+    files = {
+        (task, split): Path(
+            getattr(args, f"{task}_{split}_out")
+            or default / prediction_name(task, split, args.prediction_style)
+        )
+        for task in args.tasks
+        for split in ("dev", "test")
+    }
+    return OutputSettings(
+        folder, files, args.prediction_style, args.predict_splits, args.select_by, args.keep_last
+    )
+
+
+def make_settings(args: argparse.Namespace) -> RunSettings:
+    """The settings of a run whose flags are all resolved."""
+    head_dropout_prob = args.hidden_dropout_prob
+    return RunSettings(
+        data=data_settings(args),
+        tokens=token_settings(args),
+        model=ModelSettings(
+            heads={task: head_name(args, task) for task in args.tasks},
+            pooling=args.pooling,
+            head_layers=args.head_layers,
+            head_dropout_prob=HEAD_DROPOUT_PROB if head_dropout_prob is None else head_dropout_prob,
+            freeze_encoder=args.freeze_encoder,
+            seed=args.seed,
+        ),
+        step=StepSettings(
+            seed=args.seed,
+            grad_method=args.grad_method,
+            grad_reduction=args.grad_reduction,
+            task_weights=args.task_weights,
+            clip_norm=args.clip_norm,
+            surgery_tasks=args.surgery_tasks,
+            autocast=make_autocast(args.device, args.precision),
+        ),
+        optimizer=OptimizerSettings(
+            lr=args.lr,
+            head_lr=args.head_lr,
+            weight_decay=args.weight_decay,
+            rectify=args.rectify,
+            precision=args.precision,
+            accumulates=args.grad_accum > 1,
+            compiled=args.compile == "on",
+        ),
+        loop=LoopSettings(
+            batch_sizes=batch_sizes(args), **{name: getattr(args, name) for name in LOOP_FLAGS}
+        ),
+        output=output_settings(args),
+        device=args.device,
+        flags=dict(vars(args)),
+    )
+
+
+# --- defaults that depend on others ---------------------------------------------------------------
+
+
+def resolve_machine(args: argparse.Namespace) -> list[str]:
+    """Settle --device and --precision on this machine, in place.
 
     Returns:
         lines that say what was chosen.
 
     Raises:
-        UserError: if the device is not to be had, or a pair cannot be encoded as one sequence.
+        UserError: if the device is not available.
     """
     chosen = []
-    if args.max_length > bert_config.max_position_embeddings:
-        args.max_length = bert_config.max_position_embeddings
-        chosen.append(f"max_length {args.max_length} (the encoder's max_position_embeddings)")
     device = resolve_device("cuda" if args.use_gpu else args.device)
     if args.device != str(device):
         args.device = str(device)
@@ -60,17 +160,32 @@ def resolve_machine(args: argparse.Namespace, bert_config: BertConfig) -> list[s
         chosen.append(
             f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
         )
-    for task in args.tasks:
-        if head_name(args, task) == "cross" and bert_config.type_vocab_size < 2:
-            raise UserError(f"--{task}_head cross needs segment ids, and this encoder's type_vocab_size is 1")
     return chosen
+
+
+def fit_to_encoder(args: argparse.Namespace, bert_config: BertConfig) -> list[str]:
+    """Fit --max_length to the encoder, in place; returns lines that say what was chosen.
+
+    Raises:
+        UserError: if a pair cannot be encoded as one sequence.
+    """
+    for task in args.tasks:
+        if HEADS[head_name(args, task)].joint and bert_config.type_vocab_size < 2:
+            raise UserError(
+                f"--{task}_head {head_name(args, task)} needs segment ids, and this encoder's type_vocab_size is 1"
+            )
+    if args.max_length <= bert_config.max_position_embeddings:
+        return []
+    args.max_length = bert_config.max_position_embeddings
+    return [f"max_length {args.max_length} (the encoder's max_position_embeddings)"]
 
 
 def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[str, int]) -> list[str]:
     """Fill in every default that depends on other flags, in place.
 
     Args:
-        args: from `get_args`; each attribute that was None and is needed by the run gets its value.
+        args: from `get_args`, after `resolve_machine`; each attribute that was None and is needed by the run
+            gets its value.
         sizes: task -> training examples.
 
     Returns:
@@ -79,7 +194,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     Raises:
         UserError: if a flag does not fit the encoder or this machine.
     """
-    chosen = resolve_machine(args, bert_config)
+    chosen = fit_to_encoder(args, bert_config)
 
     def choose(name: str, value, why: str):
         if getattr(args, name) is None:
@@ -89,14 +204,11 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     small = bert_config.hidden_size < 768
     choose("lr", 1e-4 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
-    choose(
-        "grad_reduction", "mean" if args.grad_method == "mean" else "sum", f"grad_method {args.grad_method}"
-    )
-    for task in args.tasks:
-        if getattr(args, f"{task}_batch_size") is None:
-            setattr(args, f"{task}_batch_size", args.batch_size)
+    choose("grad_reduction", GRAD_METHODS[args.grad_method].reduction, f"grad_method {args.grad_method}")
+    for task, batch_size in batch_sizes(args).items():
+        setattr(args, f"{task}_batch_size", batch_size)
     args.task_weights = {task: args.task_weights.get(task, 1.0) for task in args.tasks}
-    examples_per_step = args.grad_accum * sum(getattr(args, f"{task}_batch_size") for task in args.tasks)
+    examples_per_step = args.grad_accum * sum(batch_sizes(args).values())
     steps_per_epoch = sum(sizes.values()) / examples_per_step
     choose(
         "max_steps",
@@ -110,19 +222,11 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     return chosen
 
 
-def default_output_dir(args: argparse.Namespace) -> str:
-    encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
-    heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
-    name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
-    return str(Path("runs") / name)
-
-
 def resolve_compile(args: argparse.Namespace, bert_config: BertConfig, chosen: list[str]) -> None:
     """Decide --compile for good: a resumed run has to go on with the same operations."""
     size, layers = bert_config.hidden_size, bert_config.num_hidden_layers
-    num_params = size * (
-        bert_config.vocab_size + layers * (4 * size + 2 * bert_config.intermediate_size)
-    )  # about
+    # Biases and small tables left out: about the number is good enough.
+    num_params = size * (bert_config.vocab_size + layers * (4 * size + 2 * bert_config.intermediate_size))
     if args.compile == "on" and find_compiler() is None:
         raise UserError("--compile on: no C++ compiler found; expected g++ or clang++ (or their name in CXX)")
     if args.compile == "auto":
@@ -137,7 +241,7 @@ def resolve_compile(args: argparse.Namespace, bert_config: BertConfig, chosen: l
         chosen.append(f"compile {args.compile} ({why})")
 
 
-def idle_flags(args: argparse.Namespace) -> list[str]:
+def flags_without_effect(args: argparse.Namespace) -> list[str]:
     """The flags given on the command line that this run ignores, each with the reason."""
     reasons = {}
     if "max_steps" in args.given:
@@ -147,13 +251,13 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     if len(args.tasks) == 1:
         for name in ("grad_method", "grad_reduction", "surgery_tasks", "sampler"):
             reasons[name] = "there is one task"
-    if args.grad_method in ("sum", "mean"):
+    if not GRAD_METHODS[args.grad_method].changes_gradients:
         reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"
     if args.freeze_encoder:
         for name in ("grad_method", "grad_reduction", "surgery_tasks"):
             reasons[name] = "with a frozen encoder the tasks share no gradient"
         reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
-    if all(head_name(args, task) == "cosine" for task in args.tasks):
+    if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
     for task in set(TASKS) - set(args.tasks):
         for name in args.given:
@@ -164,18 +268,36 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Make sure, before anything is trained, that what a run writes has places to go.
+def check_outputs(output: OutputSettings) -> None:
+    """Make sure, before anything is trained, that what a run writes has places to go and replaces nothing else.
 
     Raises:
-        UserError: if a path is taken by a folder, or by two outputs.
+        UserError: if a path is taken by a folder, by two outputs, or by a file that is no prediction file.
     """
     taken = {}
-    for task in args.tasks:
-        for split in ("dev", "test"):
-            flag, path = f"--{task}_{split}_out", prediction_file(args, task, split)
-            if path.is_dir():
-                raise UserError(f"{flag} {path}: is a folder; expected a file")
-            if path.absolute() in taken:
-                raise UserError(f"{flag} {path}: already taken by {taken[path.absolute()]}")
-            taken[path.absolute()] = flag
+    for (task, split), path in output.prediction_files.items():
+        flag = f"--{task}_{split}_out"
+        if path.is_dir():
+            raise UserError(f"{flag} {path}: is a folder; expected a file")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{flag} {path}: is a link to {os.readlink(path)}, which does not exist")
+        # An input of this command, a setting or a checkpoint of the run, or whatever else lies there.
+        if path.exists() and not is_prediction_file(path):
+            raise UserError(
+                f"{flag} {path}: exists and is no prediction file; expected a new name, or an earlier prediction"
+                " file to replace"
+            )
+        if path.resolve() in taken:
+            raise UserError(f"{flag} {path}: already taken by {taken[path.resolve()]}")
+        taken[path.resolve()] = flag
+
+
+def is_prediction_file(path: Path) -> bool:
+    """Whether a file is empty or begins as a prediction file of any task does."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        header = file.read(200).partition(b"\n")[0].decode("utf-8", "replace")
+    names = [part.strip() for part in header.replace("\t", ",").split(",")]
+    columns = {column for spec in TASKS.values() for column in (spec.prediction_column, spec.handout_column)}
+    return not header or (len(names) == 2 and names[0] == "id" and names[1] in columns)

@@ -1,80 +1,84 @@
-"""The data of a run: the files that the flags name are read, checked, reported on and tokenized."""
+"""What a run starts from: data files, read, checked, reported on and tokenized, and the encoder."""
 
 import zlib
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
+from base_bert import check_vocab_size
+from bert import BertModel
 from config import TASKS
 from datasets import Rows, TaskData, read_rows, warning_lines
-from heads import HEADS
+from support.errors import UserError
 from support.files import file_digest
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
-from training.resolve import cache_dir, data_file, head_name
+from training.checkpoint import SUMS_FILE, find_damage
+from training.settings import DataSettings, TokenSettings
 from training.sources import EXTRA_SOURCES, add_sources, held_out_keys
 from training.token_cache import tokenize_cached
 
 
-def read_split(args: Namespace, split: str, tasks: Iterable[str]) -> dict[str, Rows]:
+def read_split(settings: DataSettings, split: str, tasks: Iterable[str]) -> dict[str, Rows]:
     """Read one split of each task, and say what was found and what was left out."""
     split_rows = {}
     for task in tasks:
-        rows = split_rows[task] = read_rows(data_file(args, task, split), TASKS[task], split)
+        rows = split_rows[task] = read_rows(settings.files[task, split], TASKS[task], split)
         print(f"{task:6s} {split:5s} {len(rows.ids):6d} examples from {rows.path}")
         for line in warning_lines(rows):
             print(f"       warning: {line}")
     return split_rows
 
 
-def read_test_rows(args: Namespace) -> dict[str, Rows]:
-    """The test rows that --predict_splits asks for; before training, which a bad row should not come after."""
-    asked = args.tasks if "test" in args.predict_splits else ()
-    present = [task for task in asked if data_file(args, task, "test").exists()]
-    for task in (task for task in asked if task not in present):
-        print(f"warning: no test predictions for {task}: {data_file(args, task, 'test')} does not exist")
-    return read_split(args, "test", present)
+def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
+    """The test rows that --predict_splits asks for; read early, so that a bad row ends no long run."""
+    present = []
+    for task in settings.tasks if "test" in settings.predict_splits else ():
+        path = settings.files[task, "test"]
+        if path.exists():
+            present.append(task)
+        else:
+            print(f"warning: no test predictions for {task}: {path} does not exist")
+    return read_split(settings, "test", present)
 
 
-def add_extra_data(args: Namespace, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
-    """Training rows with those of --extra_data after them, and lines that say what was taken and what was dropped."""
-    if not args.extra_data:
+def add_extra_data(settings: DataSettings, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
+    """Training rows followed by those of --extra_data, and lines that say what was taken and dropped."""
+    if not settings.extra_data:
         return train_rows, []
-    files = [
-        (data_file(args, task, split), spec, split)
-        for task, spec in TASKS.items()
-        for split in ("dev", "test")
-    ]
-    for path in (path for path, _, _ in files if not path.exists()):
-        print(f"warning: {path} does not exist, so its rows are not kept out of the additional data")
-    held_out = held_out_keys([file for file in files if file[0].exists()])
-    extended, said = {}, []
+    present = []
+    for task, spec in TASKS.items():
+        for split in ("dev", "test"):
+            path = settings.files[task, split]
+            if path.exists():
+                present.append((path, spec, split))
+            else:
+                print(f"warning: {path} does not exist, so its rows are not kept out of the additional data")
+    held_out = held_out_keys(present)
+    extended, lines = {}, []
     for task, rows in train_rows.items():
-        sources = {name: n for name, n in args.extra_data.items() if EXTRA_SOURCES[name].task == task}
-        extended[task], lines = add_sources(rows, sources, args.data_dir, held_out)
-        said += [f"{task:6s} extra {line}" for line in lines]
-    return extended, said
+        sources = {name: n for name, n in settings.extra_data.items() if EXTRA_SOURCES[name].task == task}
+        extended[task], said = add_sources(rows, sources, settings.data_dir, held_out)
+        lines += [f"{task:6s} extra {line}" for line in said]
+    return extended, lines
 
 
-def read_data(args: Namespace) -> tuple[dict[str, dict[str, Rows]], dict]:
+def read_data(settings: DataSettings) -> tuple[dict[str, dict[str, Rows]], dict]:
     """All rows of a run, by split and task, and what is known about their files."""
-    files = {split: read_split(args, split, args.tasks) for split in ("train", "dev")}
-    train_rows, extra_lines = add_extra_data(args, files["train"])
+    files = {split: read_split(settings, split, settings.tasks) for split in ("train", "dev")}
+    train_rows, extra_lines = add_extra_data(settings, files["train"])
     for line in extra_lines:
         print(line)
-    files["test"] = read_test_rows(args)
+    files["test"] = read_test_rows(settings)
     rows = files | {"train": train_rows}
-    batch_sizes = {task: getattr(args, f"{task}_batch_size") or args.batch_size for task in args.tasks}
-    checks = cross_checks(rows["train"], rows["dev"], batch_sizes)
+    checks = cross_checks(rows["train"], rows["dev"], settings.batch_sizes)
     for check in checks:
         print(f"warning: {check['message']}")
     report = make_report(files, checks) | {"extra_data": extra_lines}
-    report["files"] = {found.path: found.sha256 for split in files.values() for found in split.values()}
-    for path in (
-        Path(args.data_dir) / name for source in args.extra_data for name in EXTRA_SOURCES[source].files
-    ):
-        report["files"][path] = file_digest(path)
-    report["files"] = {str(path): digest for path, digest in report["files"].items()}
+    digests = {found.path: found.sha256 for split in files.values() for found in split.values()}
+    for source in settings.extra_data:
+        for name in EXTRA_SOURCES[source].files:
+            digests[settings.data_dir / name] = file_digest(settings.data_dir / name)
+    report["files"] = {str(path): digest for path, digest in digests.items()}
     return rows, report
 
 
@@ -85,16 +89,40 @@ def fingerprint(rows: Rows) -> str:
 
 
 def tokenize_split(
-    args: Namespace, split_rows: dict[str, Rows], tokenizer: BertTokenizer
+    settings: TokenSettings, split_rows: dict[str, Rows], tokenizer: BertTokenizer
 ) -> dict[str, TaskData]:
     """Tokenize what `read_split` read, and say how much --max_length cuts off."""
     data = {}
     for task, rows in split_rows.items():
-        joint = HEADS[head_name(args, task)].joint
         data[task] = tokenize_cached(
-            rows, tokenizer, joint=joint, max_length=args.max_length, cache_dir=cache_dir(args)
+            rows,
+            tokenizer,
+            joint=settings.joint[task],
+            max_length=settings.max_length,
+            cache_dir=settings.cache_dir,
         )
-        cut = int((data[task].sequences.lengths >= args.max_length).sum())
-        if cut:
-            print(f"{rows.path}: {cut} sequences reach the limit of {args.max_length} word pieces")
+        num_cut = int((data[task].sequences.lengths >= settings.max_length).sum())
+        if num_cut:
+            print(f"{rows.path}: {num_cut} sequences reach the limit of {settings.max_length} word pieces")
     return data
+
+
+def fingerprints(rows: dict[str, Rows]) -> dict[str, str]:
+    return {task: fingerprint(found) for task, found in rows.items()}
+
+
+def load_encoder(source: str | Path, hidden_dropout_prob: float | None) -> tuple[BertModel, BertTokenizer]:
+    """The encoder and tokenizer to start from, or those of a checkpoint.
+
+    Args:
+        source: as --pretrained has it.
+        hidden_dropout_prob: in place of the checkpoint's own; None keeps that.
+    """
+    damage = find_damage(Path(source)) if (Path(source) / SUMS_FILE).is_file() else None
+    if damage:
+        raise UserError(f"--pretrained {source}: {damage}")
+    tokenizer = BertTokenizer.from_pretrained(source)
+    overrides = {} if hidden_dropout_prob is None else {"hidden_dropout_prob": hidden_dropout_prob}
+    bert = BertModel.from_pretrained(source, **overrides)
+    check_vocab_size(len(tokenizer), bert.config.vocab_size, source)
+    return bert, tokenizer

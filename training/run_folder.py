@@ -1,11 +1,11 @@
-"""The folder of a run: one process at a time, its settings in `args.json`, its log, and what `--resume` goes on from."""
+"""The folder of a run: its settings in `args.json`, its log, its state, and what `--resume` goes on from."""
 
 import json
 import platform
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,16 @@ import torch
 from config import TASKS
 from evaluation import PREDICTION_STYLES, prediction_name
 from heads import MultitaskBERT
-from kernels.fused import PLAIN, compile_passes
+from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW
 from support.device import describe_machine
 from support.errors import UserError
 from support.files import ROOT, read_bytes, read_json, sync, write_text
 from tokenizer import BertTokenizer
 from training.checkpoint import (
+    MOMENTS,
     STATE_FILE,
+    add_moments,
     copy_tensors,
     find_checkpoint,
     load_model,
@@ -38,19 +40,27 @@ from training.checkpoint import (
     write_checkpoint,
     write_model,
 )
+from training.settings import RunSettings
 
 ARGS_FILE = "args.json"
+# What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
+RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json"]
+RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png"]
+RUN_FILES += [
+    f"predictions/{prediction_name(task, split, style)}"
+    for task in TASKS
+    for split in ("dev", "test")
+    for style in PREDICTION_STYLES
+]
+JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.json knows by another name
 MAX_LOG_BYTES = 2**30
 
 
-# --- one process at a time ---------------------------------------------------------------------------------------
-
-
-# --- args.json ---------------------------------------------------------------------------------------------------
+# --- args.json ------------------------------------------------------------------------------------
 
 
 def describe_code(folder: Path = ROOT) -> dict | None:
-    """The git commit of the code and the files changed since; None where it is no repository, or there is no git."""
+    """The git commit of the code and the files changed since; None if this is no repository."""
 
     def git(*arguments):
         command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *arguments]
@@ -101,31 +111,43 @@ def read_args_file(folder: Path) -> dict:
     return stored
 
 
-def write_args(args: Namespace, facts: dict, before: dict | None = None) -> str:
-    """Write a run's `args.json`: all settings, the commands that started and resumed it, versions, code, machine.
+def write_args(
+    folder: Path, flags: Mapping, facts: Mapping, *, device: str, before: Mapping | None = None
+) -> str:
+    """Write a run's `args.json`: all settings, the commands of the run so far, versions, code, machine.
 
-    Args:
-        facts: what else should be known about the run, as JSON.
-        before: what it held, if the run goes on; where versions, code or machine have changed since, it keeps the
+    Args: flags: every flag and its value, resolved. facts: what else should be known about the run, as JSON.
+        before: what it held, if the run goes on; where versions, code or machine have changed since, it keeps
+        the
             earlier ones, too.
 
     Returns:
         the file's text.
     """
     circumstances = {"versions": describe_versions(), "git": describe_code()}
-    circumstances["machine"] = describe_machine(args.device)
-    content = {"args": vars(args), "commands": [sys.argv], **circumstances, **facts}
+    circumstances["machine"] = describe_machine(device)
+    content = {"args": dict(flags), "commands": [sys.argv], **circumstances, **facts}
     if before:
         content["commands"] = [*before["commands"], sys.argv]
         earlier = {name: before.get(name) for name in circumstances}
         content["earlier"] = before.get("earlier", []) + ([earlier] if earlier != circumstances else [])
     text = json.dumps(content, indent=2) + "\n"
-    write_text(Path(args.output_dir) / ARGS_FILE, text)
+    write_text(folder / ARGS_FILE, text)
     return text
 
 
-def say_circumstances(stored: dict, device: str) -> str | None:
-    """A sentence of warning if a run goes on with other versions or on another machine, where bits may differ."""
+def changed_flags(stored: Mapping, flags: Mapping, may_change: Collection[str]) -> list[str]:
+    """The flags whose values, as JSON, are not those stored in an `args.json`, each as a few words."""
+    now = json.loads(json.dumps(dict(flags)))
+    return [
+        f"--{name} was {stored[name]}, is {now[name]}"
+        for name in sorted(set(stored) & set(now) - set(may_change) - {"given"})
+        if stored[name] != now[name]
+    ]
+
+
+def format_changed_circumstances(stored: Mapping, device: str) -> str | None:
+    """A warning if a run goes on with other versions or on another machine, where bits may differ."""
     now = {"versions": describe_versions(), "machine": describe_machine(device)}
     changed = [
         f"{name} was {stored[kind].get(name)}, is {value}"
@@ -133,69 +155,54 @@ def say_circumstances(stored: dict, device: str) -> str | None:
         for name, value in values.items()
         if isinstance(stored.get(kind), dict) and stored[kind].get(name) != value
     ]
-    return (
-        f"the run's bits may not be those of one that never stopped: {', '.join(changed)}"
-        if changed
-        else None
-    )
+    if not changed:
+        return None
+    return f"the run's bits may not be those of one that never stopped: {', '.join(changed)}"
 
 
-# --- starting anew -----------------------------------------------------------------------------------------------
+# --- starting anew --------------------------------------------------------------------------------
 
 
-def check_free(args: Namespace) -> None:
-    """Make sure that a new run may have its folder. One that ended before its first checkpoint has nothing to lose.
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Make sure that a new run may have its folder: a run that has no checkpoint yet has nothing to lose.
 
     Raises:
         UserError: if it holds a checkpoint, without --overwrite, or belongs to another script.
     """
-    folder = Path(args.output_dir)
     try:
-        settings = read_args_file(folder)["args"]
+        flags = read_args_file(folder)["args"]
     except UserError:  # none there, or damaged
-        settings = {"given": {}}
-    if "given" not in settings:
+        flags = {"given": {}}
+    if "given" not in flags:
         raise UserError(
             f"--output_dir {folder}: {ARGS_FILE} there is another script's; expected another folder"
         )
-    if not args.overwrite and any(versions(folder / name) for name in ("last", "best")):
+    if not overwrite and any(versions(folder / name) for name in ("last", "best")):
         raise UserError(
-            f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with --overwrite"
+            f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with"
+            " --overwrite"
         )
 
 
-def begin_run(args: Namespace, facts: dict) -> str:
-    """Write a new run's `args.json`, then remove what an earlier run left in its folder; for the text see `write_args`.
+def begin_run(settings: RunSettings, facts: Mapping) -> str:
+    """Write a new run's `args.json` and return its text, then remove what an earlier run left in its folder.
 
     In this order, a kill on the way leaves a folder that --resume either takes for the new run's or refuses.
     """
-    folder = Path(args.output_dir)
+    folder = settings.output.folder
     had_run = (folder / ARGS_FILE).exists() or any(versions(folder / name) for name in ("last", "best"))
-    text = write_args(args, facts)
+    text = write_args(folder, settings.flags, facts, device=settings.device)
     if had_run:
         for name in ("last", "best"):
             remove_checkpoints(folder / name)
-        names = [
-            "predictions/" + prediction_name(task, split, style)
-            for task in TASKS
-            for split in ("dev", "test")
-            for style in PREDICTION_STYLES
-        ]
-        names += [
-            "curves.png",
-            "report.md",
-            "report.html",
-            "data_report.json",
-            "metrics.jsonl",
-            "scores.json",
-        ]
-        for path in [*folder.glob("report/*.png"), *(folder / name for name in names)]:
-            path.unlink(missing_ok=True)
+        for pattern in RUN_FILES:
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
     return text
 
 
 def find_last(folder: Path, eval_every: int | None) -> Path | None:
-    """The checkpoint that --resume goes on from; None: the run was stopped before its first, and starts from step 0.
+    """The checkpoint that --resume goes on from; None if the run was stopped before its first one.
 
     Args:
         eval_every: steps to the run's first checkpoint, if known.
@@ -214,48 +221,122 @@ def find_last(folder: Path, eval_every: int | None) -> Path | None:
     return last
 
 
-# --- a run -------------------------------------------------------------------------------------------------------
+def check_same_run(
+    settings: RunSettings, last: Path | None, facts: dict, may_change: Collection[str]
+) -> dict:
+    """Refuse to go on with other data, settings or encoder; returns what the run's `args.json` holds."""
+    folder = settings.output.folder
+    stored = read_args_file(folder)
+    if stored["data"] != facts["data"]:
+        raise UserError(f"--resume: the train or dev data are not those that {folder} was started with")
+    if last:
+        copy = read_args_file(last)
+        changed = ["the data"] if copy["data"] != facts["data"] else []
+        changed += changed_flags(copy["args"], settings.flags, may_change)
+        if changed:
+            raise UserError(
+                f"{folder / ARGS_FILE}: is not that of {last}: {', '.join(changed)}; restore it from"
+                f" {last}, or start anew with --overwrite"
+            )
+    elif stored.get("encoder_sha256") != facts["encoder_sha256"]:
+        pretrained = settings.flags["pretrained"]
+        raise UserError(f"--resume: --pretrained {pretrained} is not what {folder} was started with")
+    warning = format_changed_circumstances(stored, settings.device)
+    if warning:
+        print(f"warning: {warning}")
+    return stored
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """The numbers that a resumed run needs besides weights and moments; K tasks."""
+
+    step: int = 0  # updates made or skipped
+    evaluated: int = 0  # the step of the last evaluation
+    batches_drawn: dict[str, int]  # task -> micro-batches so far
+    tokens: int = 0
+    bad_steps: int = 0  # skipped since the last good one
+    skipped_steps: int = 0  # in all
+    cosine_ema: torch.Tensor | None = None  # (K, K) running mean of the cosines between task gradients
+    best_score: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    optimizer_steps: list[int] = field(default_factory=list)  # of each flat parameter
+    log_lines: int = 0
+    window: list[dict] = field(default_factory=list)  # what the next line of the log averages
+
+    def to_json(self) -> dict:
+        values = {JSON_NAMES.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
+        ema = None if self.cosine_ema is None else self.cosine_ema.tolist()  # float32 survives the round trip
+        return values | {"cosine_ema": ema}
+
+    @classmethod
+    def from_json(cls, values: dict, tasks: Collection[str]) -> "RunState":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: naming what is missing or of another kind.
+        """
+        checks = {
+            "batches_drawn": lambda drawn: list(drawn) == list(tasks) and all(map(is_count, drawn.values())),
+            "optimizer_steps": lambda steps: isinstance(steps, list) and all(map(is_count, steps)),
+            "cosine_ema": lambda ema: ema is None or torch.tensor(ema).shape == (len(tasks), len(tasks)),
+            "best_score": lambda score: score is None or type(score) in (int, float),
+            "best_step": lambda step: step is None or is_count(step),
+            "window": lambda records: all(isinstance(record, dict) for record in records),
+        }
+        read = {}
+        for each in fields(cls):
+            name = JSON_NAMES.get(each.name, each.name)
+            try:
+                read[each.name] = values[name]
+                fits = checks.get(each.name, is_count)(values[name])
+            except (KeyError, TypeError, AttributeError, ValueError):
+                fits = False
+            if not fits:
+                raise ValueError(f"{name!r} is missing or of another kind")
+        if read["cosine_ema"] is not None:
+            read["cosine_ema"] = torch.tensor(read["cosine_ema"])
+        return cls(**read)
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 class Run:
-    """A run folder: settings, log, checkpoints, and the numbers that a resumed run needs besides the weights."""
+    """A run at work: model, optimizer and state, and the folder that they are saved to and loaded from."""
 
-    def __init__(self, args: Namespace, model: MultitaskBERT, tokenizer: BertTokenizer):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.folder = Path(args.output_dir)
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        passes = compile_passes() if args.compile == "on" else PLAIN
-        self.memory = model.make_memory(dtype, dtype if args.grad_accum == 1 else torch.float32, passes)
-        groups = self.memory.param_groups(args.lr, args.head_lr, args.weight_decay)
-        self.optimizer = AdamW(groups, lr=args.lr, rectify=args.rectify, update=passes.adamw_update)
+    def __init__(self, settings: RunSettings, model: MultitaskBERT, tokenizer: BertTokenizer):
+        self.settings, self.model, self.tokenizer = settings, model, tokenizer
+        self.folder = settings.output.folder
+        optimizer = settings.optimizer
+        dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
+        kernels = compile_kernels() if optimizer.compiled else PLAIN
+        # A sum of several bfloat16 gradients would round each time.
+        grad_dtype = torch.float32 if optimizer.accumulates else dtype
+        self.memory = model.move_to_flat_memory(dtype, grad_dtype, kernels)
+        groups = self.memory.param_groups(optimizer.lr, optimizer.head_lr, optimizer.weight_decay)
+        self.optimizer = AdamW(
+            groups, lr=optimizer.lr, rectify=optimizer.rectify, update=kernels.adamw_update
+        )
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
-        self.state = {
-            "step": 0,
-            "evaluated": 0,  # the step of the last evaluation
-            "task_batches": dict.fromkeys(args.tasks, 0),  # drawn so far
-            "tokens": 0,
-            "bad_steps": 0,  # skipped since the last good one
-            "skipped_steps": 0,  # in all
-            "cosine_ema": None,
-            "best_score": None,
-            "best_step": None,
-            "evals_without_gain": 0,
-            "optimizer_steps": [],
-            "log_lines": 0,
-            "window": [],  # what the next line of the log averages
-        }
+        self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0))
 
     @property
     def log_file(self) -> Path:
         return self.folder / "metrics.jsonl"
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments by name; `state["optimizer_steps"]` has its counters."""
+        """The optimizer's moments by name; `state.optimizer_steps` has its counters."""
         return {
             f"{owner}.{'decay' if decays else 'no_decay'}.{key}": self.optimizer.state[param][key]
             for (owner, decays), param in self.memory.flat_params.items()
-            for key in ("exp_avg", "exp_avg_sq")
+            for key in MOMENTS
             if param in self.optimizer.state
         }
 
@@ -267,10 +348,11 @@ class Run:
         """
         if not self.memory.data.isfinite().all():
             raise UserError(
-                f"step {self.state['step']}: the weights are not finite any more; try a smaller --lr; {self.say_saved()}"
+                f"step {self.state.step}: the weights are not finite any more; try a smaller --lr;"
+                f" {self.last_saved_text()}"
             )
 
-    def say_saved(self) -> str:
+    def last_saved_text(self) -> str:
         if self.saved_step is None:
             return "there is no checkpoint yet"
         return f"{self.folder / 'last'} still holds step {self.saved_step}"
@@ -278,20 +360,21 @@ class Run:
     def save_last(self) -> None:
         self.check_weights()
         moments = self.optimizer.state  # has no entry for what was not updated yet, and would make one
-        counters = [moments.get(param, {}).get("step", 0) for param in self.memory.flat_params.values()]
-        self.state["optimizer_steps"] = counters
+        self.state.optimizer_steps = [
+            moments.get(param, {}).get("step", 0) for param in self.memory.flat_params.values()
+        ]
 
         def write(folder):
-            self._write_model(folder, self.state)
+            self._write_model(folder, self.state.to_json())
             save_tensors(self.optimizer_tensors(), folder / "optimizer.safetensors")
 
         if self.log_file.exists():
             sync(self.log_file)  # its lines up to here are not written again
-        write_checkpoint(self.folder / "last", write, self.args.keep_last)
-        self.saved_step = self.state["step"]
+        write_checkpoint(self.folder / "last", write, self.settings.output.keep_last)
+        self.saved_step = self.state.step
 
     def save_best(self, summary: dict) -> None:
-        state = {"step": self.state["step"], "dev": summary}
+        state = {"step": self.state.step, "dev": summary}
         write_checkpoint(self.folder / "best", lambda folder: self._write_model(folder, state))
 
     def _write_model(self, folder: Path, state: dict) -> None:
@@ -308,96 +391,52 @@ class Run:
             UserError: if its content does not fit this run.
         """
         load_model(folder, self.model)
-        state = load_state(folder)
         try:
-            check_state(state, self.state)
-            for param, step in zip(self.memory.flat_params.values(), state["optimizer_steps"], strict=True):
+            state = RunState.from_json(load_state(folder), self.settings.loop.tasks)
+            for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
                 if step:
-                    moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-                    self.optimizer.state[param].update(step=step, **moments)
-        except (ValueError, TypeError) as error:
+                    add_moments(self.optimizer, param, step)
+        except ValueError as error:
             raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
         path = folder / "optimizer.safetensors"
         copy_tensors(load_tensors(path), self.optimizer_tensors(), path)
         for name in ("last", "best"):
             remove_leftovers(self.folder / name)
         remove_newer(self.folder / "last", folder)  # damaged ones
-        remove_versions(
-            self.folder / "last", self.args.keep_last
-        )  # a kill may have come before they were removed
-        self.state, self.saved_step = state, state["step"]
+        # A kill may have come before these were removed.
+        remove_versions(self.folder / "last", self.settings.output.keep_last)
+        self.state, self.saved_step = state, state.step
         self._check_best()
 
     def _check_best(self) -> None:
         """Without the best checkpoint that the state speaks of, the best one from here on will have to do."""
+        state, best = self.state, self.folder / "best"
         try:
-            found = find_checkpoint(self.folder / "best")
-            problem = f"{self.folder / 'best'}: missing"
+            found = find_checkpoint(best)
+            problem = f"{best}: missing"
         except UserError as error:
             found, problem = None, error
         if found is not None:
-            remove_newer(self.folder / "best", found)
-            remove_versions(self.folder / "best", 1)
-        elif self.state["best_step"] is not None:
-            print(
-                f"warning: {problem}; the best checkpoint from step {self.state['step']} on will take its place"
-            )
-            # Where this step is one that is evaluated, it is so again.
-            self.state.update(best_score=None, best_step=None, evaluated=self.state["step"] - 1)
+            remove_newer(best, found)
+            remove_versions(best, 1)
+        elif state.best_step is not None:
+            print(f"warning: {problem}; the best checkpoint from step {state.step} on will take its place")
+            state.best_score = state.best_step = None
+            state.evaluated = state.step - 1  # where this step is one that is evaluated, it is so again
 
     def cut_log(self) -> None:
         """Drop the lines of the log that were written after the state was."""
         lines = []
         if self.log_file.exists():
             lines = read_bytes(self.log_file, MAX_LOG_BYTES).splitlines(keepends=True)
-        kept = [line for line in lines[: self.state["log_lines"]] if line.endswith(b"\n")]
-        if len(kept) < self.state["log_lines"]:
-            print(f"warning: {self.log_file}: {self.state['log_lines'] - len(kept)} lines have been lost")
-            self.state["log_lines"] = len(kept)
+        kept = [line for line in lines[: self.state.log_lines] if line.endswith(b"\n")]
+        num_lost = self.state.log_lines - len(kept)
+        if num_lost:
+            print(f"warning: {self.log_file}: {num_lost} lines have been lost")
+            self.state.log_lines = len(kept)
         write_text(self.log_file, b"".join(kept).decode("utf-8", "replace"))
 
     def log(self, line: dict) -> None:
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.state["log_lines"] += 1
-
-
-def check_state(state: dict, fresh: dict) -> None:
-    """Hold a stored state against that of a run that has not begun.
-
-    Raises:
-        ValueError: naming what is missing or of another kind.
-    """
-
-    def is_count(value):
-        return type(value) is int and 0 <= value < 2**53
-
-    numbers = (int, float, type(None))
-    tasks = list(fresh["task_batches"])
-    kinds = {
-        "task_batches": lambda value: list(value) == tasks and all(map(is_count, value.values())),
-        "optimizer_steps": lambda value: all(map(is_count, value)),
-        "cosine_ema": lambda value: value is None or torch.tensor(value).shape == (len(tasks), len(tasks)),
-        "best_score": lambda value: type(value) in numbers,
-        "best_step": lambda value: value is None or is_count(value),
-        "window": lambda value: all(isinstance(record, dict) for record in value),
-    }
-    for name in fresh:
-        try:
-            fits = kinds.get(name, is_count)(state[name])
-        except (KeyError, TypeError, AttributeError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{name!r} is missing or of another kind")
-
-
-def find_changed(folder: Path, args: Namespace, data: dict, may_change: Sequence[str]) -> list[str]:
-    """Settings in a checkpoint's copy of `args.json` that are not those of the run any more, and its data."""
-    copy = read_args_file(folder)
-    stored, now = copy["args"], json.loads(json.dumps(vars(args)))
-    changed = ["the data"] if copy["data"] != data else []
-    return changed + [
-        f"--{name} was {stored[name]}, is {now[name]}"
-        for name in sorted(set(stored) & set(now) - set(may_change) - {"given"})
-        if stored[name] != now[name]
-    ]
+        self.state.log_lines += 1

@@ -1,13 +1,48 @@
 """What a run is told, as small frozen objects: each says who uses what, so that nobody below needs all flags.
 
-`training.resolve` makes them of the command line; the names are those of the flags.
+`training.resolve` makes them out of the command line. Fields have the names and meanings of their flags,
+whose help texts give units and ranges; what differs is said here.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows a run reads."""
+
+    tasks: tuple[str, ...]
+    data_dir: Path
+    files: Mapping[tuple[str, str], Path]  # (task, split) -> data file, of every task that there is
+    extra_data: Mapping[str, int | None]  # source -> examples to draw; None means its own limit
+    predict_splits: tuple[str, ...]
+    batch_sizes: Mapping[str, int]  # task -> examples; a smaller file is warned about
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """How rows become word pieces."""
+
+    joint: Mapping[str, bool]  # task -> whether its pairs are encoded as one sequence
+    max_length: int
+    cache_dir: Path | None  # None: keep no tokens between runs
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is built on the encoder."""
+
+    heads: Mapping[str, str]  # task -> a key of heads.HEADS
+    pooling: str
+    head_layers: int
+    head_dropout_prob: float
+    freeze_encoder: bool
+    seed: int  # of the heads' first weights
 
 
 @dataclass(frozen=True)
@@ -16,8 +51,68 @@ class StepSettings:
 
     seed: int
     grad_method: str = "pcgrad"  # a key of pcgrad.GRAD_METHODS
-    grad_reduction: str = "sum"  # or "mean", over the step's task batches
+    grad_reduction: str = "sum"  # a key of pcgrad.GRAD_REDUCTIONS
     task_weights: Mapping[str, float] = field(default_factory=dict)  # task -> factor of its loss; 1 if absent
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
     autocast: Callable = nullcontext  # makes the context for mixed precision
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, and what is kept how precisely."""
+
+    lr: float
+    head_lr: float
+    weight_decay: float
+    rectify: bool
+    precision: str  # "fp32" or "bf16"
+    accumulates: bool  # several gradients of a task are added up in a step
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The course of a run: which batches, how many, and what happens between steps."""
+
+    tasks: tuple[str, ...]
+    batch_sizes: Mapping[str, int]  # task -> examples per micro-batch
+    grad_accum: int
+    sampler: str
+    seed: int
+    max_steps: int
+    schedule: str
+    warmup_steps: int
+    max_bad_steps: int
+    eval_every: int
+    eval_max_examples: int | None
+    select_by: str
+    patience: int
+    log_every: int
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where results go, and in which form."""
+
+    folder: Path
+    prediction_files: Mapping[tuple[str, str], Path]  # (task, split) -> file
+    prediction_style: str
+    predict_splits: tuple[str, ...]
+    select_by: str
+    keep_last: int
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that a run is told, and the flags as `args.json` records them."""
+
+    data: DataSettings
+    tokens: TokenSettings
+    model: ModelSettings
+    step: StepSettings
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    output: OutputSettings
+    device: str
+    flags: Mapping[str, object]

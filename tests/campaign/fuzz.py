@@ -491,7 +491,7 @@ class Fuzzer:
     def _read_encoder(self, path: Path) -> None:
         args = flags.get_args(["--pretrained", str(path.parent)])
         bert, tokenizer = multitask_classifier.load_encoder(args, path.parent)
-        resolve.resolve_machine(args, bert.config)
+        resolve.fit_to_encoder(args, bert.config)
         batch = tokenizer.encode("some words, and more.", args.max_length)
         batch = {name: torch.tensor([ids]) for name, ids in batch.items()}
         with torch.no_grad():

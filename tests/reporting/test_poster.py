@@ -7,7 +7,7 @@ from evaluation import OVERALLS
 from reporting.poster import CLAIMS, POSTER_TEST, ROWS, SCORES, difference
 from reporting.table_pages import claimed_value, named_scores, poster_scores
 from training.flags import get_args
-from training.resolve import idle_flags
+from training.resolve import flags_without_effect
 
 POSTER = {  # title: overall, sentiment, paraphrase, similarity
     "minBERT (sentiment alone)": (None, 0.528, None, None),
@@ -83,7 +83,7 @@ def test_groups():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_flags_are_known_and_have_an_effect(row):
-    assert idle_flags(get_args(ROWS[row].flags.split())) == []
+    assert flags_without_effect(get_args(ROWS[row].flags.split())) == []
 
 
 @pytest.mark.parametrize("row", CHANGES)

@@ -1,6 +1,7 @@
-"""Signals, errors in one line, freed memory; the rest of command_line.py is tested with the scripts that use it."""
+"""Signals, errors in one line, freed memory; the rest of command_line.py is tested by the scripts' tests."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from support.command_line import Stopped, catch_signals, printable, run_script
-from support.device import explain_memory, is_out_of_memory, keep_freed_memory
+from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
 from support.errors import UserError
 from support.files import ROOT
 
@@ -17,7 +18,7 @@ CODE = """
 import resource, sys
 import numpy as np
 from support.command_line import Stopped, catch_signals, printable, run_script
-from support.device import explain_memory, is_out_of_memory, keep_freed_memory
+from support.device import out_of_memory_hint, is_out_of_memory, keep_freed_memory
 from config import UserError
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -52,9 +53,9 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
     keep_freed_memory()
 
 
-# --- signals and errors ------------------------------------------------------------------------------------------
+# --- signals and errors ---------------------------------------------------------------------------
 
-NUMBERS = [signal.SIGINT, signal.SIGTERM]
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -67,7 +68,9 @@ def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
         try:
             signal.raise_signal(number)
         except Stopped:
-            assert [signal.getsignal(each) for each in NUMBERS] == [signal.SIG_DFL] * 2  # a second one kills
+            assert [signal.getsignal(each) for each in NUMBERS][:2] == [
+                signal.SIG_DFL
+            ] * 2  # a second one kills
             raise made_of_it or Stopped from None
 
     assert run_script("x", work) == 128 + number
@@ -75,17 +78,30 @@ def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
-def test_caught_signals_wait_unless_told_to_stop_at_once():
-    with catch_signals() as signals:
-        with signals.stop_at_once():
-            pass
+def test_caught_signal_waits_but_for_work_that_is_interruptible():
+    with catch_signals() as stop:
+        assert stop.interruptible(lambda: 5) == 5 and not stop.requested
         signal.raise_signal(signal.SIGTERM)
-        assert signals == [signal.SIGTERM]
-        with pytest.raises(Stopped), signals.stop_at_once():
-            pytest.fail("it had come before")
-    with catch_signals() as signals, pytest.raises(Stopped), signals.stop_at_once():
-        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and stop.exit_code == 143
+        assert stop.interruptible(lambda: pytest.fail("it had come before")) is None
+
+
+@pytest.mark.parametrize("made_of_it", [None, RuntimeError("a library's own words")])
+def test_interruptible_work_is_given_up(made_of_it):
+    def work():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Stopped:
+            raise made_of_it or Stopped from None
         pytest.fail("it should have stopped here")
+
+    with catch_signals() as stop:
+        assert stop.interruptible(work) is None and stop.requested
+
+
+def test_errors_of_interruptible_work_are_its_own():
+    with catch_signals() as stop, pytest.raises(ZeroDivisionError):
+        stop.interruptible(lambda: 1 / 0)
 
 
 def test_error_is_one_line_whatever_it_holds(capsys):
@@ -115,7 +131,7 @@ def test_lack_of_memory_is_told_from_other_errors(error, expected):
     assert is_out_of_memory(error) == expected
     with (
         pytest.raises(UserError if expected else type(error)) as raised,
-        explain_memory(lambda: "in a batch"),
+        out_of_memory_hint(lambda: "in a batch"),
     ):
         raise error
     assert (str(raised.value) == "out of memory in a batch") == expected
@@ -125,3 +141,47 @@ def test_torch_says_so_when_memory_runs_out():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.int8)
     assert is_out_of_memory(raised.value)
+
+
+PRINT = """
+import sys
+from support.command_line import run_script
+def work():
+    print("caf\u00e9", flush=True)
+    with open(sys.argv[1], "w") as file:  # must not get the number of a closed stream
+        print("printed", flush=True)
+        file.write("written")
+    sys.stdout.isatty()
+sys.exit(run_script("x", work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "encoding"), [("", "ascii"), (">&-", "utf-8"), (">&- 2>&-", "utf-8")]
+)
+def test_any_text_can_be_printed_to_any_stream(tmp_path, redirection, encoding):
+    """Streams that are ASCII only or closed: no traceback, and no text in files that are opened later."""
+    command = f'"$0" -c "$1" "$2" {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, PRINT, str(tmp_path / "file")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout == ("" if redirection else "caf\\xe9\nprinted\n")
+    assert (tmp_path / "file").read_text() == "written"
+
+
+def test_hang_up_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)

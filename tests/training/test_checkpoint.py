@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, damage is found, and a cut-off replacement never loses the last good one."""
+"""Checkpoints are whole or not there, damage is found, and a replacement never loses the last good one."""
 
 import os
 import shutil
@@ -58,7 +58,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- whole files -------------------------------------------------------------------------------------------------
+# --- whole files ----------------------------------------------------------------------------------
 
 
 def test_file_that_fails_leaves_the_old_one(tmp_path):
@@ -80,7 +80,7 @@ def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tm
     assert not (tmp_path / "file").is_symlink() and names(tmp_path) == ["file", "victim"]
 
 
-# --- checkpoint folders ------------------------------------------------------------------------------------------
+# --- checkpoint folders ---------------------------------------------------------------------------
 
 
 def test_round_trip(tokenizer, tmp_path):
@@ -156,7 +156,7 @@ def test_failure_at_any_moment_leaves_a_good_checkpoint(tmp_path, monkeypatch, f
 
 
 def test_half_removed_checkpoint_has_no_name(tmp_path, monkeypatch):
-    """A kill while old ones are removed leaves nothing that looks like a checkpoint, and the next save clears it away."""
+    """A kill while old ones are removed leaves nothing like a checkpoint, and the next save clears up."""
     for number in (1, 2):
         write_number(tmp_path / "last", number, 2)
 
@@ -212,7 +212,7 @@ def test_failed_save_gives_its_space_back(tmp_path):
     assert names(tmp_path) == ["last"] and load_state(find_checkpoint(tmp_path / "last"))["step"] == 1
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def flip(path, place):
@@ -292,7 +292,7 @@ def test_gap_between_two_renames(tmp_path, capsys):
     assert [load_state(path)["step"] for path in versions(tmp_path / "last")] == [8, 7]
 
 
-# --- what is in them ---------------------------------------------------------------------------------------------
+# --- what is in them ------------------------------------------------------------------------------
 
 
 def test_damaged_tensors(tmp_path):

@@ -239,7 +239,7 @@ def test_compile(run, monkeypatch):
     if find_compiler() is None:
         pytest.skip("no C++ compiler here")
     seen = []
-    monkeypatch.setattr(run_folder, "compile_passes", lambda: seen.append("compiled") or PLAIN)
+    monkeypatch.setattr(run_folder, "compile_kernels", lambda: seen.append("compiled") or PLAIN)
     assert stored_args(run())["compile"] == "off" and not seen  # auto: three steps are too few
     assert stored_args(run("--compile on"))["compile"] == "on" and seen == ["compiled"]
 

@@ -21,22 +21,19 @@ from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows
 from optimizer import lr_factor
+from support.errors import UserError
 from support.seeds import make_seed
 from tests.tiny import make_config, make_data, make_encoder
 from tokenizer import BertTokenizer
 from training import pretrain_mlm
+from training.masked_lm import BertForMaskedLM, MaskedText, load_head, mask_tokens
 from training.pretrain_mlm import (
     ENCODER_FILES,
     LAST,
     TENSORS_FILE,
-    BertForMaskedLM,
-    MaskedText,
     evaluate,
-    get_args,
-    load_head,
     main,
     make_optimizer,
-    mask_tokens,
     read_sentences,
     train_step,
 )
@@ -95,7 +92,7 @@ def make_batch(seed=0):
 
 def run(place, flags="", out="out"):
     """Run the script on the tiny encoder and data; flags here override TINY. Returns the exit code."""
-    argv = f"--data_dir {place / 'data'} --pretrained {place / 'encoder'} --output_dir {place / out} {TINY} {flags}"
+    argv = f"--data_dir {place}/data --pretrained {place}/encoder --output_dir {place / out} {TINY} {flags}"
     try:
         return main(argv.split())
     except SystemExit as stop:
@@ -144,7 +141,7 @@ def reference(place, run_transformers):
     return load_file(place / "results.safetensors")
 
 
-# --- masking -----------------------------------------------------------------------------------------------------
+# --- masking --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mlm_prob", [0.15, 0.4])
@@ -198,7 +195,7 @@ def test_masks_depend_on_the_seed_only(place):
     assert torch.equal(batches[2]["labels"], original[batches[2]["chosen"]])
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_logits_against_hugging_face(reference):
@@ -318,7 +315,7 @@ def test_loss_that_is_not_finite_changes_nothing():
     with torch.no_grad():
         model.predictions.bias[7] = math.inf
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    with pytest.raises(pretrain_mlm.UserError, match="smaller --lr"):
+    with pytest.raises(UserError, match="smaller --lr"):
         train_step(model, make_optimizer(model, 0.01, 0.0), make_batch(), seed=0, clip_norm=1.0)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
@@ -340,7 +337,7 @@ def test_evaluation_repeats_without_dropout_and_keeps_the_mode(place):
     assert not model.training
 
 
-# --- text --------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(tmp_path):
@@ -360,13 +357,11 @@ def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(
                 rows.append(row)
         with open(train, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
-    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
-    assert args.tasks == DEFAULT_TASKS
-    sentences, dev = read_sentences(args)
+    sentences, dev = read_text(data)
     found = {
         split: {
             text
-            for task in args.tasks
+            for task in DEFAULT_TASKS
             for texts in read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
             for text in texts
         }
@@ -375,28 +370,32 @@ def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(
     assert len(found["train"] & found["dev"]) > 10 and len(found["train"] & found["test"]) > 10
     assert sorted(sentences) == sorted(found["train"] - found["dev"] - found["test"])
     assert sorted(dev) == sorted(found["dev"])
-    args.eval_max_examples = 7
-    assert len(read_sentences(args)[1]) == 7 and read_sentences(args)[1] == read_sentences(args)[1]
+    seven = read_text(data, eval_max_examples=7)[1]
+    assert len(seven) == 7 and seven == read_text(data, eval_max_examples=7)[1]
     for spec in TASKS.values():
         (data / spec.files["test"]).unlink()  # may be absent
-    assert sorted(read_sentences(args)[0]) == sorted(found["train"] - found["dev"])
+    assert sorted(read_text(data)[0]) == sorted(found["train"] - found["dev"])
+
+
+def read_text(data, extra_data=None, eval_max_examples=2000):
+    return read_sentences(
+        data, DEFAULT_TASKS, extra_data or {}, seed=11711, eval_max_examples=eval_max_examples
+    )
 
 
 def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
-    """Sentences of a source are added, but none that a dev file has too, be it in capitals or without its full stop."""
+    """A source adds its sentences, but for those of a dev file, in capitals or without full stop too."""
     data = make_data(tmp_path / "data")
-    args = get_args(["--data_dir", str(data), "--output_dir", "x"])
-    before, dev = read_sentences(args)
+    before, dev = read_text(data)
     with open(data / EXTRA_SOURCES["sick"].files[0], "a", encoding="utf-8") as file:
         file.write(f"{dev[0].upper()} !\tA new sentence\t3\n")
-    assert read_sentences(args)[0] == before
-    args.extra_data = {"sick": None}
-    after, _ = read_sentences(args)
+    assert read_text(data)[0] == before
+    after, _ = read_text(data, {"sick": None})
     assert "A new sentence" in after and f"{dev[0].upper()} !" not in after
     assert set(before) < set(after) and "11 examples from sick" in capsys.readouterr().out
 
 
-# --- runs --------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_finished_folder(place, reference):
@@ -465,7 +464,7 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
         before = (folder / LAST / TENSORS_FILE).read_bytes()
         assert run(place, flags, out) == 2
         error = capsys.readouterr().err
-        assert name in error and "was started with" in error and error.count("\n") == 1
+        assert f"{name} was" in error and error.count("\n") == 1
         assert (folder / LAST / TENSORS_FILE).read_bytes() == before
     assert run(place, out=out) == 0
     assert f"at step {saved}\n" in capsys.readouterr().out
@@ -476,7 +475,7 @@ def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act,
 
 @pytest.mark.parametrize(("call", "saved"), [(1, None), (2, 8)])
 def test_signal_in_an_evaluation(place, monkeypatch, capsys, call, saved):
-    """It is given up; before the first step there is nothing to save, after the last the encoder is not written yet."""
+    """It is given up: before the first step with nothing to save, after the last without the encoder."""
     calls = iter(range(1, 9))
 
     def stopped(*args):
@@ -558,7 +557,7 @@ def test_finished_run_is_kept_without_overwrite(place, capsys, tmp_path):
 
 
 def test_epochs_give_the_length(place, capsys):
-    args = f"--data_dir {place / 'data'} --pretrained {place / 'encoder'} --device cpu --batch_size 64 --epochs 1.2"
+    args = f"--data_dir {place}/data --pretrained {place}/encoder --device cpu --batch_size 64 --epochs 1.2"
     assert main([*args.split(), "--output_dir", str(place / "epochs")]) == 0
     num_sentences = int(capsys.readouterr().out.split()[0])
     lines = (place / "epochs" / "metrics.jsonl").read_text().splitlines()

@@ -1,10 +1,8 @@
-"""The run folder: its lock, its settings, what starting anew removes, and what is gone on from."""
+"""The run folder: its settings, its state, what starting anew removes, and what is gone on from."""
 
 import json
-import os
 import subprocess
-import sys
-from argparse import Namespace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,25 +10,25 @@ import torch
 from bert import BertModel
 from config import TASKS
 from heads import MultitaskBERT
-from kernels.fused import PLAIN, Passes
+from kernels.fused import PLAIN, Kernels
 from support.errors import UserError
-from support.files import ROOT, lock_folder
 from tests.tiny import make_config, make_encoder
 from tokenizer import BertTokenizer
 from training import run_folder
 from training.checkpoint import write_checkpoint
 from training.run_folder import (
     Run,
+    RunState,
     begin_run,
+    changed_flags,
     check_free,
-    check_state,
     describe_code,
-    find_changed,
     find_last,
+    format_changed_circumstances,
     read_args_file,
-    say_circumstances,
     write_args,
 )
+from training.settings import LoopSettings, OptimizerSettings, OutputSettings, RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -43,129 +41,49 @@ def make_model(tokenizer, seed=0):
     return MultitaskBERT(BertModel(make_config(len(tokenizer))), {"sst": TASKS["sst"]}, {"sst": "single"})
 
 
-def settings(folder, **changes):
-    options = {"precision": "fp32", "grad_accum": 1, "compile": "off", "lr": 0.1, "head_lr": 0.1}
-    options |= {"weight_decay": 0.0, "rectify": False, "tasks": ("sst",), "output_dir": str(folder)}
-    return Namespace(**options | changes)
+def settings(folder, precision="fp32", accumulates=False, compiled=False):
+    """Of a run with one task; what a test does not look at is None."""
+
+    def fill(kind, **values):
+        return kind(**{each.name: None for each in fields(kind)} | values)
+
+    optimizer = fill(
+        OptimizerSettings, lr=0.1, head_lr=0.1, weight_decay=0.0, rectify=False, precision=precision
+    )
+    optimizer = replace(optimizer, accumulates=accumulates, compiled=compiled)
+    return fill(
+        RunSettings,
+        optimizer=optimizer,
+        loop=fill(LoopSettings, tasks=("sst",)),
+        output=fill(OutputSettings, folder=folder, keep_last=1),
+        device="cpu",
+        flags={"given": {}},
+    )
 
 
-def test_run_trains_with_the_passes_and_types_that_its_flags_say(tokenizer, tmp_path, monkeypatch):
-    passes = Passes(adamw_update=lambda *args: None)
-    monkeypatch.setattr(run_folder, "compile_passes", lambda: passes)
-    for compiled, expected in (("on", passes), ("off", PLAIN)):
-        run = Run(settings(tmp_path, compile=compiled), make_model(tokenizer), tokenizer)
-        assert run.memory.passes is expected and run.optimizer.update is expected.adamw_update
-    types = {("fp32", 1): None, ("bf16", 1): torch.bfloat16, ("bf16", 2): torch.bfloat16}
-    for (precision, grad_accum), copy in types.items():
-        args = settings(tmp_path, precision=precision, grad_accum=grad_accum)
-        memory = Run(args, make_model(tokenizer), tokenizer).memory
+def test_run_trains_with_the_kernels_and_types_that_its_settings_say(tokenizer, tmp_path, monkeypatch):
+    kernels = Kernels(adamw_update=lambda *args: None)
+    monkeypatch.setattr(run_folder, "compile_kernels", lambda: kernels)
+    for compiled, expected in ((True, kernels), (False, PLAIN)):
+        run = Run(settings(tmp_path, compiled=compiled), make_model(tokenizer), tokenizer)
+        assert run.memory.kernels is expected and run.optimizer.update is expected.adamw_update
+    types = {("fp32", False): None, ("bf16", False): torch.bfloat16, ("bf16", True): torch.bfloat16}
+    for (precision, accumulates), copy in types.items():
+        memory = Run(settings(tmp_path, precision, accumulates), make_model(tokenizer), tokenizer).memory
         assert getattr(memory.weight_copy, "dtype", None) == copy
         # Sums of several batches are kept in float32.
-        assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and grad_accum == 1 else torch.float32)
+        assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and not accumulates else torch.float32)
 
 
-# --- the lock ----------------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys
-from pathlib import Path
-from support.files import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    if sys.argv[2] == "fork":  # a child that outlives it
-        import os, time
-        if os.fork() == 0:
-            time.sleep(60)
-    print(os.getpid() if sys.argv[2] == "fork" else "held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def hold(folder, mode="alone"):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), mode],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        text=True,
-        start_new_session=True,
-    )
-    holder.stdout.readline()
-    return holder
-
-
-@pytest.mark.parametrize("mode", ["alone", "fork"])
-def test_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path, mode):
-    folder = tmp_path / "run"
-    holder = hold(folder, mode)
-    try:
-        with (
-            pytest.raises(UserError, match=f"in use by another run .'process {holder.pid} on "),
-            lock_folder(folder),
-        ):
-            pass
-        holder.kill()
-        holder.wait()
-        assert (folder / ".lock").exists()  # nobody could remove it
-        with lock_folder(folder):
-            (folder / "file").touch()
-        assert [path.name for path in folder.iterdir()] == ["file"]
-    finally:
-        os.killpg(holder.pid, 9) if mode == "fork" else None
-
-
-def test_lock_leaves_no_empty_folder(tmp_path):
-    with lock_folder(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").exists()
-    assert not (tmp_path / "run").exists()
-
-
-def test_lock_of_a_file(tmp_path):
-    (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="is a file; expected a folder"), lock_folder(tmp_path / "run"):
-        pass
-
-
-def test_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, capsys):
-    def lockf(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(run_folder.fcntl, "lockf", lockf)
-    with lock_folder(tmp_path / "run"):
-        pass
-    assert "cannot be locked (No locks available)" in capsys.readouterr().out
-
-
-def test_many_processes_take_turns(tmp_path):
-    """The file is removed by each holder: nobody may take a lock on a file that is gone."""
-    code = """
-import sys, time
-from pathlib import Path
-from config import UserError
-from support.files import lock_folder
-folder, turns = Path(sys.argv[1]), 0
-while turns < 20:
-    try:
-        with lock_folder(folder):
-            (folder / "inside").touch(exist_ok=False)
-            (folder / "inside").unlink()
-            turns += 1
-    except UserError:
-        time.sleep(0.0005)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-
-
-# --- args.json ---------------------------------------------------------------------------------------------------
+# --- args.json ------------------------------------------------------------------------------------
 
 
 def test_write_args_keeps_every_command(tmp_path, monkeypatch):
-    args = Namespace(output_dir=str(tmp_path), seed=5, device="cpu")
     before = None
     for command in (["start"], ["go on"]):
         monkeypatch.setattr(run_folder.sys, "argv", command)
-        before = json.loads(write_args(args, {"data": {"train": "facts"}}, before))
+        facts = {"data": {"train": "facts"}}
+        before = json.loads(write_args(tmp_path, {"seed": 5}, facts, device="cpu", before=before))
     stored = json.loads((tmp_path / "args.json").read_text())
     assert stored == before and stored["earlier"] == []
     assert stored["commands"] == [["start"], ["go on"]]
@@ -176,13 +94,12 @@ def test_write_args_keeps_every_command(tmp_path, monkeypatch):
 
 
 def test_other_circumstances_are_kept_and_warned_about(tmp_path, monkeypatch):
-    args = Namespace(output_dir=str(tmp_path), device="cpu")
-    first = json.loads(write_args(args, {"data": {}}))
-    assert say_circumstances(first, "cpu") is None
+    first = json.loads(write_args(tmp_path, {}, {"data": {}}, device="cpu"))
+    assert format_changed_circumstances(first, "cpu") is None
     monkeypatch.setattr(run_folder.torch, "__version__", "9.9")
-    warning = say_circumstances(first, "cpu")
+    warning = format_changed_circumstances(first, "cpu")
     assert f"torch was {first['versions']['torch']}, is 9.9" in warning
-    second = json.loads(write_args(args, {"data": {}}, first))
+    second = json.loads(write_args(tmp_path, {}, {"data": {}}, device="cpu", before=first))
     assert second["versions"]["torch"] == "9.9" and second["earlier"][0]["versions"] == first["versions"]
 
 
@@ -236,23 +153,18 @@ def test_damaged_args_name_the_copy(tmp_path, text):
         read_args_file(tmp_path)
 
 
-def test_settings_changed_behind_the_runs_back_are_named(tmp_path):
+def test_changed_flags_are_named():
+    """Flags that only one side knows are from another version; a tuple is a list in JSON."""
     stored = {"seed": 1, "lr": 0.1, "max_steps": 5, "tasks": ["sst"], "given": {}, "old_flag": 1}
-    (tmp_path / "args.json").write_text(json.dumps({"args": stored, "commands": [], "data": {"train": 1}}))
-    args = Namespace(seed=1, lr=0.2, max_steps=9, tasks=("sst",), given={"lr": 0.2}, new_flag=2)
-    assert find_changed(tmp_path, args, {"train": 1}, {"max_steps"}) == ["--lr was 0.1, is 0.2"]
-    assert find_changed(tmp_path, args, {"train": 2}, {"max_steps"})[0] == "the data"
+    flags = {"seed": 1, "lr": 0.2, "max_steps": 9, "tasks": ("sst",), "given": {"lr": 0.2}, "new_flag": 2}
+    assert changed_flags(stored, flags, {"max_steps"}) == ["--lr was 0.1, is 0.2"]
 
 
-# --- starting anew, going on -------------------------------------------------------------------------------------
+# --- starting anew, going on ----------------------------------------------------------------------
 
 
 def write_step(folder, step):
     write_checkpoint(folder, lambda new: (new / "state.json").write_text(f'{{"step": {step}}}'))
-
-
-def started(folder, **changes):
-    return Namespace(output_dir=str(folder), overwrite=False, device="cpu", given={}, **changes)
 
 
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
@@ -271,12 +183,10 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
     (tmp_path / "predictions").mkdir()
     for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
         (tmp_path / "predictions" / name).write_text("")
-    args = started(tmp_path)
     with pytest.raises(UserError, match="holds a run already"):
-        check_free(args)
-    args.overwrite = True
-    check_free(args)
-    text = begin_run(args, {"data": {}})
+        check_free(tmp_path, overwrite=False)
+    check_free(tmp_path, overwrite=True)
+    text = begin_run(settings(tmp_path), {"data": {}})
     assert {path.name for path in tmp_path.iterdir()} == {
         "args.json",
         "mine",
@@ -292,22 +202,20 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
 def test_checkpoints_without_args_are_a_run_too(tmp_path):
     write_step(tmp_path / "last", 3)
     with pytest.raises(UserError, match="holds a run already"):
-        check_free(started(tmp_path))
+        check_free(tmp_path, overwrite=False)
 
 
 def test_folder_of_another_script_is_not_taken(tmp_path):
-    write_args(Namespace(output_dir=str(tmp_path), device="cpu"), {"data": "of pretrain_mlm.py"})
-    args = started(tmp_path)
-    args.overwrite = True
+    write_args(tmp_path, {"seed": 1}, {"data": "of pretrain_mlm.py"}, device="cpu")
     with pytest.raises(UserError, match="another script's"):
-        check_free(args)
+        check_free(tmp_path, overwrite=True)
 
 
 def test_run_that_ended_before_its_first_checkpoint_may_be_started_again(tmp_path):
     for name in ("args.json", "metrics.jsonl"):
         (tmp_path / name).write_text("{}")
-    check_free(started(tmp_path))
-    begin_run(started(tmp_path), {"data": {}})
+    check_free(tmp_path, overwrite=False)
+    begin_run(settings(tmp_path), {"data": {}})
     # Lines of its log would otherwise stand in the new one.
     assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
@@ -355,35 +263,34 @@ def test_where_a_run_goes_on(tmp_path, checkpoints, scores, expected):
     ],
 )
 def test_state_of_another_kind_is_refused(changes):
-    fresh = {
-        "step": 0,
-        "task_batches": {"sst": 0},
-        "optimizer_steps": [],
-        "cosine_ema": None,
-        "best_score": None,
-    }
-    fresh |= {"best_step": None, "window": [], "log_lines": 0}
-    good = {
-        "step": 3,
-        "task_batches": {"sst": 4},
-        "optimizer_steps": [3, 3],
-        "cosine_ema": [[1.0]],
-        "best_score": -0.1,
-    }
-    good |= {"best_step": 2, "window": [{}], "log_lines": 2}
-    check_state(fresh, fresh)
-    check_state(good, fresh)
+    fresh = RunState(batches_drawn={"sst": 0}).to_json()
+    good = fresh | {"step": 3, "task_batches": {"sst": 4}, "optimizer_steps": [3, 3], "cosine_ema": [[1.0]]}
+    good |= {"best_score": -0.1, "best_step": 2, "window": [{}], "log_lines": 2}
+    for values in (fresh, good):
+        assert RunState.from_json(values, ["sst"]).to_json() == values
     with pytest.raises(ValueError, match=next(iter(changes))):
-        check_state(good | changes, fresh)
+        RunState.from_json(good | changes, ["sst"])
     for name in good:
         with pytest.raises(ValueError, match=name):
-            check_state({key: value for key, value in good.items() if key != name}, fresh)
+            RunState.from_json({key: value for key, value in good.items() if key != name}, ["sst"])
+
+
+def test_state_survives_json_to_the_bit():
+    """What older runs have in state.json is read by the same names."""
+    ema = torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    state = RunState(batches_drawn={"sst": 1, "para": 2, "sts": 3}, cosine_ema=ema, best_score=0.1)
+    values = json.loads(json.dumps(state.to_json()))
+    assert list(values) == [
+        *("step", "evaluated", "task_batches", "tokens", "bad_steps", "skipped_steps", "cosine_ema"),
+        *("best_score", "best_step", "evals_without_gain", "optimizer_steps", "log_lines", "window"),
+    ]
+    assert torch.equal(RunState.from_json(values, ["sst", "para", "sts"]).cosine_ema, ema)
 
 
 def test_weights_that_are_not_finite_do_not_replace_good_ones(tokenizer, tmp_path):
-    run = Run(settings(tmp_path, keep_last=1), make_model(tokenizer), tokenizer)
+    run = Run(settings(tmp_path), make_model(tokenizer), tokenizer)
     run.save_last()
-    run.state["step"] = 7
+    run.state.step = 7
     run.memory.data[3] = float("inf")
     with pytest.raises(UserError, match=r"step 7: the weights are not finite.*--lr.*last still holds step 0"):
         run.save_last()
@@ -391,7 +298,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(tokenizer, tmp_pat
 
 
 def test_lost_lines_of_the_log_are_warned_about(tokenizer, tmp_path, capsys):
-    run = Run(settings(tmp_path, keep_last=1), make_model(tokenizer), tokenizer)
+    run = Run(settings(tmp_path), make_model(tokenizer), tokenizer)
     for number in range(3):
         run.log({"step": number})
     run.log_file.write_bytes(run.log_file.read_bytes() + b'{"step": 3}\n{"st')

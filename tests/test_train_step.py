@@ -1,0 +1,301 @@
+"""`train_step` of multitask_classifier.py against one written as the papers describe it, and its own promises.
+
+The textbook step knows neither flat memory nor packed passes nor inner products: a loss and a backward pass per batch,
+and lists of tensors. Shapes: K tasks, P parameters of the encoder.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from config import DEFAULT_TASKS
+from heads import PAIR_HEADS, POOLINGS
+from multitask_classifier import TaskBatch
+from optimizer import AdamW
+from pcgrad import cosine_matrix
+from support.device import make_autocast
+from support.seeds import make_seed
+from tests.test_pcgrad import draw_orders, textbook_pcgrad
+from tests.tiny import make_batch, make_model, make_task_batches, make_training, shared_grads, take_step
+
+
+def copy_weights(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+# --- against the textbook ------------------------------------------------------------------------------------
+
+
+def textbook_grads(model, task_batches, task_weights):
+    """Losses by task, task gradients of the encoder (P,) by task, and the heads' gradients by parameter."""
+    shared = [param for param in model.bert.parameters() if param.requires_grad]
+    losses, task_grads, head_grads = {}, {}, {}
+    for batch in task_batches:
+        head = list(model.heads[batch.task].parameters())
+        for piece in batch.micro_batches:
+            loss = model.loss(batch.task, piece)
+            losses.setdefault(batch.task, []).append(loss.item())
+            weighted = loss * task_weights.get(batch.task, 1.0) / len(batch.micro_batches)
+            grads = torch.autograd.grad(weighted, [*shared, *head], materialize_grads=True, allow_unused=True)
+            vector = torch.cat([grad.flatten() for grad in grads[: len(shared)]]).double()
+            task_grads[batch.task] = task_grads.get(batch.task, 0.0) + vector
+            for param, grad in zip(head, grads[len(shared) :], strict=True):
+                head_grads[param] = head_grads.get(param, 0.0) + grad
+    return losses, task_grads, head_grads
+
+
+def textbook_step(model, task_batches, moments, *, step, seed, options, eps, lr=0.01, weight_decay=0.01):
+    """One update. Returns losses, task gradients (K, P) of tasks with a batch, and the length before clipping."""
+    losses, task_grads, grads = textbook_grads(model, task_batches, options.get("task_weights", {}))
+    present = [task for task in model.tasks if task in losses]
+    rows = torch.stack([task_grads[task] for task in present])
+    if options["grad_method"] == "pcgrad":
+        combined = textbook_pcgrad(rows, draw_orders(len(present), make_seed(seed, step)))
+    elif options.get("grad_reduction") == "mean" or options["grad_method"] == "sum":
+        combined = rows.sum(0)
+    else:
+        combined = rows.mean(0)
+    if options.get("grad_reduction") == "mean":
+        combined = combined / len(task_batches)
+    shared = [param for param in model.bert.parameters() if param.requires_grad]
+    pieces = combined.float().split([param.numel() for param in shared])
+    grads |= {param: piece.view_as(param) for param, piece in zip(shared, pieces, strict=True)}
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values()))
+    clip_norm = options.get("clip_norm", 0.0)
+    scale = min(1.0, clip_norm / norm) if clip_norm else 1.0
+    with torch.no_grad():
+        for param, grad in grads.items():
+            zero = {"step": 0, "m": torch.zeros_like(param), "v": torch.zeros_like(param)}
+            state = moments.setdefault(param, zero)
+            state["step"] += 1
+            state["m"] = 0.9 * state["m"] + 0.1 * scale * grad
+            state["v"] = 0.999 * state["v"] + 0.001 * (scale * grad) ** 2
+            rate = lr * math.sqrt(1 - 0.999 ** state["step"]) / (1 - 0.9 ** state["step"])
+            param -= rate * state["m"] / (state["v"].sqrt() + eps)
+            param -= lr * weight_decay * param * (param.ndim >= 2)
+    return losses, rows, norm
+
+
+# The task batches of each of three steps: tasks, and how many micro-batches each has.
+STEPS = [
+    [("sst", 1), ("para", 1), ("sts", 1)],
+    [
+        ("sst", 2),
+        ("sts", 1),
+        ("sst", 1),
+        ("para", 3),
+    ],  # a task twice, apart; unequal numbers of micro-batches
+    [("sts", 2), ("sts", 2)],  # others absent, with momentum that must not move their heads
+]
+STEP_OPTIONS = [
+    {"grad_method": "sum"},
+    {"grad_method": "sum", "task_weights": {"sst": 0.5, "sts": 3.0}, "clip_norm": 0.5},
+    {"grad_method": "sum", "grad_reduction": "mean"},
+    {"grad_method": "mean", "grad_reduction": "mean", "clip_norm": 0.1},
+    {"grad_method": "pcgrad"},
+    {"grad_method": "pcgrad", "task_weights": {"para": 4.0}, "clip_norm": 0.25, "grad_reduction": "mean"},
+]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
+@pytest.mark.parametrize("options", STEP_OPTIONS, ids=range(len(STEP_OPTIONS)))
+def test_steps_equal_textbook_steps(options, pooling):
+    """Losses, inner products, length and parameters over three steps, without dropout.
+
+    eps is large: Adam's first steps go by a gradient's sign, and of a gradient of zero that is only rounding.
+    """
+    eps = 1e-4
+    model, plain = (make_model(pooling=pooling, dropout=False).train() for _ in range(2))
+    start = torch.cat([param.detach().flatten() for param in model.parameters()])
+    memory, optimizer = make_training(model, lr=0.01, eps=eps)
+    moments, conflicts = {}, 0
+    for step, drawn in enumerate(STEPS):
+        task_batches = [
+            TaskBatch(
+                task, [make_batch(task, size=2 + i, seed=100 * step + 10 * n + i) for i in range(count)]
+            )
+            for n, (task, count) in enumerate(drawn)
+        ]
+        found = take_step((model, memory, optimizer), task_batches, step=step, seed=7, **options)
+        numbers = {"step": step, "seed": 7, "options": options, "eps": eps}
+        losses, rows, norm = textbook_step(plain, task_batches, moments, **numbers)
+        assert found.applied
+        present = [k for k, task in enumerate(memory.tasks) if task in losses]
+        for k, task in enumerate(memory.tasks):
+            expected = float(np.mean(losses[task])) if task in losses else math.nan
+            assert float(found.losses[k]) == pytest.approx(expected, rel=1e-4, nan_ok=True)  # float32, grown
+            assert (found.weights[k] != 0) == (task in losses)
+        gram = torch.zeros(3, 3, dtype=torch.float64)  # zero where a task is absent
+        gram[np.ix_(present, present)] = rows @ rows.T
+        scale = float(gram.diagonal().max())
+        torch.testing.assert_close(found.gram.double(), gram, rtol=0, atol=1e-4 * scale)
+        assert found.grad_norm == pytest.approx(norm, rel=1e-4)
+        pieces = [piece for batch in task_batches for piece in batch.micro_batches]
+        assert found.num_tokens == sum(int(piece["attention_mask"].sum()) for piece in pieces)
+        conflicts += int((gram < 0).any())
+    assert conflicts  # or PCGrad would be the plain sum
+    moved, expected = (
+        torch.cat([param.detach().flatten() for param in each.parameters()]) - start
+        for each in (model, plain)
+    )
+    assert expected.norm() > 0.1
+    # Gradients differ by 1e-7 or so, which eps lets an update show a thousandfold.
+    assert float((moved - expected).norm() / expected.norm()) < 1e-4
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_inner_products_of_layer_groups_are_those_of_their_parameters():
+    model = make_model()
+    memory, optimizer = make_training(model)
+    result = take_step((model, memory, optimizer), make_task_batches(), seed=1)
+    groups = {"embeddings": model.bert.embeddings}
+    groups |= {f"layer.{number}": layer for number, layer in enumerate(model.bert.encoder.layer)}
+    assert list(memory.layout.layer_groups) == list(groups)  # the pooler is not trained
+    for found, group in zip(result.group_grams.double(), groups.values(), strict=True):
+        grads = [shared_grads(memory)[:, memory.ranges[id(param)]].double() for param in group.parameters()]
+        # float32 sums of some thousand products
+        torch.testing.assert_close(found, sum(grad @ grad.T for grad in grads), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.gram, result.group_grams.sum(0))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_in_bfloat16_is_near_that_in_float32(accumulate):
+    """Gradients of each task, from bfloat16 layers, within 3 % of their length; losses within 1 %."""
+    outcomes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(dropout=False)
+        memory = model.move_to_flat_memory(dtype, dtype if accumulate == 1 else torch.float32)
+        optimizer = AdamW(memory.param_groups(0.01, 0.01, 0.01), lr=0.01)
+        task_batches = [
+            TaskBatch(task, [make_batch(task, seed=k + i) for i in range(accumulate)])
+            for k, task in enumerate(DEFAULT_TASKS)
+        ]
+        autocast = make_autocast("cpu", "bf16" if dtype == torch.bfloat16 else "fp32")
+        options = {"grad_method": "sum", "autocast": autocast}
+        result = take_step((model, memory, optimizer), task_batches, **options)
+        assert result.applied
+        outcomes.append((result.losses, shared_grads(memory), memory.grad.clone()))
+    (losses, rows, grad), (low_losses, low_rows, low_grad) = outcomes
+    torch.testing.assert_close(low_losses, losses, rtol=0.01, atol=0.0)
+    assert not torch.equal(low_losses, losses)
+    assert ((low_rows - rows).norm(dim=1) / rows.norm(dim=1)).max() < 0.03
+    assert (low_grad - grad).norm() / grad.norm() < 0.03
+
+
+# --- what an update changes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("head", PAIR_HEADS)
+def test_one_update_changes_every_trainable_parameter_and_no_other(head, pooling):
+    model = make_model(head, pooling=pooling).train()
+    before = copy_weights(model)
+    assert take_step((model, *make_training(model)), make_task_batches(head=head)).applied
+    for name, param in model.named_parameters():
+        # A key's bias has no gradient (softmax ignores it) but for rounding; it may stay.
+        changed = not torch.equal(param, before[name])
+        assert changed == param.requires_grad or name.endswith("key.bias"), name
+    assert model.bert.pooler.dense.weight.requires_grad == (pooling == "pooler")
+
+
+def test_frozen_encoder_trains_the_heads_only():
+    model = make_model(freeze_encoder=True).train()
+    before = copy_weights(model)
+    take_step((model, *make_training(model)), make_task_batches(), clip_norm=1.0)
+    assert not model.bert.training  # no dropout in a fixed function
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name]) == name.startswith("bert."), name
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_step_that_is_not_finite_is_skipped_whole(where):
+    model = make_model()
+    memory, optimizer = make_training(model)
+    before = memory.data.clone()
+    task_batches = make_task_batches()
+    if where == "loss":
+        task_batches[2].micro_batches[0]["labels"][0] = math.nan
+    else:
+
+        def spoil(module, inputs, output):
+            output.register_hook(lambda grad: grad * math.inf)  # losses stay finite
+
+        hook = model.bert.embeddings.register_forward_hook(spoil)
+    result = take_step((model, memory, optimizer), task_batches)
+    assert not result.applied and math.isnan(result.grad_norm) and not result.weights.any()
+    assert torch.equal(memory.data, before) and not optimizer.state
+    assert result.losses.isnan().tolist() == [False, False, where == "loss"]
+    if where == "gradient":  # and the next step knows nothing of it
+        hook.remove()
+        assert take_step((model, memory, optimizer), task_batches, step=1).applied
+        assert memory.data.isfinite().all() and not torch.equal(memory.data, before)
+
+
+def test_surgery_on_chosen_tasks_changes_their_gradients_only():
+    def weights(surgery_tasks):
+        model = make_model()
+        task_batches = make_task_batches()
+        task_batches[1].micro_batches[0]["labels"] = 1 - task_batches[1].micro_batches[0]["labels"]
+        training = (model, *make_training(model))
+        result = take_step(training, task_batches, seed=1, surgery_tasks=surgery_tasks)
+        return result.weights, cosine_matrix(result.gram)
+
+    everything, cosines = weights(None)
+    assert (cosines < 0).any()  # or else there is nothing to see
+    assert torch.equal(weights(DEFAULT_TASKS)[0], everything)
+    assert torch.equal(weights(())[0], torch.ones(3))
+    # What each task's adjustment adds to the weights adds up: they are adjusted independently, in the same orders.
+    alone = torch.stack([weights((task,))[0] - 1 for task in DEFAULT_TASKS])
+    torch.testing.assert_close(1 + alone.sum(0), everything)
+    assert not alone.diagonal().any()  # its own gradient stays whole; others are taken away from it
+
+
+# --- one pass, and its randomness ----------------------------------------------------------------------------
+
+
+def test_all_task_batches_go_through_the_encoder_together(monkeypatch):
+    passes, model = [], make_model()
+    memory, optimizer = make_training(model)
+    encode = model.bert.encode
+
+    def recorded(inputs, task_numbers, targets):
+        passes.append(task_numbers)
+        return encode(inputs, task_numbers, targets)
+
+    monkeypatch.setattr(model.bert, "encode", recorded)
+    counts = [("sts", 2), ("sst", 1), ("sts", 3)]
+    task_batches = [TaskBatch(task, [make_batch(task)] * count) for task, count in counts]
+    take_step((model, memory, optimizer), task_batches)
+    assert passes == [[2, 0, 2], [2, 2], [2]]
+
+
+def test_a_step_depends_on_its_seed_and_number_and_not_on_other_random_draws():
+    outcomes = []
+    for seed, step, noise in ((3, 5, 0), (3, 5, 100), (4, 5, 0), (3, 6, 0)):
+        model = make_model().train()
+        memory, optimizer = make_training(model)
+        torch.rand(noise)
+        take_step((model, memory, optimizer), make_task_batches(), step=step, seed=seed)
+        outcomes.append(memory.data.clone())
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert not any(torch.equal(outcomes[0], other) for other in outcomes[2:])
+
+
+def test_dropout_differs_between_micro_steps_and_between_batches():
+    """The first micro-step's dropout is that of a step without accumulation; the second's is another."""
+    model = make_model().train()
+    training = (model, *make_training(model, lr=0.0))
+    batch = make_batch("sst")
+
+    def loss(count, *before):
+        return float(take_step(training, [*before, TaskBatch("sst", [batch] * count)]).losses[0])
+
+    first, both = loss(1), loss(2)
+    assert (
+        first == loss(1) and abs(2 * both - 2 * first) > 1e-4
+    )  # were the draws the same, so would be the mean
+    assert loss(1, TaskBatch("para", [make_batch("para")])) != first
+    model.eval()
+    assert loss(2) == pytest.approx(loss(1), rel=1e-6)  # float32
