@@ -69,6 +69,7 @@ BASE_ROWS = (
     *("ours sum", "ours pcgrad", "ours sum, one row"),
     *("Hugging Face sum, random batches", "Hugging Face + textbook PCGrad"),
 )
+BASE_CONFIG = BertConfig()  # of the section `base`; the vocabulary is that of --pretrained
 MATRIX_REPEATS, MEMORY_ELEMENTS, MEMORY_REPEATS = 20, 2**26, 10
 
 
@@ -163,7 +164,7 @@ def measure_step(
 def measure_base(bench: Bench) -> dict:
     """Training steps at bert-base size, with random weights, which take as long as trained ones."""
     with tempfile.TemporaryDirectory() as folder:
-        BertModel(BertConfig(vocab_size=bench.config.vocab_size)).save_pretrained(folder)
+        BertModel(replace(BASE_CONFIG, vocab_size=bench.config.vocab_size)).save_pretrained(folder)
         bench.tokenizer.save_pretrained(folder)
         rows = {name: STEP[name] for name in BASE_ROWS}
         found = measure_step(bench, rows, [bench.args.precision], folder)

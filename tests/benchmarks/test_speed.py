@@ -19,7 +19,7 @@ from config import DEFAULT_TASKS, TASKS, BertConfig
 from datasets import read_rows, tokenize
 from pcgrad import gram_matrix, pcgrad
 from support.errors import UserError
-from tests.tiny import SAMPLE, make_encoder
+from tests.tiny import SAMPLE, make_config, make_encoder
 from tokenizer import BertTokenizer
 
 PEERS = ("transformers", "torchjd")
@@ -254,6 +254,7 @@ def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, caps
         "NUM_TASKS": (2, 4),
         "AGREEMENT_EXAMPLES": 5,
         "PROFILE_STEPS": 1,
+        "BASE_CONFIG": make_config(1),  # bert-base itself takes gigabytes and minutes
     }.items():
         monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(contenders, "WARM_UP_EXAMPLES", 5)
@@ -284,7 +285,7 @@ def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, caps
 
     assert main(["surgery", *flags, "--seed", "7"]) == 0
     again = json.loads((tmp_path / "speed.json").read_text())
-    assert again["surgery"]["command"][2] == "surgery" and again["step"] == measured["step"]
+    assert again["surgery"]["command"][3] == "surgery" and again["step"] == measured["step"]
 
 
 @pytest.mark.parametrize(
