@@ -1,7 +1,7 @@
 """The competitors of benchmark.py: our code and its peers, on the same model and the same examples.
 
 The tables at the end say how each is built; to add one, add a row. PCGrad: https://arxiv.org/abs/2001.06782.
-Peers: Hugging Face `transformers`, and TorchJD, https://arxiv.org/abs/2406.16232 (requirements-bench.txt).
+Peers: Hugging Face `transformers`, and TorchJD, https://arxiv.org/abs/2406.16232 (requirements/bench.txt).
 
 Shapes: B examples, R sequences in a batch (R = 2 * B for pairs), T padded length, H hidden_size, K tasks, P shared
 parameters.
@@ -604,5 +604,5 @@ def installed(table: dict[str, partial]) -> tuple[dict[str, partial], dict[str, 
     for name, build in table.items():
         missing = [package for package in build.func.needs if importlib.util.find_spec(package) is None]
         if missing:
-            skipped[name] = f"{' and '.join(missing)} not installed (requirements-bench.txt)"
+            skipped[name] = f"{' and '.join(missing)} not installed (requirements/bench.txt)"
     return {name: build for name, build in table.items() if name not in skipped}, skipped
