@@ -52,7 +52,7 @@ CATEGORIES = {  # of a profile: what the names of its operations start with; the
 }
 
 
-# --- what is trained on ------------------------------------------------------------------------------------------
+# --- what is trained on -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Setting:
     seed: int
 
 
-# --- contenders --------------------------------------------------------------------------------------------------
+# --- contenders ---------------------------------------------------------------------------------------------
 
 
 def import_peer(package: str):
@@ -557,7 +557,7 @@ class HuggingFaceEvaluation(Evaluation):
         return TASK_KINDS[self.pool.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
 
 
-# --- tables: name -> how to build it; in `step` and `evaluate` each row is built once for each precision ----------
+# --- tables: name -> how to build it; in `step` and `evaluate` each row is built once for each precision ----
 
 STEP = {
     "ours sum": partial(Ours, grad_method="sum"),

@@ -29,7 +29,7 @@ def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-# --- targets -----------------------------------------------------------------------------------------------------
+# --- targets ------------------------------------------------------------------------------------------------
 # A measure takes {section: what it measured} and returns one value per round; None: not measured.
 
 
@@ -174,7 +174,7 @@ def target_row(target: Target, measured: dict) -> list[str]:
     return [target.text, spread(values, target.digits), goal, verdict]
 
 
-# --- sections: what was measured -> blocks -----------------------------------------------------------------------
+# --- sections: what was measured -> blocks ------------------------------------------------------------------
 
 
 def skipped_blocks(found: dict) -> list:

@@ -314,7 +314,7 @@ def copy_part(bench: Bench, task: str, folder: str, fraction: float) -> int:
     return len(rows)
 
 
-# --- roofline: what the machine could do -------------------------------------------------------------------------
+# --- roofline: what the machine could do --------------------------------------------------------------------
 
 
 def step_flops(config: BertConfig, lengths: np.ndarray) -> int:
@@ -431,7 +431,7 @@ SECTIONS: dict[str, Callable[[Bench], dict]] = {
 }
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def section_name(text: str) -> str:

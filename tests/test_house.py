@@ -121,7 +121,7 @@ def test_functions_are_short():
     assert not too_long
 
 
-# --- commands ----------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

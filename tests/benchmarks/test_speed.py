@@ -68,7 +68,7 @@ def random_grads(num_tasks: int, seed: int) -> torch.Tensor:
     return torch.randn(num_tasks, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --- contenders --------------------------------------------------------------------------------------------------
+# --- contenders ---------------------------------------------------------------------------------------------
 
 
 def test_textbook_pcgrad_on_a_conflict_worked_by_hand():
@@ -186,7 +186,7 @@ def test_exact_length(setting):
     assert not torch.isin(batch["input_ids"][:, 1:-1], torch.tensor(vocab)).any()
 
 
-# --- arithmetic and page -----------------------------------------------------------------------------------------
+# --- arithmetic and page ------------------------------------------------------------------------------------
 
 
 def test_roofline_worked_by_hand():
@@ -237,7 +237,7 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path):
     assert text.count(BY_HAND) == 1 and "old numbers" not in text
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_every_section_has_its_part_of_the_page():
