@@ -5,11 +5,11 @@
 
 - kills: small runs are killed at random moments (by signals, inside a save, by a power cut), resumed,
   perhaps killed again, until they end; then every bit has to be that of a run nobody disturbed.
-- matrix: the same for every combination of sampler, gradient method, schedule, head and precision, killed once.
+- matrix: the same, killed once, for every combination of sampler, gradient method, schedule, head, precision.
 - fuzz: broken files of every type that we read, and broken command lines; see fuzz.py.
 
-Exit code: 0, or 1 if anything was wrong. What a run is killed by and what a file is broken by depend on --seed
-and the case's number only; where in its work a signal meets a run also depends on the machine.
+Exit code: 0, or 1 if anything was wrong. What a run is killed by and what a file is broken by depend only on
+--seed and the case's number; where in its work a signal meets a run also depends on the machine.
 """
 
 import argparse

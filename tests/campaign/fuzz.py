@@ -1,8 +1,8 @@
 """Broken input for everything that reads: files of each type, spoilt in many ways, and command lines.
 
 A case is drawn from the seed and its number alone. Most cases call a reading function: it has to return, or
-to raise the error that becomes one line for the user. The others are whole runs in a forked child: exit code 0,
-or 2 with one line, and what was whole in the run folder stays whole.
+to raise the error that becomes one line for the user. The others are whole runs in a forked child: exit code
+0, or 2 with one line, and what was whole in the run folder stays whole.
 """
 
 import contextlib

@@ -65,12 +65,12 @@ def careless_files(folder):
 
     bench, wrong = make_bench(folder), []
     with patch.object(files, "whole_file", careless), tempfile.TemporaryDirectory() as work:
-        bench.settings = [faults.run_undisturbed(bench, faults.draw_settings(bench, 0), Path(work))]
+        setting = faults.run_undisturbed(bench, faults.draw_settings(bench, 0), Path(work))
         for number in range(1, 9):
-            strike = {"strike": forks.Strike(number, "middle")}
-            (own := Path(work, str(number))).mkdir()
-            with patch.object(faults, "draw_kill", lambda *args, strike=strike: strike):
-                wrong += faults.kill_case(bench, 1 + number * len(faults.KINDS), own).wrong
+            strike, rng = forks.Strike(number, "middle"), random.Random(0)
+            with patch.object(faults, "draw_kill", lambda *args, strike=strike: {"strike": strike}):
+                kinds = ["SIGKILL at a file operation"]
+                wrong += faults.kill_until_done(bench, setting, Path(work, str(number)), kinds, rng).wrong
             if wrong:
                 break
     return wrong
