@@ -212,16 +212,17 @@ def test_ratios_are_taken_in_each_round_against_the_fastest_row():
 
 
 @pytest.mark.parametrize(
-    ("values", "at_most", "verdict"),
+    ("values", "goal", "verdict"),
     [
-        ([1.0, 1.1, 0.9], True, "met"),
-        ([1.1, 1.2, 0.9], True, "missed"),
-        ([1.1, 1.2, 0.9], False, "met"),
-        (None, True, "-"),
+        ([1.0, 1.1, 0.9], "at most 1", "met"),
+        ([1.1, 1.2, 0.9], "at most 1", "missed"),
+        ([1.1, 1.2, 0.9], "at least 1", "met"),
+        ([1.1, 1.2, 0.9], None, "-"),
+        (None, "at most 1", "-"),
     ],
 )
-def test_targets(values, at_most, verdict):
-    row = target_row(Target("text", lambda measured: values, 1.0, at_most), {})
+def test_targets(values, goal, verdict):
+    row = target_row(Target("text", lambda measured: values, goal), {})
     assert row[-1] == verdict and ("not measured" in row) == (values is None)
 
 
@@ -268,10 +269,7 @@ def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, caps
         "skipped: Hugging Face sum, random batches bf16: transformers not installed"
         in capsys.readouterr().out
     )
-    assert (
-        "Not measured: Hugging Face + TorchJD mtl\\_backward fp32: transformers and torchjd"
-        in page.replace("mtl_backward", "mtl\\_backward")
-    )
+    assert "Not measured: Hugging Face + TorchJD mtl_backward fp32: transformers and torchjd" in page
     assert len(measured["step"]["seconds"]["ours pcgrad bf16"]) == 2
     assert list(measured["scaling"]["by_tasks"]) == ["2", "4"] and list(measured["scaling"]["by_length"]) == [
         "8"
