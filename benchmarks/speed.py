@@ -3,7 +3,7 @@
     python -m benchmarks.speed --data_dir data               # all sections, about two hours on two cores
     python -m benchmarks.speed step --data_dir data/sample --repeats 2 --num_batches 4
 
-Each section's measurements go to speed.json, replaced when the section is run again; the page is made from it.
+A section's measurements go to speed.json, replaced when the section is run again; the page is made from it.
 The contenders are in contenders.py, how they take turns in workers.py, the page and its targets in page.py.
 
 Shapes: K tasks, T word pieces of a sentence, H hidden_size, I intermediate_size, P shared parameters.
@@ -317,7 +317,7 @@ def step_flops(config: BertConfig, lengths: np.ndarray) -> int:
     """Floating-point operations that a training step on sentences of these lengths cannot do without.
 
     Linear layers: 2 per weight and word piece forward, twice that backward. Attention: two products of
-    2 * T * T * H in each layer and sentence, scores and context, twice that backward. Embeddings, element-wise
+    2 * T * T * H in each layer and sentence, scores and context, twice that backward. Embeddings, elementwise
     work and the heads, which see one vector a sentence, are left out.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
