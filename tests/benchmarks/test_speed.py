@@ -72,7 +72,7 @@ def random_grads(num_tasks: int, seed: int) -> torch.Tensor:
 
 
 def test_textbook_pcgrad_on_a_conflict_worked_by_hand():
-    # (1, 0) and (-1, 1): the first loses its -1/2 of the second, (1/2, 1/2); the second -1 of the first, (0, 1).
+    # (1, 0) and (-1, 1): the first loses its -1/2 of the second, (1/2, 1/2); the second -1 of it, (0, 1).
     combined = textbook_pcgrad([torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])])
     assert combined.tolist() == [0.5, 1.5]
 

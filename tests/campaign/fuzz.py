@@ -223,7 +223,8 @@ def spoil(path: Path, rng: random.Random) -> tuple[bytes, str]:
     content, ways = path.read_bytes(), []
     for _ in range(rng.choice((1, 1, 1, 2, MAX_ROUNDS))):
         if rng.random() < 0.05:
-            content = rng.choice(sorted(path.parent.glob("*.*"))).read_bytes()
+            siblings = sorted(other for other in path.parent.iterdir() if other.is_file())
+            content = rng.choice(siblings).read_bytes()
             ways.append("another file")
         else:
             fitting = [SPOILERS[path.suffix]] * len(ANY) if path.suffix in SPOILERS else []
