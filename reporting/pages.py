@@ -1,4 +1,4 @@
-"""Pages: Markdown by hand for small ones, jinja2 templates for whole ones, in Markdown and in HTML.
+"""Pages made from jinja2 templates, in Markdown and in HTML.
 
 The templates lie beside this file, in templates/. Whatever they insert is escaped for their format, so a
 sentence from a data file can neither break a table nor bring a script along.
@@ -24,17 +24,13 @@ class Table(NamedTuple):
     rows: Iterable[Sequence[str]]
 
 
-# --- Markdown ---------------------------------------------------------------------------------------------
+# --- pieces of Markdown -----------------------------------------------------------------------------------
 
 
 def paragraph(text: str) -> str:
     """Text that reads the same in Markdown, whether in a paragraph or in a cell of a table."""
     # An underscore inside a word does not start emphasis.
     return re.sub(r"([\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
-def heading(text: str, level: int = 2) -> str:
-    return f"{'#' * level} {paragraph(text)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -45,10 +41,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def code(text: str) -> str:
     # Indented, blank lines included, a block needs no fence that its own text could close.
     return textwrap.indent(text, "    ", lambda line: True)
-
-
-def markdown_page(blocks: Iterable[str]) -> str:
-    return "\n\n".join(blocks) + "\n"
 
 
 # --- templates --------------------------------------------------------------------------------------------

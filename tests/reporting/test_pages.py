@@ -13,10 +13,6 @@ from tests.reporting.read_pages import NASTY, HtmlPage, markdown_rows, plain
 @pytest.mark.parametrize("text", [NASTY, "two\nlines | here", "# 1 \\| 2 `", "***", "macro_f1", "<b>x</b>"])
 def test_any_text_comes_out_as_it_went_in(text):
     spaced = " ".join(text.split())
-    blocks = [pages.heading(text), pages.paragraph(text), pages.table(("h",), [(text,)])]
-    heading, paragraph, table = pages.markdown_page(blocks).split("\n\n")
-    assert (plain(heading), plain(paragraph)) == (f"## {spaced}", spaced)
-    assert markdown_rows(table) == [["h"], [spaced]]
     # What a template inserts is escaped without being asked.
     assert plain(MARKDOWN.from_string("{{ text }}").render(text=text)) == spaced
     table = MARKDOWN.from_string("{{ table | table }}").render(table=Table(["h"], [[text]]))
