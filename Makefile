@@ -44,7 +44,7 @@ faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files
 	$(RUN) -m tests.campaign.faults
 
 data: $(VENV)/installed  ## download the course's data into data/
-	$(RUN) -m data.download
+	$(RUN) -m training.download
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""Settings that are facts: the size of a BERT, and what each task reads, predicts and writes.
+"""Facts: the size of a BERT, and what each task reads, predicts and writes.
 
-Nothing here runs; the flags, the loader, the heads, the metrics and the prediction files all follow
-from these rows. BERT: https://arxiv.org/abs/1810.04805.
+Nothing here does any work beyond checking these facts; the flags, the loader, the heads, the metrics and the
+prediction files all follow from them. BERT: https://arxiv.org/abs/1810.04805.
 """
 
 import json
@@ -24,15 +24,13 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-
-
-# What a config.json may say besides sizes that would make another encoder of the same weights.
+# Keys of a config.json that make another encoder of the same weights, and their values in a plain BERT.
 PLAIN_BERT = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Size and regularisation of a BERT encoder, under Hugging Face's names; the defaults are bert-base-uncased."""
+    """Size and regularisation of a BERT encoder, under Hugging Face's names; by default bert-base-uncased."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -63,8 +61,8 @@ class BertConfig:
                 raise UserError(f"BertConfig {name} is {quote(value)}; expected a number in [0, 1]")
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise UserError(
-                f"BertConfig pad_token_id is {quote(self.pad_token_id)}; expected a whole number below vocab_size"
-                f" {quote(self.vocab_size)}"
+                f"BertConfig pad_token_id is {quote(self.pad_token_id)}; expected a whole number below"
+                f" vocab_size {quote(self.vocab_size)}"
             )
         if not isinstance(self.hidden_act, str) or len(self.hidden_act) > 60:
             raise UserError(
@@ -78,10 +76,11 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":
-        """Read a Hugging Face `config.json`; keys that change nothing about the encoder are left alone.
+        """Read a Hugging Face `config.json`; keys that change nothing about the encoder are ignored.
 
         Raises:
-            UserError: if the file is missing or no JSON object, or describes another architecture than plain BERT.
+            UserError: if the file is missing or not a JSON object, or describes another architecture than
+                plain BERT.
         """
         values = read_json(path)
         if values.get("model_type", "bert") != "bert":
@@ -113,8 +112,8 @@ class BertConfig:
 class TaskSpec:
     """One task: where its rows are, what its labels mean, how its predictions are written.
 
-    `kind` is a row of `evaluation.TASK_KINDS`. One text column makes a single-sentence task, two make a
-    pair task, which then gets the flag `--NAME_head`.
+    `kind` is a row of `evaluation.TASK_KINDS`. One text column makes a single-sentence task; two make a pair
+    task, which has the flag `--NAME_head`.
     """
 
     title: str
@@ -126,6 +125,7 @@ class TaskSpec:
     prediction_column: str  # as the course's starter spells it, misspellings included
     handout_column: str  # as the course's handout spells it
     default_head: str = "single"  # row of heads.HEADS
+    class_names: tuple[str, ...] = ()  # of discrete labels, in order
 
     @property
     def is_pair(self) -> bool:
@@ -147,6 +147,7 @@ TASKS = {
         label_range=(0, 4),
         prediction_column="Predicted_Sentiment",
         handout_column="Predicted_Sentiment",
+        class_names=("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
     ),
     "para": TaskSpec(
         title="paraphrase (Quora)",
@@ -158,6 +159,7 @@ TASKS = {
         prediction_column="Predicted_Is_Paraphrase",
         handout_column="Predicted_Is_Paraphrase",
         default_head="diff",
+        class_names=("no paraphrase", "paraphrase"),
     ),
     "sts": TaskSpec(
         title="similarity (SemEval STS)",
@@ -179,6 +181,7 @@ TASKS = {
         label_range=(0, 1),
         prediction_column="Predicted_Sentiment",
         handout_column="Predicted_Sentiment",
+        class_names=("negative", "positive"),
     ),
 }
 DEFAULT_TASKS = ("sst", "para", "sts")

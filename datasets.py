@@ -1,15 +1,15 @@
-"""From files to mini-batches: reading and checking rows, token arrays, length buckets, task samplers.
+"""From files to mini-batches: reading rows, token arrays, batches of similar length, task samplers.
 
-The course's files are tab-separated with an unnamed index column, and the test files have extra leading columns, so
-columns are found by name. Nothing that is wrong with a file goes unsaid: it is an error, one line with file:line, or a
-warning that is counted and kept with the rows. To check a folder of files without training on them:
+The course's files are tab-separated with an unnamed index column, and the test files have extra leading
+columns, so columns are found by name. Anything wrong with a file is reported: as an error, one line with
+file:line, or as a warning that is counted and kept with the rows. To check files without training on them:
 
     python -m training.check_data data
 
 The order of everything is a pure function of (seed, task, position): there is no iterator state to save.
 
-Shapes: N examples of a task, U distinct sequences among them, B examples in a batch, R sequences in a batch (R = 2 * B
-when the two sentences of a pair are encoded apart), T padded length in word pieces, K tasks.
+Shapes: N examples of a task, U distinct sequences among them, B examples in a batch, R sequences in a batch
+(R = 2 * B when the two sentences of a pair are encoded separately), T padded length in word pieces, K tasks.
 """
 
 import csv
@@ -17,37 +17,41 @@ import hashlib
 import io
 import math
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from config import TaskSpec
 from support.errors import UserError, one_line, quote
-from support.files import MAX_DATA_BYTES, read_bytes
-from support.seeds import task_seed
-from tokenizer import BertTokenizer
+from support.seeds import seed_of
+from support.text_files import BYTE_ORDER_MARK, decode, line_at, read_data_file
 
-MAX_FIELD_SIZE = 2**17  # characters of one field; a longer one is an unclosed quotation mark, not a sentence
-MAX_ERRORS = 1000  # of one file; after as many it is not read on
+if TYPE_CHECKING:  # the tokenizer imports what reads checkpoints, which `--help` has no use for
+    from tokenizer import BertTokenizer
+
+# Characters of one field; a longer one is an unclosed quotation mark, not a sentence.
+MAX_FIELD_SIZE = 2**17
+MAX_ERRORS = 1000  # of one file, which is then read no further
 NUM_NAMED = 5  # lines or ids that a warning names
-BUCKET_BATCHES = 50  # batches that are sorted by length together: more means less padding, but less mixing
+# Batches that are sorted by length together: more of them mean less padding, but less mixing.
+BUCKET_BATCHES = 50
 
 # Penn Treebank escapes, as in the SST and CFIMDB files, and what they stand for.
 TREEBANK = {"``": '"', "''": '"', "-lrb-": "(", "-rrb-": ")"}
 TREEBANK_PATTERN = re.compile("|".join(map(re.escape, TREEBANK)), re.IGNORECASE)
-# Also `\/` and `\*`. All backslashes at once: with one in each round, a line of them would take minutes.
+# In `\/` and `\*`. All backslashes at once: one per round would take minutes for a line of them.
 BACKSLASHES = re.compile(r"(?<!\\)\\+(?=[/*])")
 
 
 def clean_text(text: str) -> str:
-    """The one place where text is cleaned, the same for every task and split.
+    """Clean one sentence; the only place where text is cleaned, the same way for every task and split.
 
-    Undoes further layers of CSV quoting (many rows of Quora, several layers in CFIMDB), Treebank escapes (SST), and
-    odd white space. Case and punctuation are left to the tokenizer. Clean text is left as it is.
+    Undoes further layers of CSV quoting (many rows of Quora, several layers in CFIMDB), Treebank escapes
+    (SST), and odd white space. Case and punctuation are left to the tokenizer. Clean text does not change.
     """
     before = None
     while text != before:  # each round shortens the text, so this ends
@@ -61,11 +65,11 @@ def clean_text(text: str) -> str:
     return text
 
 
-# --- what messages say ------------------------------------------------------------------------------------------
+# --- what messages say --------------------------------------------------------------------------------------
 
 
 def name_some(things: Sequence, limit: int = NUM_NAMED) -> str:
-    """`1, 2, 3`, or the first ones `and 7 more`."""
+    """`1, 2, 3`, or the first of them `and 7 more`."""
     more = f" and {len(things) - limit} more" if len(things) > limit else ""
     return ", ".join(map(str, things[:limit])) + more
 
@@ -75,7 +79,7 @@ def count_of(number: int, word: str) -> str:
 
 
 class DataError(UserError):
-    """All errors of one file, `errors`; as text the first of them, and how many there are."""
+    """All errors of one file, in `errors`; its text is the first of them and how many more there are."""
 
     def __init__(self, errors: list[str], hint: str = ""):
         self.errors = errors
@@ -85,9 +89,9 @@ class DataError(UserError):
         super().__init__(errors[0] + more)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
-# What is wrong with a file or some of its rows and yet no error: kind -> how it is said.
+# What is doubtful about a file or some of its rows, but no error: kind -> its message.
 WARNINGS = {
     "byte order mark": "begins with a byte order mark, ignored",
     "CRLF": "has Windows line ends (CRLF), accepted",
@@ -99,19 +103,8 @@ WARNINGS = {
     "too few fields, kept": "{rows} with fewer fields than the header has columns, kept",
     "label in a test file": "{rows} with a label, which is not read in a test file",
 }
-UTF_16 = "UTF-16; save it as UTF-8"
-# How files begin that are no UTF-8 text.
-FILE_STARTS = {
-    b"\x1f\x8b": "a gzip archive; unpack it",
-    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or export it as tab-separated text",
-    b"BZh": "a bzip2 archive; unpack it",
-    b"\xfd7zXZ\x00": "an xz archive; unpack it",
-    b"\xff\xfe": UTF_16,
-    b"\xfe\xff": UTF_16,
-}
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DELIMITERS = {",": "commas", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
-# What must not stand in an id, since a line of a prediction file is an id, a comma, a number.
+# What an id must not contain, since a line of a prediction file is an id, a comma, a number.
 BAD_ID = re.compile('[,"\x00-\x1f\x7f-\x9f\u2028\u2029]')
 QUOTES = 'write a quotation mark inside a quoted field as "", or quote no field'
 
@@ -120,8 +113,8 @@ QUOTES = 'write a quotation mark inside a quoted field as "", or quote no field'
 class Rows:
     """The usable rows of one file.
 
-    `labels` is (N,) float32, or None for a test file. `warnings` holds for each kind, a key of WARNINGS, the lines
-    where its rows begin, or the first line if it concerns the whole file.
+    `labels` is (N,) float32, or None for a test file. `warnings` maps a key of WARNINGS to the lines where
+    its rows begin, or to the first line if it concerns the whole file.
     """
 
     path: Path
@@ -129,12 +122,12 @@ class Rows:
     texts: list[tuple[str, ...]]
     labels: np.ndarray | None
     warnings: dict[str, list[int]] = field(default_factory=dict)
-    num_rows: int = 0  # in the file, with those left out
+    num_rows: int = 0  # in the file, including those left out
     sha256: str = ""  # of the file
 
 
 def warning_text(kind: str, lines: list[int]) -> str:
-    """What a warning says, without the file: `2 rows without a label, left out (lines 17, 204)`."""
+    """A warning without the file's name: `2 rows without a label, left out (lines 17, 204)`."""
     text = WARNINGS[kind].format(rows=count_of(len(lines), "row"))
     if kind in ("byte order mark", "CRLF"):
         return text
@@ -148,57 +141,11 @@ def warning_lines(rows: Rows) -> list[str]:
     return [f"{rows.path}: {warning_text(kind, lines)}" for kind, lines in rows.warnings.items()]
 
 
-def require_file(path: Path) -> None:
-    """Raise a UserError for a folder, and for a pipe or device, which might keep `open` or `read` waiting."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; 'make data' downloads the course's files into data/, and '--data_dir data/sample'"
-            " takes the sample that comes with the project"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
-        raise UserError(f"{path}: is a {kind}; expected a file")
-
-
-def line_at(raw: bytes, offset: int) -> int:
-    """The number of the line in which a byte stands."""
-    before = raw[:offset]
-    return 1 + before.count(b"\n") + before.count(b"\r") - before.count(b"\r\n")
-
-
-def decode(raw: bytes, path: Path) -> str:
-    """The file's text.
-
-    Raises:
-        UserError: for NUL bytes and what is not UTF-8, naming its line.
-    """
-    for start, kind in FILE_STARTS.items():
-        if raw.startswith(start):
-            raise UserError(f"{path}: looks like {kind}")
-    nul = raw.find(b"\0")
-    if nul >= 0:
-        even, odd = (raw[n:1000:2].count(0) for n in (0, 1))
-        if (not even or not odd) and max(even, odd) > len(raw[:1000]) / 4:  # every other byte
-            raise UserError(f"{path}: looks like {UTF_16}")
-        raise UserError(f"{path}:{line_at(raw, nul)}: a NUL byte; expected text, so the file may be damaged")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = raw[error.start]
-        raise UserError(
-            f"{path}:{line_at(raw, error.start)}: not UTF-8 text (byte 0x{bad:02x}); save the file as UTF-8"
-        ) from None
-
-
 def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The line where a row begins and the row's fields, for each row that is not blank.
+    """For each row that is not blank, the line where it begins, and its fields.
 
     Raises:
-        UserError: for what is wrong with quotation marks, and overlong fields.
+        UserError: for misplaced quotation marks and overlong fields.
     """
     csv.field_size_limit(MAX_FIELD_SIZE)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
@@ -206,11 +153,11 @@ def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         for fields in reader:
             last = reader.line_num
-            # A sentence may hold line breaks, but with a tab among them it is several rows.
+            # A sentence may hold line breaks, but one that also holds a tab is really several rows.
             if last > line and any("\t" in field and re.search("[\r\n]", field) for field in fields):
                 raise UserError(
-                    f"{path}:{line}: a quotation mark in this row is closed only in line {last} and swallows the"
-                    f" rows between; {QUOTES}"
+                    f"{path}:{line}: a quotation mark in this row is closed only in line {last} and swallows"
+                    f" the rows between; {QUOTES}"
                 )
             if fields:
                 yield line, fields
@@ -231,9 +178,8 @@ def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_text(path: Path) -> tuple[str, str, dict[str, list[int]]]:
-    """A file's text, its sha256, and warnings that concern the whole file."""
-    require_file(path)
-    raw = read_bytes(path, MAX_DATA_BYTES)
+    """A file's text, its sha256, and the warnings that concern the whole file."""
+    raw = read_data_file(path)
     warnings = {}
     if raw.startswith(BYTE_ORDER_MARK):
         warnings["byte order mark"] = [1]
@@ -245,126 +191,157 @@ def read_text(path: Path) -> tuple[str, str, dict[str, list[int]]]:
     return decode(raw, path), hashlib.sha256(raw).hexdigest(), warnings
 
 
+def expected(columns: list[str]) -> str:
+    return f"expected the tab-separated columns {', '.join(columns)}"
+
+
+def check_delimiter(text: str, columns: list[str], path: Path) -> None:
+    """Raise a UserError if something other than tabs seems to separate the columns."""
+    first_line = re.match("[^\r\n]*", text)[0][:2000]
+    for delimiter, name in DELIMITERS.items():
+        if "\t" not in first_line and set(columns) & set(first_line.replace('"', "").split(delimiter)):
+            raise UserError(f"{path}:1: separated by {name}, it seems; {expected(columns)}")
+
+
 def check_header(header: list[str], columns: list[str], place: str) -> None:
-    """Raise a UserError unless each of `columns` is there, once."""
+    """Raise a UserError unless each of `columns` is there exactly once."""
     for column in columns:
         if header.count(column) != 1:
             found = [one_line(name, 60) or "(unnamed)" for name in header[:8]] + header[8:]
             raise UserError(
-                f"{place}: {'two columns' if column in header else 'no column'} {column!r}; expected the tab-separated"
-                f" columns {', '.join(columns)}, found {name_some(found, 8)}"
+                f"{place}: {'two columns' if column in header else 'no column'} {column!r};"
+                f" {expected(columns)}, found {name_some(found, 8)}"
             )
+
+
+class RowReader:
+    """Turns the fields of each row of one file into id, sentences and label.
+
+    Args:
+        path: of the file, for messages.
+        header: names of its columns; all that are needed are among them.
+        warnings: kind -> lines, to which rows are added that are doubtful but not wrong.
+    """
+
+    def __init__(
+        self, path: Path, header: list[str], spec: TaskSpec, split: str, warnings: dict[str, list[int]]
+    ):
+        self.path, self.spec, self.is_test, self.warnings = path, spec, split == "test", warnings
+        self.num_columns = len(header)
+        self.id_at, *self.text_at = (header.index(column) for column in ("id", *spec.text_columns))
+        self.label_at = header.index(spec.label_column) if spec.label_column in header else None
+        needed = [self.id_at, *self.text_at] + ([] if self.is_test else [self.label_at])
+        self.num_needed = 1 + max(needed)
+        self.first_lines: dict[str, int] = {}  # id -> line
+        self.known_labels: dict[str, float] = {}  # cell -> number; few cells differ
+
+    def read(self, line: int, fields: list[str]) -> tuple[str, tuple[str, ...], float | None] | None:
+        """Read one row.
+
+        Returns:
+            id, sentences and label (None in a test file); or None for a row that is left out.
+
+        Raises:
+            UserError: for a bad row, naming file:line.
+        """
+        num_fields = len(fields)
+        if num_fields > self.num_columns:
+            raise UserError(
+                f"{self.path}:{line}: {num_fields} fields, more fields than the header has columns"
+                f" ({self.num_columns}); put a sentence that holds a tab in quotation marks"
+            )
+        fields += [""] * (self.num_columns - num_fields)
+        row_id = self.read_id(line, fields[self.id_at])
+        texts = tuple([clean_text(fields[n]) for n in self.text_at])
+        cell = fields[self.label_at].strip() if self.label_at is not None else ""
+        if self.is_test:
+            if cell:
+                self.warn("label in a test file", line)
+            if num_fields == self.num_columns and not all(texts):
+                self.warn("empty sentence, kept", line)
+        elif num_fields < self.num_needed or not cell or not all(texts):
+            few = num_fields < self.num_needed
+            self.warn("too few fields" if few else "empty sentence" if cell else "no label", line)
+            return None
+        if num_fields < self.num_columns:
+            self.warn("too few fields, kept", line)
+        return row_id, texts, None if self.is_test else self.read_label(line, cell)
+
+    def read_id(self, line: int, cell: str) -> str:
+        row_id = cell.strip().lower()
+        if not row_id:
+            raise UserError(f"{self.path}:{line}: the row has no id; expected one in each row")
+        if not row_id.isalnum() and BAD_ID.search(row_id):
+            raise UserError(
+                f"{self.path}:{line}: id is {quote(row_id)}; expected no comma, tab, quotation mark or line"
+                " break, which would break the prediction file"
+            )
+        first = self.first_lines.setdefault(row_id, line)
+        if first != line:
+            raise UserError(f"{self.path}:{line}: id {quote(row_id)} appears twice, first in line {first}")
+        return row_id
+
+    def read_label(self, line: int, cell: str) -> float:
+        if cell not in self.known_labels:
+            self.known_labels[cell] = parse_label(cell, self.spec, f"{self.path}:{line}")
+        return self.known_labels[cell]
+
+    def warn(self, kind: str, line: int) -> None:
+        self.warnings.setdefault(kind, []).append(line)
 
 
 def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     """Read one data file of a task.
 
-    Training and dev rows without a label or with an empty sentence are left out, and counted in `warnings`. Test
-    rows are all kept, since each id needs a prediction; their labels, if any, are not read.
+    Training and dev rows without a label or with an empty sentence are left out, and counted in `warnings`.
+    Test rows are all kept, since each id needs a prediction; their labels, if any, are not read.
 
     Raises:
-        UserError: for a file that cannot be read as a table, or lacks a column or a usable row; naming file:line
-            where there is one.
-        DataError: with all bad rows: too many fields, an id that is missing, unfit for a prediction file or given
-            twice, a label that is no number or out of range.
+        UserError: for a file that cannot be read as a table, or lacks a column or a usable row; naming
+            file:line where there is one.
+        DataError: with all bad rows: too many fields; an id that is missing, repeated, or unfit for a
+            prediction file; a label that is not a number or out of range.
     """
     path = Path(path)
     columns = ["id", *spec.text_columns] + ([] if split == "test" else [spec.label_column])
-    expected = f"expected the tab-separated columns {', '.join(columns)}"
     text, sha256, warnings = read_text(path)
-    first_line = re.match("[^\r\n]*", text)[0][:2000]
-    for delimiter, name in DELIMITERS.items():
-        if "\t" not in first_line and set(columns) & set(first_line.replace('"', "").split(delimiter)):
-            raise UserError(f"{path}:1: separated by {name}, it seems; {expected}")
+    check_delimiter(text, columns, path)
     table = table_rows(text, path)
     line, header = next(table, (1, None))
     if header is None:
-        raise UserError(f"{path}: the file is empty; {expected}")
+        raise UserError(f"{path}: the file is empty; {expected(columns)}")
     check_header(header, columns, f"{path}:{line}")
 
-    id_at, *text_at = (header.index(column) for column in ("id", *spec.text_columns))
-    label_at = header.index(spec.label_column) if spec.label_column in header else None
-    num_needed = 1 + max(header.index(column) for column in columns)
-    ids, texts, labels, errors, num_rows = [], [], [], [], 0
-    first_lines: dict[str, int] = {}  # id -> line
-    known: dict[str, float] = {}  # label as it stands there -> number
-
-    def wrong(what: str) -> None:
-        errors.append(f"{path}:{line}: {what}")
-
-    def warn(kind: str) -> None:
-        warnings.setdefault(kind, []).append(line)
-
+    reader = RowReader(path, header, spec, split, warnings)
+    rows, errors, num_rows = [], [], 0
     try:
         for line, fields in table:
-            if len(errors) == MAX_ERRORS:
-                break
             num_rows += 1
-            num_fields = len(fields)
-            if num_fields > len(header):
-                wrong(
-                    f"{num_fields} fields, more fields than the header has columns ({len(header)}); put a sentence"
-                    " that holds a tab in quotation marks"
-                )
-                continue
-            if num_fields < len(header):
-                fields += [""] * (len(header) - num_fields)
-            row_id = fields[id_at].strip().lower()
-            if not row_id:
-                wrong("the row has no id; expected one in each row")
-                continue
-            if not row_id.isalnum() and BAD_ID.search(row_id):
-                wrong(
-                    f"id is {quote(row_id)}; expected no comma, tab, quotation mark or line break, which would break"
-                    " the prediction file"
-                )
-                continue
-            if row_id in first_lines:
-                wrong(
-                    f"id {quote(row_id)} stands here for the second time, first in line {first_lines[row_id]}"
-                )
-                continue
-            first_lines[row_id] = line
-            sentences = tuple([clean_text(fields[n]) for n in text_at])
-            label = fields[label_at].strip() if label_at is not None else ""
-            if split == "test":
-                if label:
-                    warn("label in a test file")
-                if num_fields < len(header):
-                    warn("too few fields, kept")
-                elif not all(sentences):
-                    warn("empty sentence, kept")
-            else:
-                few = num_fields < num_needed
-                if few or not label or not all(sentences):
-                    warn("too few fields" if few else "no label" if not label else "empty sentence")
-                    continue
-                if num_fields < len(header):
-                    warn("too few fields, kept")
-                if label not in known:
-                    try:
-                        known[label] = parse_label(label, spec, f"{path}:{line}")
-                    except UserError as error:
-                        errors.append(str(error))
-                        continue
-                labels.append(known[label])
-            ids.append(row_id)
-            texts.append(sentences)
-    except UserError as error:  # of the table: what comes after it cannot be read
+            try:
+                row = reader.read(line, fields)
+                if row is not None:
+                    rows.append(row)
+            except UserError as error:
+                errors.append(str(error))
+                if len(errors) == MAX_ERRORS:
+                    break
+    except UserError as error:  # of the table itself: nothing after it can be read
         errors.insert(0, str(error))
     if errors:
         hint = f"; 'python -m training.check_data {path.parent}' lists them"
         raise DataError(errors, hint if path.name == spec.files[split] else "")
-    if not ids:
-        said = "; ".join(warning_text(kind, lines) for kind, lines in warnings.items())
+    if not rows:
+        reasons = "; ".join(warning_text(kind, lines) for kind, lines in warnings.items())
         raise UserError(
-            f"{path}: no usable row; {said if num_rows else 'the file holds a header and no rows'}"
+            f"{path}: no usable row; {reasons if num_rows else 'the file holds a header and no rows'}"
         )
+    ids, texts, labels = map(list, zip(*rows, strict=True))
     labels = None if split == "test" else np.array(labels, dtype=np.float32)
     return Rows(path, ids, texts, labels, warnings, num_rows, sha256)
 
 
 def parse_label(text: str, spec: TaskSpec, place: str) -> float:
+    """The number in a label's cell; `place` is the file:line that a UserError names."""
     low, high = spec.label_range
     try:
         label = math.nan if "_" in text else float(text)  # float() takes 0_1 for 1
@@ -372,14 +349,15 @@ def parse_label(text: str, spec: TaskSpec, place: str) -> float:
         label = math.nan
     whole = spec.kind == "regression" or label == label // 1
     if not (low <= label <= high and whole):
-        expected = f"a number from {low:g} to {high:g}" + (
-            "" if spec.kind == "regression" else ", without fraction"
+        fraction = "" if spec.kind == "regression" else ", without fraction"
+        raise UserError(
+            f"{place}: {spec.label_column} is {quote(text)}; expected a number from {low:g} to"
+            f" {high:g}{fraction}"
         )
-        raise UserError(f"{place}: {spec.label_column} is {quote(text)}; expected {expected}")
     return label
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -408,7 +386,7 @@ class TokenArrays:
         """Pad the chosen sequences to the longest of them.
 
         Args:
-            indices: (R,) rows.
+            indices: numbers of the sequences, (R,).
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, int64, (R, T).
@@ -433,7 +411,7 @@ class TaskData:
     """One split of one task, tokenized.
 
     `sequences` holds each distinct sequence once; example n consists of the sequences `index[n]`: one, or two
-    for a pair whose sentences are encoded apart.
+    for a pair whose sentences are encoded separately.
     """
 
     rows: Rows
@@ -448,14 +426,14 @@ class TaskData:
         """Length of each example's longest sequence in word pieces, (N,)."""
         return self.sequences.lengths[self.index].max(axis=1)
 
-    def part(self, examples: np.ndarray) -> "TaskData":
-        """The chosen examples (rows, ascending), with the sequences they need."""
+    def subset(self, examples: np.ndarray) -> "TaskData":
+        """The chosen examples, by number and ascending, with the sequences that they need."""
         rows = self.rows
         used, index = np.unique(self.index[examples], return_inverse=True)
-        pieces = [slice(*self.sequences.offsets[[i, i + 1]]) for i in used]
+        spans = [slice(*self.sequences.offsets[[i, i + 1]]) for i in used]
         sequences = TokenArrays(
-            np.concatenate([self.sequences.input_ids[piece] for piece in pieces]),
-            np.concatenate([self.sequences.token_type_ids[piece] for piece in pieces]),
+            np.concatenate([self.sequences.input_ids[span] for span in spans]),
+            np.concatenate([self.sequences.token_type_ids[span] for span in spans]),
             np.concatenate([[0], np.cumsum(self.sequences.lengths[used])]),
         )
         kept = replace(
@@ -466,15 +444,21 @@ class TaskData:
         )
         return TaskData(kept, sequences, index.reshape(len(examples), -1))
 
+    def sample(self, limit: int | None, seed: int) -> "TaskData":
+        """At most `limit` examples, chosen at random by the seed; all of them for None."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:limit]))
+
     def batch(self, examples: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
-        """Padded sequences of the chosen examples, all first sentences before all second ones; labels (B,) if any."""
+        """Padded sequences of the chosen examples, first sentences before second ones; labels (B,) if any."""
         batch = self.sequences.pad(self.index[examples].T.ravel(), pad_token_id)
         if self.rows.labels is not None:
             batch["labels"] = torch.from_numpy(self.rows.labels[examples])
         return batch
 
 
-def tokenize(rows: Rows, tokenizer: BertTokenizer, *, joint: bool, max_length: int) -> TaskData:
+def tokenize(rows: Rows, tokenizer: "BertTokenizer", *, joint: bool, max_length: int) -> TaskData:
     """Turn rows into token arrays, each distinct sentence (or joint pair) once.
 
     Args:
@@ -488,18 +472,19 @@ def tokenize(rows: Rows, tokenizer: BertTokenizer, *, joint: bool, max_length: i
     return TaskData(rows, TokenArrays.from_encodings(encode(list(numbers), max_length)), np.array(index))
 
 
-# --- the order of examples and tasks -----------------------------------------------------------------------------
+# --- the order of examples and tasks ------------------------------------------------------------------------
 
 
 class BatchOrder:
     """Endless mini-batches of one task: batch i is a pure function of (seed, task, i).
 
-    Each epoch visits every example once. Examples are shuffled, sorted by length within large groups, cut into
-    batches, and the batches shuffled, so a batch holds similar lengths but an epoch looks random.
+    Each epoch visits every example once. Examples are shuffled, sorted by length within large groups, cut
+    into batches, and the batches shuffled, so that a batch holds similar lengths but an epoch is in random
+    order.
 
     Args:
         lengths: (N,) word pieces of each example.
-        batch_size: examples per batch; an epoch's shortest batch may have fewer.
+        batch_size: examples per batch; one batch of an epoch may have fewer.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, task: str):
@@ -515,7 +500,7 @@ class BatchOrder:
         return self._batches[position]
 
     def _shuffle(self, epoch: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([self.seed, task_seed(self.task), epoch])
+        rng = np.random.default_rng([self.seed, seed_of(self.task), epoch])
         order = rng.permutation(len(self.lengths))
         group_size = BUCKET_BATCHES * self.batch_size
         groups = [order[start : start + group_size] for start in range(0, len(order), group_size)]
@@ -524,10 +509,11 @@ class BatchOrder:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# Samplers: (number of examples of each task (K,), progress in [0, 1], rng) -> the tasks of a step's K slots.
+# Samplers: (number of examples of each task (K,), progress in [0, 1], rng) -> the tasks of a step's K
+# batches.
 
 
-def round_robin(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
+def round_robin(sizes: np.ndarray, progress: float, rng: np.random.Generator | None) -> np.ndarray:
     """Every task once, always in the same order (the poster's)."""
     return np.arange(len(sizes))
 
@@ -538,41 +524,36 @@ def draw_by_size(sizes: np.ndarray, exponent: float, rng: np.random.Generator) -
 
 
 def proportional(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
-    """Slots drawn with probability ~ N: every example is seen equally often."""
+    """Tasks drawn with probability ~ N: every example is seen equally often."""
     return draw_by_size(sizes, 1.0, rng)
 
 
-def sqrt(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
-    """Slots drawn with probability ~ sqrt(N)."""
+def sqrt_sampling(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
+    """Tasks drawn with probability ~ sqrt(N)."""
     return draw_by_size(sizes, 0.5, rng)
 
 
 def annealed(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
-    """Slots drawn with probability ~ N ** alpha, alpha falling from 1 to 0.2 (Stickland and Murray 2019, arXiv:1902.02671)."""
+    """Tasks drawn with probability ~ N ** alpha, where alpha falls from 1 to 0.2.
+
+    Stickland and Murray 2019, https://arxiv.org/abs/1902.02671.
+    """
     return draw_by_size(sizes, 1.0 - 0.8 * progress, rng)
 
 
 SAMPLERS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "round_robin": round_robin,
     "proportional": proportional,
-    "sqrt": sqrt,
+    "sqrt": sqrt_sampling,
     "annealed": annealed,
 }
 
 
-def plan_slots(sampler: str, sizes: Sequence[int], total_steps: int, seed: int) -> np.ndarray:
-    """The task of every slot of every step, (total_steps, K); step s depends on (seed, s) and its progress only."""
+def plan_tasks(sampler: str, sizes: Sequence[int], total_steps: int, seed: int) -> np.ndarray:
+    """The tasks of each step's batches, (total_steps, K); step s depends on (seed, s) and progress only."""
     sizes = np.asarray(sizes)
     plan = np.empty((total_steps, len(sizes)), dtype=np.int64)
     for step in range(total_steps):
         rng = np.random.default_rng([seed, step]) if sampler != "round_robin" else None
         plan[step] = SAMPLERS[sampler](sizes, step / max(1, total_steps - 1), rng)
     return plan
-
-
-def limit_examples(data: TaskData, limit: int | None, seed: int) -> TaskData:
-    """A fixed random part of the examples, for evaluations during a run."""
-    if limit is None or limit >= len(data):
-        return data
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(data))[:limit])
-    return data.part(chosen)

@@ -1,36 +1,37 @@
-"""What a task's logits mean: loss, prediction, scores; evaluation of a model; the class's prediction files.
+"""How a model is judged: kinds of task with their losses and scores, evaluation, prediction files.
 
-The class ranks by the mean of sentiment accuracy, paraphrase accuracy and similarity's Pearson r (2023), or the
-same with similarity mapped to (r + 1) / 2 (2024). Both are computed and named.
+The class ranks by the mean of sentiment accuracy, paraphrase accuracy and similarity's Pearson r (2023), or
+by the same with similarity mapped to (r + 1) / 2 (2024). Both are computed, each under its own name.
 
-Shapes: B examples, C outputs of a task.
+Shapes: B examples in a batch, N examples in all, U distinct sequences, H hidden_size, C outputs of a task.
 """
 
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from config import TaskSpec
-from support.device import out_of_memory_hint
+from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
 
-# --- kinds of task ---------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's r, in [-1, 1]; 0 when either side is constant, where r is undefined."""
+    """Pearson's r, in [-1, 1]; 0 if either side is constant, where r is undefined."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    # Asked before centring, since a mean rounds: that of three times 0.1 is not 0.1.
+    # Asked before centring, because a mean is rounded: that of three times 0.1 is not 0.1.
     if x.min() == x.max() or y.min() == y.max():
         return 0.0
     x, y = x - x.mean(), y - y.mean()
@@ -39,10 +40,9 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rho, in [-1, 1]: Pearson's r of the ranks, ties sharing their mean rank."""
-    from scipy.stats import (
-        rankdata,
-    )  # imported late, here and below: half a second that the first step need not wait
+    """Spearman's rho, in [-1, 1]: Pearson's r of the ranks; ties share their mean rank."""
+    # Imported late, here and below, so that the first step need not wait half a second for it.
+    from scipy.stats import rankdata
 
     return pearson(rankdata(x), rankdata(y))
 
@@ -58,9 +58,12 @@ def correlation_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str,
     return {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
 
 
-def majority_floor(labels: np.ndarray) -> float:
-    """Accuracy of always answering the most frequent label."""
+def majority_baseline(labels: np.ndarray) -> float:
+    """Accuracy of always predicting the most frequent label."""
     return max(Counter(labels.tolist()).values()) / len(labels)
+
+
+# --- kinds of task ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,23 @@ class TaskKind:
         loss: mean loss of logits (B, C) float32 against labels (B,).
         decode: logits (B, C) -> predictions (B,), on the scale of the labels.
         scores: predictions and labels -> named scores in [-1, 1].
-        floor: labels -> the main score of a model that ignores its input.
+        baseline: labels -> the main score of a model that ignores its input.
+        baseline_name: what that score is called.
         text: one prediction as the prediction file has it, in the starter's style.
         handout_text: the same in the handout's style.
         is_legal: whether a predicted value makes sense, given the task's label range.
-        is_discrete: predictions are class numbers.
+        is_discrete: whether predictions are class numbers.
         main_score: the name of the score that counts in the overall.
-        logit_range: what the logits should span, (least, greatest), so that a new head starts sensibly; None for
-            no wish.
+        logit_range: what the logits should span, (least, greatest), so that a new head starts sensibly; None
+            if it does not matter.
     """
 
     num_outputs: Callable[[TaskSpec], int]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     scores: Callable[[np.ndarray, np.ndarray], dict[str, float]]
-    floor: Callable[[np.ndarray], float]
+    baseline: Callable[[np.ndarray], float]
+    baseline_name: str
     text: Callable[[float], str]
     handout_text: Callable[[float], str]
     is_legal: Callable[[float, TaskSpec], bool]
@@ -97,7 +102,7 @@ class TaskKind:
 
 def is_class(value: float, spec: TaskSpec) -> bool:
     low, high = spec.label_range
-    return low <= value <= high and value == int(value)  # in this order: int of infinity raises
+    return low <= value <= high and value == int(value)  # in this order: int(inf) raises
 
 
 TASK_KINDS = {
@@ -106,7 +111,8 @@ TASK_KINDS = {
         loss=lambda logits, labels: F.cross_entropy(logits, labels.long()),
         decode=lambda logits: logits.argmax(-1),
         scores=class_scores,
-        floor=majority_floor,
+        baseline=majority_baseline,
+        baseline_name="majority baseline",
         text=lambda value: str(int(value)),
         handout_text=lambda value: str(int(value)),
         is_legal=is_class,
@@ -119,7 +125,8 @@ TASK_KINDS = {
         loss=lambda logits, labels: F.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float()),
         decode=lambda logits: (logits.squeeze(-1) > 0).long(),  # the threshold that the loss trains for
         scores=class_scores,
-        floor=majority_floor,
+        baseline=majority_baseline,
+        baseline_name="majority baseline",
         text=lambda value: str(float(value)),
         handout_text=lambda value: str(int(value)),
         is_legal=is_class,
@@ -132,7 +139,8 @@ TASK_KINDS = {
         loss=lambda logits, labels: F.mse_loss(logits.squeeze(-1), labels.float()),
         decode=lambda logits: logits.squeeze(-1),
         scores=correlation_scores,
-        floor=lambda labels: 0.0,
+        baseline=lambda labels: 0.0,
+        baseline_name="constant baseline",
         text=lambda value: str(float(value)),
         handout_text=lambda value: str(float(value)),
         is_legal=lambda value, spec: True,  # any finite number: Pearson's r has no scale
@@ -143,18 +151,30 @@ TASK_KINDS = {
 }
 
 
+# --- overall scores: (kind, main score) of each task -> one number ------------------------------------------
+
+
 def mean_score(scores: dict[str, tuple[str, float]]) -> float:
-    """Plain mean of the tasks' scores (the poster, the 2023 class)."""
+    """The plain mean of the tasks' scores."""
     return sum(score for _, score in scores.values()) / len(scores)
 
 
 def mean_2024_score(scores: dict[str, tuple[str, float]]) -> float:
-    """Mean with each correlation r mapped to (r + 1) / 2 (the 2024 class)."""
+    """The mean after mapping each correlation r to (r + 1) / 2."""
     mapped = [(score + 1) / 2 if kind == "regression" else score for kind, score in scores.values()]
     return sum(mapped) / len(mapped)
 
 
-OVERALLS: dict[str, Callable] = {"mean": mean_score, "mean_2024": mean_2024_score}
+@dataclass(frozen=True)
+class Overall:
+    score: Callable[[dict[str, tuple[str, float]]], float]
+    title: str
+
+
+OVERALLS = {
+    "mean": Overall(mean_score, "overall, plain mean (poster, class of 2023)"),
+    "mean_2024": Overall(mean_2024_score, "overall, similarity as (r + 1) / 2 (class of 2024)"),
+}
 
 
 def summarise(task_scores: dict[str, dict[str, float]], tasks: dict[str, TaskSpec]) -> dict:
@@ -170,19 +190,147 @@ def summarise(task_scores: dict[str, dict[str, float]], tasks: dict[str, TaskSpe
         task: (tasks[task].kind, scores[TASK_KINDS[tasks[task].kind].main_score])
         for task, scores in task_scores.items()
     }
-    return {"tasks": task_scores, **{name: overall(mains) for name, overall in OVERALLS.items()}}
+    return {"tasks": task_scores, **{name: overall.score(mains) for name, overall in OVERALLS.items()}}
 
 
 def select_score(summary: dict, select_by: str, tasks: dict[str, TaskSpec]) -> float:
-    """The number that chooses the best checkpoint: an overall, or one task's main score."""
+    """The number that chooses the best checkpoint: an overall score, or one task's main score."""
     if select_by in OVERALLS:
         return summary[select_by]
     return summary["tasks"][select_by][TASK_KINDS[tasks[select_by].kind].main_score]
 
 
-# --- prediction files ------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
-# As float takes it, but no 1_000 and no digits of other scripts, which other readers of the file do not take.
+MAX_EVAL_TOKENS = 4096  # word pieces per forward pass, padding included
+MAX_EVAL_EXAMPLES = 4096  # examples per head call; the head only sees vectors
+
+
+class Model(Protocol):
+    """The part of `heads.MultitaskBERT`, which builds on this file, that an evaluation needs."""
+
+    bert: torch.nn.Module
+    tasks: dict[str, TaskSpec]
+    training: bool
+
+    def train(self, mode: bool = True): ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def embed(self, input_ids, attention_mask, token_type_ids) -> torch.Tensor: ...
+    def classify(self, task: str, *vectors: torch.Tensor) -> torch.Tensor: ...
+
+
+class Examples(Protocol):
+    """The part of `datasets.TaskData` that an evaluation needs."""
+
+    rows: object
+    sequences: object
+    index: np.ndarray
+
+
+def cut_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Batches of sequences by length: their numbers, as many as `max_tokens` can hold when padded."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= max_tokens:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+@torch.no_grad()
+def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext) -> np.ndarray:
+    """Predictions of a task for all examples of `data`.
+
+    Each distinct sequence is encoded once, together with others of similar length; the head then sees the
+    vectors. The model is in eval mode meanwhile, and left in the mode that it was in.
+
+    Args:
+        autocast: makes the context for mixed precision.
+
+    Returns:
+        (N,) on the scale of the labels: int64 classes, or float32.
+    """
+    was_training = model.training
+    model.train(False)
+    device = next(model.parameters()).device
+    lengths = data.sequences.lengths
+    vectors = torch.empty(len(lengths), model.bert.config.hidden_size, device=device)  # (U, H)
+    try:
+        with autocast():
+            for chosen in cut_by_length(lengths, MAX_EVAL_TOKENS):
+                batch = data.sequences.pad(chosen, pad_token_id)
+                try:
+                    embedded = model.embed(**to_device(batch, device))
+                    vectors[torch.from_numpy(chosen).to(device)] = embedded.float()
+                except (RuntimeError, MemoryError) as error:  # out of memory, most likely: then it says where
+                    shape = tuple(batch["input_ids"].shape)
+                    error.add_note(f"predicting {task}, batch (sequences, word pieces) {shape}")
+                    raise
+        index = torch.from_numpy(data.index).to(device)  # (N, 1 or 2)
+        logits = [
+            model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
+            for rows in index.split(MAX_EVAL_EXAMPLES)
+        ]
+    finally:
+        model.train(was_training)
+    return TASK_KINDS[model.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
+
+
+def evaluate(
+    model: Model, dev_data: Mapping[str, Examples], pad_token_id: int, autocast=nullcontext
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Scores of a model on the dev split of its tasks.
+
+    Args:
+        dev_data: task -> examples with labels.
+
+    Returns:
+        what `summarise` returns, and task -> predictions (N,).
+    """
+    predictions = {
+        task: predict(model, task, data, pad_token_id, autocast) for task, data in dev_data.items()
+    }
+    task_scores = {
+        task: TASK_KINDS[model.tasks[task].kind].scores(predictions[task], data.rows.labels)
+        for task, data in dev_data.items()
+    }
+    return summarise(task_scores, model.tasks), predictions
+
+
+def collapse_warning(predictions: Sequence[float], spec: TaskSpec) -> str | None:
+    """A warning if at least 95 % of the classes are the same, or all numbers lie within 1 % of the scale."""
+    if len(predictions) < 2:
+        return None
+    least, greatest = min(predictions), max(predictions)
+    if not TASK_KINDS[spec.kind].is_discrete:
+        if greatest - least < 0.01 * (spec.label_range[1] - spec.label_range[0]):
+            return (
+                f"all predictions lie between {least:g} and {greatest:g}: the model seems to have collapsed"
+            )
+        return None
+    value, count = Counter(predictions).most_common(1)[0]
+    if count >= 0.95 * len(predictions):
+        return f"{count} of {len(predictions)} predictions are {value:g}: the model seems to have collapsed"
+    return None
+
+
+def score_warnings(
+    task: str, spec: TaskSpec, scores: dict[str, float], predictions: np.ndarray, labels: np.ndarray
+) -> list[str]:
+    """Warnings about an evaluation: a score no better than the baseline, predictions that are all alike."""
+    kind = TASK_KINDS[spec.kind]
+    warnings = []
+    if not scores[kind.main_score] > kind.baseline(labels):  # not `<=`, which would let NaN pass
+        warnings.append(f"{task} is no better than the {kind.baseline_name}")
+    collapse = collapse_warning(predictions.tolist(), spec)
+    return warnings + ([f"{task}: {collapse}"] if collapse else [])
+
+
+# --- prediction files ---------------------------------------------------------------------------------------
+
+# What float() accepts, except for 1_000 and digits of other scripts, which other readers of the file refuse.
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf|nan)", re.IGNORECASE)
 PREDICTION_STYLES = {"starter": "output", "handout": "out"}  # style -> how its file names end
 
@@ -196,8 +344,8 @@ def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence
     """The text of a prediction file.
 
     Args:
-        style: "starter", byte for byte what the course's starter code writes (tab in the header, commas in the
-            rows, a space around each separator and before each line's end), or "handout" (plain commas).
+        style: "starter", byte for byte what the course's starter code writes (tab in the header, commas in
+            the rows, a space around each separator and before each line's end), or "handout" (plain commas).
     """
     kind = TASK_KINDS[spec.kind]
     if style == "starter":
@@ -230,7 +378,8 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
     header = [part.strip() for part in lines[0].replace("\t", ",").split(",")] if lines else []
     if header not in (["id", spec.prediction_column], ["id", spec.handout_column]):
         raise UserError(
-            f"{path}:1: header is {quote(lines[0] if lines else '')}; expected id and {spec.prediction_column}"
+            f"{path}:1: header is {quote(lines[0] if lines else '')}; expected id and"
+            f" {spec.prediction_column}"
         )
     predictions = {}
     for number, line in enumerate(lines[1:], start=2):
@@ -239,7 +388,7 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
             raise UserError(f"{path}:{number}: row is {quote(line)}; expected an id, a comma, a number")
         row_id, value = fields[0], float(fields[1])
         if row_id in predictions:
-            raise UserError(f"{path}:{number}: id {one_line(row_id, 60)} stands here for the second time")
+            raise UserError(f"{path}:{number}: id {one_line(row_id, 60)} appears twice")
         if not math.isfinite(value) or not kind.is_legal(value, spec):
             low, high = spec.label_range
             expected = f"a whole number from {low:g} to {high:g}" if kind.is_discrete else "a finite number"
@@ -248,37 +397,8 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
     return predictions
 
 
-def collapse_warning(predictions: Sequence[float], spec: TaskSpec) -> str | None:
-    """A sentence of warning if (nearly) all classes are the same, or all numbers within 1 % of the scale; else None."""
-    if len(predictions) < 2:
-        return None
-    least, greatest = min(predictions), max(predictions)
-    if not TASK_KINDS[spec.kind].is_discrete:
-        if greatest - least < 0.01 * (spec.label_range[1] - spec.label_range[0]):
-            return (
-                f"all predictions lie between {least:g} and {greatest:g}: the model seems to have collapsed"
-            )
-        return None
-    value, count = Counter(predictions).most_common(1)[0]
-    if count >= 0.95 * len(predictions):
-        return f"{count} of {len(predictions)} predictions are {value:g}: the model seems to have collapsed"
-    return None
-
-
-def score_warnings(
-    task: str, spec: TaskSpec, scores: dict[str, float], predictions: np.ndarray, labels: np.ndarray
-) -> list[str]:
-    """Sentences of warning about an evaluation: a score that blind answers would reach, predictions that are all alike."""
-    kind = TASK_KINDS[spec.kind]
-    warnings = []
-    if not scores[kind.main_score] > kind.floor(labels):  # said so that nan is warned about, too
-        warnings.append(f"{task} is no better than answering blindly")
-    collapse = collapse_warning(predictions.tolist(), spec)
-    return warnings + ([f"{task}: {collapse}"] if collapse else [])
-
-
 def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> str | None:
-    """Hold a prediction file against the ids of its data file.
+    """Compare a prediction file with the ids of its data file.
 
     Returns:
         A warning (collapse), or None.
@@ -291,87 +411,11 @@ def check_predictions(path: str | Path, spec: TaskSpec, ids: Sequence[str]) -> s
     unknown = set(predictions) - set(ids)
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of {len(ids)} ids have no prediction, the first is {one_line(missing[0], 60)}"
+            f"{path}: {len(missing)} of {len(ids)} ids have no prediction,"
+            f" the first is {one_line(missing[0], 60)}"
         )
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} ids are not in the data, the first is {one_line(min(unknown), 60)}"
         )
     return collapse_warning(list(predictions.values()), spec)
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------
-
-MAX_EVAL_TOKENS = 4096  # padded word pieces per forward pass
-MAX_EVAL_EXAMPLES = 4096  # examples per head call, on vectors that are already there
-
-
-@torch.no_grad()
-def predict(model, task: str, data, pad_token_id: int, autocast=nullcontext) -> np.ndarray:
-    """Predictions of a task for all examples of `data`.
-
-    Each distinct sequence is encoded once, in order of length, and the head sees the vectors. The model is in
-    eval mode meanwhile and is left in the mode it was in.
-
-    Args:
-        model: a `MultitaskBERT`.
-        data: a `datasets.TaskData`.
-        autocast: makes the context for mixed precision.
-
-    Returns:
-        (N,) on the scale of the labels: int64 classes, or float32.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    lengths = data.sequences.lengths
-    order = np.argsort(lengths, kind="stable")
-    vectors = torch.empty(len(order), model.bert.config.hidden_size, device=device)  # (U, H)
-    try:
-        with autocast():
-            start = 0
-            while start < len(order):
-                stop = start + 1
-                while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= MAX_EVAL_TOKENS:
-                    stop += 1
-                chosen = order[start:stop]
-                batch = {
-                    key: value.to(device) for key, value in data.sequences.pad(chosen, pad_token_id).items()
-                }
-                shape = tuple(batch["input_ids"].shape)
-                with out_of_memory_hint(
-                    lambda shape=shape: (
-                        f"predicting {task}, batch (sequences, word pieces) {shape}; try a smaller --max_length"
-                    )
-                ):
-                    vectors[torch.from_numpy(chosen).to(device)] = model.embed(**batch).float()
-                start = stop
-        index = torch.from_numpy(data.index).to(device)
-        logits = [
-            model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
-            for rows in index.split(MAX_EVAL_EXAMPLES)
-        ]
-    finally:
-        model.train(was_training)
-    return TASK_KINDS[model.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
-
-
-def evaluate(
-    model, dev_data: dict, pad_token_id: int, autocast=nullcontext
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """Scores of a model on the dev split of its tasks.
-
-    Args:
-        dev_data: task -> `datasets.TaskData` with labels.
-
-    Returns:
-        what `summarise` returns, and task -> predictions (N,).
-    """
-    predictions = {
-        task: predict(model, task, data, pad_token_id, autocast) for task, data in dev_data.items()
-    }
-    task_scores = {
-        task: TASK_KINDS[model.tasks[task].kind].scores(predictions[task], data.rows.labels)
-        for task, data in dev_data.items()
-    }
-    return summarise(task_scores, model.tasks), predictions

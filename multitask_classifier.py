@@ -33,7 +33,7 @@ from tqdm import tqdm
 from base_bert import find_weights, resolve_pretrained
 from bert import BertModel
 from config import TASKS, TaskSpec
-from datasets import BatchOrder, Rows, TaskData, limit_examples, plan_slots
+from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
     OVERALLS,
     TASK_KINDS,
@@ -253,10 +253,8 @@ def train(
         task: BatchOrder(data.lengths, loop.batch_sizes[task], loop.seed, task)
         for task, data in train_data.items()
     }
-    dev_part = {
-        task: limit_examples(data, loop.eval_max_examples, loop.seed) for task, data in dev_data.items()
-    }
-    plan = plan_slots(loop.sampler, [len(data) for data in train_data.values()], loop.max_steps, loop.seed)
+    dev_part = {task: data.sample(loop.eval_max_examples, loop.seed) for task, data in dev_data.items()}
+    plan = plan_tasks(loop.sampler, [len(data) for data in train_data.values()], loop.max_steps, loop.seed)
     print_plan(loop, plan, orders)
 
     progress = Progress(state.step, loop.max_steps)
@@ -485,12 +483,13 @@ def evaluate_best(
     for task, scores in summary["tasks"].items():
         spec, labels = TASKS[task], dev_data[task].rows.labels
         named = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        floor = TASK_KINDS[spec.kind].floor(labels)
-        print(f"  {task:6s} {named}  (answering blindly: {floor:.4f}; {len(labels)} examples; {spec.title})")
+        kind = TASK_KINDS[spec.kind]
+        baseline = f"{kind.baseline_name}: {kind.baseline(labels):.4f}"
+        print(f"  {task:6s} {named}  ({baseline}; {len(labels)} examples; {spec.title})")
         for warning in score_warnings(task, spec, scores, predictions[task], labels):
             print(f"         warning: {warning}")
-    print(f"  overall, plain mean (poster, class of 2023): {summary['mean']:.4f}")
-    print(f"  overall, similarity as (r + 1) / 2 (class of 2024): {summary['mean_2024']:.4f}")
+    for name, overall in OVERALLS.items():
+        print(f"  {overall.title}: {summary[name]:.4f}")
     if test_rows is not None:
         test_data = tokenize_split(settings.tokens, test_rows, tokenizer)
         test_predictions = {

@@ -1,7 +1,7 @@
-"""Text to word pieces: a thin face on the `tokenizers` library (https://huggingface.co/docs/tokenizers).
+"""Text to word pieces: a thin layer over the `tokenizers` library (https://huggingface.co/docs/tokenizers).
 
-Gives exactly what Hugging Face's BERT tokenizer gives, for single sentences and for true pairs
-(`[CLS] a [SEP] b [SEP]` with segment ids, the longer one truncated first).
+The result is exactly that of Hugging Face's BERT tokenizer, for single sentences and for joint pairs
+(`[CLS] a [SEP] b [SEP]` with segment ids, the longer sentence cut first).
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -21,8 +21,8 @@ from support.files import read_bytes, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_ID = 2**22  # eight times the largest word-piece vocabulary that we know
-# What a tokenizer.json may say of its parts and still mean what this file does.
-BERT_PARTS = {
+# What the parts of a tokenizer.json must say, if they say it at all, to mean what this file does.
+EXPECTED_PARTS = {
     "model": {
         "type": "WordPiece",
         "unk_token": "[UNK]",
@@ -60,11 +60,8 @@ class BertTokenizer:
         self.tokenize_chinese_chars = tokenize_chinese_chars
         self.max_length = max_length
         self.pad_token_id = vocab["[PAD]"]
-        self.cls_token_id, self.sep_token_id, self.mask_token_id = (
-            vocab["[CLS]"],
-            vocab["[SEP]"],
-            vocab["[MASK]"],
-        )
+        self.cls_token_id, self.sep_token_id = vocab["[CLS]"], vocab["[SEP]"]
+        self.mask_token_id = vocab["[MASK]"]
         self._tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
         self._tokenizer.normalizer = BertNormalizer(
@@ -87,10 +84,10 @@ class BertTokenizer:
             name: see `base_bert.resolve_pretrained`.
 
         Raises:
-            UserError: if there is no vocabulary, or it is no word-piece vocabulary.
+            UserError: if there is no vocabulary, or it is not one of word pieces.
         """
         folder = resolve_pretrained(str(name))
-        # lexists: what is there but is no file is refused, not passed over.
+        # lexists: a broken link or a pipe is refused, not passed over.
         settings, normalizer = {}, {}
         if os.path.lexists(folder / "tokenizer_config.json"):
             settings = read_json(folder / "tokenizer_config.json")
@@ -134,43 +131,43 @@ class BertTokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
     def settings(self) -> str:
-        """All that decides what a text becomes, the vocabulary included."""
+        """Everything that decides which ids a text gets, including the vocabulary."""
         return self._tokenizer.to_str()
 
     def __len__(self) -> int:
-        """Number of word pieces: the smallest vocab_size of an encoder that can take every id."""
+        """Number of word pieces: the smallest vocab_size of an encoder that covers every id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, max_length: int | None = None) -> dict[str, list[int]]:
-        """One sentence as `[CLS] text [SEP]`, cut to `max_length` word pieces (special tokens included).
-
-        Returns:
-            `input_ids` and `token_type_ids` (all 0), equally long.
-
-        Raises:
-            ValueError: if `max_length` leaves no room for the special tokens.
-        """
+        """One sentence as `[CLS] text [SEP]`; see `encode_batch`."""
         return self.encode_batch([text], max_length)[0]
 
     def encode_pair(self, a: str, b: str, max_length: int | None = None) -> dict[str, list[int]]:
-        """Two sentences as `[CLS] a [SEP] b [SEP]`, segment ids 0 and 1, the longer one cut first.
+        """Two sentences as `[CLS] a [SEP] b [SEP]`; see `encode_pair_batch`."""
+        return self.encode_pair_batch([(a, b)], max_length)[0]
+
+    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[dict[str, list[int]]]:
+        """Many sentences at once, on all cores, each as `[CLS] text [SEP]`.
+
+        Args:
+            max_length: longest sequence in word pieces, special tokens included.
 
         Returns:
-            `input_ids` and `token_type_ids`, equally long.
+            for each sentence `input_ids` and `token_type_ids` (all 0), equally long.
 
         Raises:
             ValueError: if `max_length` leaves no room for the special tokens.
         """
-        return self.encode_pair_batch([(a, b)], max_length)[0]
-
-    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[dict[str, list[int]]]:
-        """`encode` for many sentences at once, on all cores."""
         return self._encode([clean_surrogates(text) for text in texts], max_length, num_special_tokens=2)
 
     def encode_pair_batch(
         self, pairs: Sequence[tuple[str, str]], max_length: int | None = None
     ) -> list[dict[str, list[int]]]:
-        """`encode_pair` for many pairs at once, on all cores."""
+        """Many pairs at once, each as `[CLS] a [SEP] b [SEP]` with segment ids 0 and 1; else as
+        `encode_batch`.
+
+        The longer sentence of a pair is cut first.
+        """
         pairs = [(clean_surrogates(a), clean_surrogates(b)) for a, b in pairs]
         return self._encode(pairs, max_length, num_special_tokens=3)
 
@@ -182,15 +179,15 @@ class BertTokenizer:
             raise ValueError(
                 f"max_length is {max_length}; the special tokens alone take {num_special_tokens}"
             )
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(inputs)
+        encodings = self._tokenizer.encode_batch_fast(inputs)
         return [cut(encoding.ids, encoding.type_ids, max_length) for encoding in encodings]
 
 
 def cut(input_ids: list[int], token_type_ids: list[int], max_length: int) -> dict[str, list[int]]:
-    """Shorten one sequence to `max_length`, special tokens kept.
+    """Shorten one sequence to `max_length`, keeping the special tokens.
 
-    The library could, but keeps all that it cuts off, and of a pair joins every part of the one rest with every
-    part of the other: minutes and gigabytes for long texts.
+    The library's own truncation keeps what it cuts off, and pairs every piece cut from one text with every
+    piece cut from the other: minutes and gigabytes for long texts.
     """
     if len(input_ids) > max_length:
         if token_type_ids[-1] == 0:  # [CLS] a [SEP]
@@ -206,7 +203,7 @@ def cut(input_ids: list[int], token_type_ids: list[int], max_length: int) -> dic
 
 
 def longest_first(length_a: int, length_b: int, room: int) -> tuple[int, int]:
-    """How much of each of two texts to keep: the longer one is cut first, then both; b gets an odd place."""
+    """How much of each of two texts to keep: the longer is cut first, then both; an odd place goes to b."""
     if length_a + length_b <= room:
         return length_a, length_b
     shorter = min(length_a, length_b, room // 2)
@@ -214,16 +211,16 @@ def longest_first(length_a: int, length_b: int, room: int) -> tuple[int, int]:
 
 
 def clean_surrogates(text: str) -> str:
-    """Replace lone surrogates, which no UTF-8 text can hold and the Rust library refuses."""
+    """Replace lone surrogates, which UTF-8 cannot encode and the Rust library refuses."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """Read `vocab.txt`: one word piece a line, its id is the line's number from 0.
+    """Read `vocab.txt`: one word piece per line, whose id is the line's number counted from 0.
 
     Raises:
-        UserError: if it cannot be read, is not UTF-8, or a piece stands there twice: one of the two ids would be
-            out of use, and every piece after a line that was doubled by mistake would have its neighbour's.
+        UserError: if it cannot be read, is not UTF-8, or repeats a piece: after a line doubled by mistake,
+            every piece would have its neighbour's id.
     """
     try:
         # Only \n ends a line: some pieces are odd spaces that splitlines would take for line ends.
@@ -237,41 +234,43 @@ def read_vocab(path: Path) -> dict[str, int]:
         piece = line.rstrip("\r")
         if vocab.setdefault(piece, index) != index:
             raise UserError(
-                f"{path}:{index + 1}: {quote(piece)} stands here for the second time, first in line"
-                f" {vocab[piece] + 1}; expected each word piece once"
+                f"{path}:{index + 1}: {quote(piece)} appears twice, first in line {vocab[piece] + 1};"
+                " expected each word piece once"
             )
     return vocab
 
 
 def read_tokenizer_json(path: Path) -> tuple[dict[str, int], dict]:
-    """Vocabulary and normalizer's settings of a `tokenizer.json`.
+    """The vocabulary and the normalizer's settings in a `tokenizer.json`.
 
     Raises:
-        UserError: if it cannot be read, or describes another tokenizer than BERT's, or two pieces with one id.
+        UserError: if it cannot be read, describes another tokenizer than BERT's, or gives two pieces the same
+            id.
     """
     stored = read_json(path)
-    parts = {name: stored.get(name) or {} for name in BERT_PARTS}
+    parts = {name: stored.get(name) or {} for name in EXPECTED_PARTS}
     vocab = parts["model"].get("vocab") if isinstance(parts["model"], dict) else None
     if not isinstance(vocab, dict):
         raise UserError(f"{path}: not a word-piece vocabulary")
-    for name, expected in BERT_PARTS.items():
+    for name, expected in EXPECTED_PARTS.items():
         if not isinstance(parts[name], dict):
             raise UserError(f"{path}: {name} is {quote(parts[name])}; expected a JSON object")
         for key, value in expected.items():
             if parts[name].get(key, value) != value:
                 raise UserError(
-                    f"{path}: not a word-piece vocabulary as BERT's: {name} has {key} {quote(parts[name][key])};"
-                    f" expected {json.dumps(value)}"
+                    f"{path}: not a word-piece vocabulary like BERT's: {name} has {key}"
+                    f" {quote(parts[name][key])}; expected {json.dumps(value)}"
                 )
     pieces = {}
     for piece, index in vocab.items():
         if type(index) is not int or not 0 <= index < MAX_ID:
             raise UserError(
-                f"{path}: {quote(piece)} has the id {quote(index)}; expected a whole number from 0 to {MAX_ID - 1}"
+                f"{path}: {quote(piece)} has the id {quote(index)};"
+                f" expected a whole number from 0 to {MAX_ID - 1}"
             )
         if pieces.setdefault(index, piece) != piece:
             raise UserError(f"{path}: {quote(pieces[index])} and {quote(piece)} have the same id {index}")
-        # No text holds half a character; and what is saved as a line must be read back as the same line.
+        # No text contains half a character, and a piece saved as a line must be read back as the same line.
         if clean_surrogates(piece) != piece or "\n" in piece or piece.endswith("\r"):
-            raise UserError(f"{path}: {quote(piece)} is no word piece")
+            raise UserError(f"{path}: {quote(piece)} is not a word piece")
     return vocab, parts["normalizer"]

@@ -24,7 +24,7 @@ import torch
 from base_bert import resolve_pretrained
 from bert import BertModel
 from config import TaskSpec
-from datasets import BatchOrder, TaskData, limit_examples
+from datasets import BatchOrder, TaskData
 from evaluation import TASK_KINDS, evaluate
 from heads import MultitaskBERT, pool_mean
 from kernels.flat_memory import FlatMemory
@@ -35,7 +35,7 @@ from pcgrad import GRAD_METHODS
 from support.device import keep_freed_memory, make_autocast
 from support.errors import UserError
 from support.files import ROOT
-from support.seeds import task_seed
+from support.seeds import seed_of
 from training.settings import StepSettings
 
 LR, HEAD_LR, WEIGHT_DECAY = 1e-4, 1e-3, 0.01  # no time depends on them
@@ -120,10 +120,10 @@ def make_pool(
                 f"--num_batches {num_batches}: {task} has {len(data[task])} examples, too few for as many"
                 f" batches of --batch_size {batch_size}"
             )
-        chosen[task] = limit_examples(data[task], size, seed)
+        chosen[task] = data[task].sample(size, seed)
         order = BatchOrder(chosen[task].lengths, batch_size, seed, task)
         bucketed[task] = [order[i] for i in range(num_batches)]
-        rng = np.random.default_rng([seed, task_seed(task)])
+        rng = np.random.default_rng([seed, seed_of(task)])
         shuffled[task] = np.split(rng.permutation(size), num_batches)
     orders = {
         name: [{task: batches[task][i] for task in tasks} for i in range(num_batches)]
@@ -528,7 +528,7 @@ class Evaluation(Contender):
         """Task -> predictions: those of the last step, or of `limit` examples."""
         if limit is None:
             return self.found
-        data = {task: limit_examples(data, limit, self.setting.seed) for task, data in self.pool.data.items()}
+        data = {task: data.sample(limit, self.setting.seed) for task, data in self.pool.data.items()}
         return self.predict(data, make_autocast(self.device, precision))
 
     def predict(self, data: dict[str, TaskData], autocast) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ from benchmarks.page import write_page
 from benchmarks.workers import check_losses, race, start_workers
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig, TaskSpec
-from datasets import TaskData, TokenArrays, limit_examples, read_rows, tokenize
+from datasets import TaskData, TokenArrays, read_rows, tokenize
 from evaluation import TASK_KINDS
 from support.command_line import OneLineParser, number, run_script
 from support.device import describe_machine, is_bf16_fast, resolve_device
@@ -178,7 +178,7 @@ def measure_updates(bench: Bench, rows: dict[str, partial]) -> dict:
 def measure_evaluation(bench: Bench) -> dict:
     """All dev examples; then, whether the contenders predict the same."""
     args, data = bench.args, bench.read("dev")
-    data = {task: limit_examples(rows, args.eval_max_examples, args.seed) for task, rows in data.items()}
+    data = {task: rows.sample(args.eval_max_examples, args.seed) for task, rows in data.items()}
     table, skipped = present(with_precisions(EVALUATE, [args.precision]))
     with start_workers(
         table, bench.setting(Pool(bench.tasks, data, {}, bench.tokenizer.pad_token_id))

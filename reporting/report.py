@@ -19,7 +19,7 @@ import numpy as np
 
 from config import TASKS
 from datasets import Rows, read_rows
-from evaluation import TASK_KINDS, check_predictions, read_predictions
+from evaluation import OVERALLS, TASK_KINDS, check_predictions, read_predictions
 from reporting.pages import Table, command_line, percent, render_html, render_markdown
 from reporting.read_run import read_metrics, read_scores
 from support.command_line import OneLineParser, run_script
@@ -29,15 +29,6 @@ from training.flags import read_run
 from training.resolve import data_settings, head_name, output_settings
 from training.run_folder import ARGS_FILE, read_args_file
 
-CLASS_NAMES = {  # the classes of other tasks are shown as numbers
-    "sst": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
-    "para": ("no paraphrase", "paraphrase"),
-    "cfimdb": ("negative", "positive"),
-}
-OVERALL_TITLES = {
-    "mean": "overall, plain mean (poster, class of 2023)",
-    "mean_2024": "overall, similarity as (r + 1) / 2 (class of 2024)",
-}
 NUM_MISTAKES = 5  # shown for each task
 MAX_TEXT = 160  # characters shown of a sentence
 # Between a run's scores and those recomputed from its prediction files, which hold float32 numbers as text.
@@ -194,13 +185,12 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
         for name, value in scores.items():
             row = [spec.title, name, f"{value:.4f}", "", ""]
             if name == kind.main_score and result.rows:
-                baseline = kind.floor(result.rows.labels)
+                baseline = kind.baseline(result.rows.labels)
                 row[3:] = f"{baseline:.4f}", str(len(result.rows.labels))
                 if not value > baseline:  # in this form nan is warned about, too
-                    which = "majority" if kind.is_discrete else "constant"
-                    warnings.append(f"Warning: {task} is no better than the {which} baseline.")
+                    warnings.append(f"Warning: {task} is no better than the {kind.baseline_name}.")
             rows.append(row)
-    rows += [[title, "", f"{summary[name]:.4f}", "", ""] for name, title in OVERALL_TITLES.items()]
+    rows += [[overall.title, "", f"{summary[name]:.4f}", "", ""] for name, overall in OVERALLS.items()]
     limit = f", on at most {args.eval_max_examples} examples per task" if args.eval_max_examples else ""
     if summary["finished"]:
         text = f"Scores of the best checkpoint by {args.select_by}, from step {summary['step']}."
@@ -280,7 +270,7 @@ def task_section(task: str, result: DevResult) -> dict:
         section["remark"] = f"Warning: {result.remark}."
     labels, predictions = result.rows.labels, result.predictions
     if kind.is_discrete:
-        names = CLASS_NAMES.get(task) or [str(number) for number in range(int(spec.label_range[1]) + 1)]
+        names = spec.class_names or [str(number) for number in range(int(spec.label_range[1]) + 1)]
         figure = figures.plot_confusion(predictions, labels, names)
     else:
         figure = figures.plot_regression(predictions, labels, spec.label_range, task)

@@ -22,7 +22,7 @@ import numpy as np
 
 from config import TaskSpec
 from evaluation import OVERALLS, TASK_KINDS
-from support.seeds import task_seed
+from support.seeds import seed_of
 
 LEVEL = 0.95  # of the intervals
 ROUNDING = 1e-12  # scores that are equal may differ by less
@@ -48,7 +48,7 @@ def with_overalls(scores: dict, tasks: dict[str, TaskSpec]) -> dict:
     if len(scores) < 2:
         return scores
     pairs = {task: (tasks[task].kind, score) for task, score in scores.items()}
-    return scores | {name: overall(pairs) for name, overall in OVERALLS.items()}
+    return scores | {name: overall.score(pairs) for name, overall in OVERALLS.items()}
 
 
 # --- scores of resamples: (predictions (S, N), labels (N,), weights (R, N)) -> (S, R) ---------------------
@@ -111,7 +111,7 @@ def resample_weights(rng: np.random.Generator, num_examples: int, num_resamples:
 
 
 def make_rng(seed: int, name: str) -> np.random.Generator:
-    return np.random.default_rng([seed, task_seed(name)])
+    return np.random.default_rng([seed, seed_of(name)])
 
 
 def resampled_means(

@@ -64,8 +64,8 @@ def check_folder(
 
 
 def find_code() -> list[Path]:
-    """The project's code: Python at the top, in the packages and beside the data; the templates of pages."""
-    found = {*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("reporting/templates/*.jinja")}
+    """The project's code: Python files at the top and in the packages, and the templates of pages."""
+    found = {*ROOT.glob("*.py"), *ROOT.glob("reporting/templates/*.jinja")}
     for package in ROOT.glob("*/__init__.py"):
         found |= set(package.parent.rglob("*.py"))
     return sorted(path for path in found if path.is_file())  # no pipes

@@ -27,7 +27,7 @@ from support.command_line import OneLineParser, number, run_script
 from support.device import is_bf16_fast
 from support.errors import UserError
 from support.files import ROOT, read_json
-from training.flags import COUNT, FILES, MODES, READING_MAY_CHANGE, RESUME_MAY_CHANGE, given_flags, read_run
+from training.flags import COUNT, SEED, flags_marked, given_flags, read_run
 from training.flags import get_args as get_run_args
 from training.resolve import data_settings
 from training.sources import EXTRA_SOURCES
@@ -41,16 +41,16 @@ EVAL_MAX_EXAMPLES = 600
 TOKENS_PER_EXAMPLE = 30
 EVAL_EXAMPLES = 22_000
 # Flags of a run that are the table's own: it gives them itself, or could not read the run with others.
-OWN_FLAGS = FILES | MODES | {"data_dir", "tasks", "pretrained", "max_steps", "seed"}
-OWN_FLAGS |= {"predict_splits", "prediction_style"}
-# Flags that are what rows differ in: given to every run, they would make two rows one, or be overridden.
+OWN_FLAGS = flags_marked("mode", "place", "predictions") - {"cache_dir"}
+OWN_FLAGS |= {"tasks", "pretrained", "max_steps", "seed"}
+# What rows differ in: given to every run, these flags would make two rows one, or be overridden by most.
 ROW_FLAGS = {
     name for row in ROWS.values() if row.group != "control" for name in given_flags(row.flags.split())
 }
 ROW_FLAGS |= {"epochs", "warmup_steps", "freeze_encoder", "option", "fine_tune_mode"}
-# What may differ from run to run: where and how it was computed, not what.
-FREE_FLAGS = READING_MAY_CHANGE | RESUME_MAY_CHANGE
-FREE_FLAGS -= {"max_steps", "max_length", "patience", "prediction_style"}
+# What may differ from run to run: where and how it was computed, not what. (The table can read predictions in
+# the starter's form only.)
+FREE_FLAGS = flags_marked("mode", "place", "predictions", "machine", "upkeep") - {"prediction_style"}
 
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"out of {', '.join(ROWS)}"
     )
-    add("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--pretrained", default=OFFLINE_ENCODER, help=f"encoder to start from (default: {OFFLINE_ENCODER})")
     add("--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)")
     add("--max_steps", type=COUNT, default=1000, help="length of each run in steps (default: 1000)")

@@ -9,7 +9,7 @@ from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from evaluation import prediction_name, select_score
 from reporting import figures, pages
 from reporting.poster import CLAIMS, POSTER_TEST, ROWS, SCORES, Claim
-from reporting.report import CLASS_NAMES, list_values, training_seconds
+from reporting.report import list_values, training_seconds
 from reporting.significance import Interval, mean_and_sd, verdict, with_overalls
 from reporting.table_statistics import Table
 from support.files import whole_file, write_text
@@ -277,7 +277,7 @@ def draw_figures(table: Table) -> dict[str, object]:
     predictions = table.runs[table.best_run[0]][table.best_run[1]].predictions if table.best_run else {}
     if "sst" in predictions:
         labels = table.dev_data["sst"].labels
-        drawn["confusion.png"] = figures.plot_confusion(predictions["sst"], labels, CLASS_NAMES["sst"])
+        drawn["confusion.png"] = figures.plot_confusion(predictions["sst"], labels, TASKS["sst"].class_names)
     if "sts" in predictions:
         labels, scale = table.dev_data["sts"].labels, TASKS["sts"].label_range
         drawn["similarity.png"] = figures.plot_regression(predictions["sts"], labels, scale)

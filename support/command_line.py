@@ -1,6 +1,7 @@
 """What every script's command line shares: errors in one line, checked numbers, signals, exit codes."""
 
 import argparse
+import dataclasses
 import math
 import os
 import signal
@@ -29,28 +30,42 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+@dataclasses.dataclass(frozen=True)
+class FlagType:
+    """An argparse type that can also judge a value that it did not convert itself, one from a run's `args.json`."""
+
+    convert: Callable[[str], object]  # ValueError for text that has no value
+    is_valid: Callable[[object], bool]
+    expected: str
+    metavar: str
+
+    def __call__(self, text: str):
+        try:
+            value = self.convert(text)
+            if self.is_valid(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"value is {text!r}; expected {self.expected}")
+
+
 def number(
     kind: type, low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False
-):
-    """An argparse type: a finite number of `kind` in a range."""
-    word = "a whole number" if kind is int else "a number"
-    expected = f"{word} {'above' if low_open else 'of at least'} {low:g}"
+) -> FlagType:
+    """An argparse type: a finite number of `kind`, int or float, in a range."""
+    expected = f"a {'whole ' if kind is int else ''}number {'above' if low_open else 'of at least'} {low:g}"
     if high < math.inf:
         expected += f" and {'below' if high_open else 'at most'} {high:g}"
 
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+    def is_valid(value) -> bool:
+        if type(value) not in (kind, int):  # of isinstance, True would be an int
+            return False
         inside = (value > low if low_open else value >= low) and (
             value < high if high_open else value <= high
         )
-        if not (inside and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"value is {text!r}; expected {expected}")
-        return value
+        return inside and abs(value) <= sys.float_info.max  # not infinite, and no float could hold more
 
-    return parse
+    return FlagType(kind, is_valid, expected, "N" if kind is int else "X")
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -156,7 +171,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, SafetensorError):  # the same, while tensors are written
         return f"a checkpoint could not be written ({error})"
     if is_out_of_memory(error):
-        return "out of memory; try a smaller encoder, or a smaller --batch_size or --max_length"
+        doing = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        return f"out of memory{doing}; try a smaller encoder, or a smaller --batch_size or --max_length"
     return None
 
 

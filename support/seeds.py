@@ -12,6 +12,6 @@ def make_seed(*numbers: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
-def task_seed(task: str) -> int:
-    """A number for a task's name that is the same in every process."""
-    return zlib.crc32(task.encode())
+def seed_of(name: str) -> int:
+    """A seed for a name (of a task, a source, a comparison), the same in every process."""
+    return zlib.crc32(name.encode())

@@ -1,11 +1,14 @@
-"""Checkpoints: what is read and written, what is refused, and where names lead."""
+"""Checkpoints: what is read and written, held against Hugging Face's BertModel and a safe round trip.
+
+Damaged and hostile folders are refused, with one case for each kind of message; so are names that lead
+nowhere.
+"""
 
 import io
 import json
 import os
 import pickle
 import struct
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +22,7 @@ from safetensors.torch import load_file, save_file
 import base_bert
 from base_bert import (
     check_vocab_size,
-    encoder_name,
-    encoder_shapes,
     find_weights,
-    read_tensors,
     resolve_pretrained,
 )
 from bert import BertModel
@@ -76,7 +76,7 @@ def folder(tmp_path, tensors):
     return write_folder(tmp_path / "encoder", tensors)
 
 
-# --- initialisation ----------------------------------------------------------------------------------------------
+# --- initialisation -----------------------------------------------------------------------------------------
 
 
 def test_initial_weights():
@@ -97,7 +97,7 @@ def test_initial_weights():
     assert padding_rows.tolist() == [3]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def old_names(tensors):
@@ -137,7 +137,7 @@ def test_reads_every_form(tmp_path, tensors, form, as_bin):
 
 
 def test_bin_as_old_as_bert(tmp_path, tensors):
-    folder = write_folder(tmp_path / "encoder", tensors)
+    folder = write_folder(tmp_path / "encoder", {})
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert same_weights(BertModel.from_pretrained(folder), make_model())
@@ -160,11 +160,11 @@ def test_missing_pooler_is_reported(tmp_path, tensors):
     assert not torch.equal(fresh, pooler["pooler.dense.weight"])
 
 
-def test_unexpected_weights_are_reported(tmp_path, tensors):
-    extra = {f"cls.predictions.{i}": torch.zeros(2) for i in range(5)}
+def test_unused_weights_are_reported_without_escapes(tmp_path, tensors):
+    extra = {f"cls.predictions.{i}": torch.zeros(2) for i in range(4)} | {"\x1b[2J\n": torch.zeros(1)}
     model = BertModel.from_pretrained(write_folder(tmp_path / "encoder", tensors | extra))
-    names = ", ".join(f"cls.predictions.{i}" for i in range(4))
-    assert model.load_report.endswith(f"; not used: 5 ({names}, ...)")
+    names = ", ".join(f"cls.predictions.{i}" for i in range(3))
+    assert model.load_report.endswith(f"; not used: 5 (?[2J , {names}, ...)")
     assert same_weights(model, make_model())
 
 
@@ -177,27 +177,11 @@ def test_overrides(folder):
 
 def test_minilm():
     model = BertModel.from_pretrained("minilm")
-    assert (model.config.num_hidden_layers, model.config.hidden_size) == (6, 384)
     assert sum(parameter.numel() for parameter in model.parameters()) == 22_713_216
-    assert model.load_report.startswith("103 of 103 weights loaded from")
-    assert "new" not in model.load_report and "not used" not in model.load_report
+    assert model.load_report == f"103 of 103 weights loaded from {resolve_pretrained('minilm')}"
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("bert.encoder.layer.0.output.LayerNorm.gamma", "encoder.layer.0.output.LayerNorm.weight"),
-        ("embeddings.LayerNorm.beta", "embeddings.LayerNorm.bias"),
-        ("embeddings.LayerNorm.bias", "embeddings.LayerNorm.bias"),
-        ("cls.predictions.bert.bias", "cls.predictions.bert.bias"),
-        ("bert.pooler.dense.weight", "pooler.dense.weight"),
-    ],
-)
-def test_encoder_name(theirs, ours):
-    assert encoder_name(theirs) == ours
-
-
-# --- refusing ----------------------------------------------------------------------------------------------------
+# --- refusing -----------------------------------------------------------------------------------------------
 
 
 def change_config(**changes):
@@ -217,7 +201,7 @@ def change_tensors(change):
 
 
 def swap_for_bin(contents):
-    """Replace the weights by a `pytorch_model.bin` that holds these bytes, or `torch.save` of anything else."""
+    """Replace the weights by a `pytorch_model.bin` of these bytes, or of anything else by `torch.save`."""
 
     def swap(folder):
         (folder / "model.safetensors").unlink()
@@ -225,45 +209,30 @@ def swap_for_bin(contents):
             (folder / "pytorch_model.bin").write_bytes(contents)
         else:
             torch.save(contents, folder / "pytorch_model.bin")
-        return folder / "pytorch_model.bin"
 
     return swap
 
 
-def repack(path):
-    """Compress the entries of a zip archive."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, contents in entries.items():
-            archive.writestr(name, contents)
+def one_number_as(*shape, **sizes):
+    """Word embeddings of any size, stored as a single number; config.json agrees."""
+
+    def change(folder):
+        change_config(**sizes, num_attention_heads=1)(folder)
+        swap_for_bin(load_file(folder / "model.safetensors") | {WORDS: torch.zeros(1, 1).expand(shape)})(
+            folder
+        )
+
+    return change
 
 
-def zip_of(pickled):
-    """What `torch.save` writes, without numbers."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/version", "3")
-    return stream.getvalue()
-
-
-# A dictionary with one key: (), in ((), ()), in a pair of that, and so on. Small, but its hash takes 2 ** 60 steps.
-PAIRS = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60))
-NESTED_KEY = zip_of(b"\x80\x02})q\x00" + PAIRS + b"K\x01s.")
-
-
-def safetensors_header(header):
-    header = json.dumps(header).encode()
+def header_of(tensor):
+    """The start of a safetensors file that claims to hold one tensor."""
+    header = json.dumps({"a": tensor}).encode()
     return struct.pack("<Q", len(header)) + header
 
 
-def spoil_number(value):
-    def change(tensors):
-        tensors[KEY][3, 4] = value
-        return tensors
-
-    return change_tensors(change)
+def change_tensor(key, tensor):
+    return change_tensors(lambda tensors: tensors | {key: tensor})
 
 
 def write(name, contents):
@@ -271,153 +240,95 @@ def write(name, contents):
 
 
 KEY = "encoder.layer.1.attention.self.key.weight"
+WORDS = "embeddings.word_embeddings.weight"
+NOT_FINITE = torch.ones(32, 32).index_fill_(0, torch.tensor(3), float("nan"))
 DAMAGE = {
-    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
-    "broken_config": (write("config.json", b'{"hidden_size": 32'), "config.json: not a JSON file"),
-    "list_as_config": (write("config.json", b"[1]"), "config.json: expected a JSON object, found list"),
-    "huge_config": (
-        write("config.json", b" " * 2**24 + b"{}"),
-        "config.json: too large; expected at most 16 MiB",
-    ),
-    "deep_config": (write("config.json", b'{"a":' * 100_000), "config.json: not a JSON file"),
-    "binary_config": (write("config.json", bytes(range(256))), "config.json: not a JSON file"),
-    "key_twice": (
-        write("config.json", b'{"vocab_size": 99, "vocab_size": 30522}'),
-        "config.json: not a JSON file (the key 'vocab_size' stands there twice)",
-    ),
-    "decoder": (change_config(is_decoder=True), "config.json: is_decoder is True; expected false"),
-    "cross_attention": (change_config(add_cross_attention=True), "add_cross_attention is True"),
-    "other_class": (
-        change_config(architectures=["BertModel", "DistilBertModel"]),
-        "config.json: architectures is ['BertModel', 'DistilBertModel']; expected names such as 'BertModel'",
-    ),
-    "text_as_classes": (change_config(architectures="BertModel"), "architectures is 'BertModel'; expected"),
-    "escapes": (change_config(model_type="\x1b[31mbert" + "x" * 9999), r"model_type is '\x1b[31mbertxxx"),
-    "other_model": (change_config(model_type="roberta"), "config.json: model_type is 'roberta'"),
-    "relative_positions": (change_config(position_embedding_type="relative_key"), "'relative_key'"),
-    "other_act": (change_config(hidden_act="swish"), "hidden_act is 'swish'"),
-    "list_as_act": (change_config(hidden_act=["gelu"]), "hidden_act"),
-    "text_as_size": (change_config(hidden_size="32"), "config.json: BertConfig hidden_size is '32'"),
-    "text_as_eps": (change_config(layer_norm_eps="small"), "layer_norm_eps"),
-    "text_as_range": (change_config(initializer_range="x"), "initializer_range"),
-    "padding_outside": (change_config(pad_token_id=99), "pad_token_id"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+    "not bert": (change_config(model_type="roberta"), "config.json: model_type is 'roberta'"),
+    "unknown activation": (change_config(hidden_act="swish"), "hidden_act is 'swish'"),
     **{
-        f"{size}_{value}": (
+        f"{size} {value}": (
             change_config(**{size: value}, num_attention_heads=1),
             f"config.json says {size} {value}; the weights have {getattr(CONFIG, size)}",
         )
         for size in SIZES
         if size != "num_attention_heads"
-        for value in (1, 10**9, 10**18)
+        for value in (1, 10**18)
     },
-    "layer_of_any_number": (  # counted, not believed
+    "layer of any number": (  # counted, not believed
         lambda folder: (
             change_config(num_hidden_layers=10**9)(folder),
-            change_tensors(lambda tensors: tensors | {"encoder.layer.999999999.a": torch.zeros(1)})(folder),
+            change_tensor("encoder.layer.999999999.a", torch.zeros(1))(folder),
         ),
         "config.json says num_hidden_layers 1000000000; the weights have 3",
     ),
-    "layer_left_out": (
+    "layer left out": (
         change_tensors(
             lambda tensors: {key.replace("layer.1.", "layer.2."): tensors[key] for key in tensors}
         ),
-        f"16 of {NUM_WEIGHTS} encoder weights are missing, the first is encoder.layer.1.attention.self.query.weight",
+        f"16 of {NUM_WEIGHTS} encoder weights are missing, the first is encoder.layer.1.attention.self",
     ),
-    "nan": (
-        spoil_number(float("nan")),
-        f"{KEY} holds 1 values that are infinite or no number; the file is damaged",
-    ),
-    "infinite": (spoil_number(-float("inf")), f"{KEY} holds 1 values that are infinite or no number"),
-    "beyond_float32": (
-        change_tensors(lambda tensors: tensors | {KEY: torch.full((32, 32), 1e300, dtype=torch.float64)}),
-        f"{KEY} holds 1024 values that are infinite or no number",
-    ),
-    "float8": (
-        change_tensors(lambda tensors: tensors | {KEY: torch.zeros(32, 32).to(torch.float8_e4m3fn)}),
-        f"{KEY} has type torch.float8_e4m3fn; expected floating point of 16, 32 or 64 bits",
-    ),
-    "complex": (
-        change_tensors(lambda tensors: tensors | {KEY: torch.zeros(32, 32, dtype=torch.complex64)}),
-        f"{KEY} has type torch.complex64; expected floating point",
-    ),
-    "with_and_without_prefix": (
-        change_tensors(lambda tensors: tensors | {"bert." + KEY: torch.zeros(32, 32)}),
-        f"holds {KEY} twice, with and without a prefix",
-    ),
-    "no_weights": (
-        lambda folder: (folder / "model.safetensors").unlink(),
-        "holds no weights; expected model.s",
-    ),
-    "missing": (
+    "weight missing": (
         change_tensors(lambda tensors: {key: tensors[key] for key in tensors if key != KEY}),
         f"1 of {NUM_WEIGHTS} encoder weights are missing, the first is {KEY}",
     ),
-    "empty": (change_tensors(lambda tensors: {}), "num_hidden_layers 2; the weights have 0"),
-    "transposed": (
-        change_tensors(
-            lambda tensors: tensors | {"encoder.layer.0.output.dense.weight": torch.zeros(37, 32)}
-        ),
-        "encoder.layer.0.output.dense.weight has shape (37, 32); config.json asks for (32, 37)",
+    "no tensors": (change_tensors(lambda tensors: {}), f"the encoder weight {WORDS} is missing"),
+    "flat embeddings": (change_tensor(WORDS, torch.zeros(99)), f"{WORDS} has shape (99,); expected a matrix"),
+    "other shape": (
+        change_tensor(KEY, torch.zeros(32, 37)),
+        f"{KEY} has shape (32, 37); config.json asks for (32, 32)",
     ),
-    "flat_embeddings": (
-        change_tensors(lambda tensors: tensors | {"embeddings.word_embeddings.weight": torch.zeros(99)}),
-        "embeddings.word_embeddings.weight has shape (99,); config.json asks for (99, 32)",
+    "NaN": (
+        change_tensor(KEY, NOT_FINITE),
+        f"{KEY} holds 32 values that are NaN or infinite; the file is damaged",
     ),
-    "integers": (
-        change_tensors(lambda tensors: tensors | {KEY: torch.zeros(32, 32, dtype=torch.int8)}),
-        f"{KEY} has type torch.int8; expected floating point",
+    "beyond float32": (
+        change_tensor(KEY, torch.full((32, 32), 1e300, dtype=torch.float64)),
+        f"{KEY} holds 1024 values that are NaN or infinite",
+    ),
+    **{
+        str(dtype): (
+            change_tensor(KEY, torch.zeros(32, 32).to(dtype)),
+            f"{KEY} has type {dtype}; expected floating point of 16, 32 or 64 bits",
+        )
+        for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64)
+    },
+    "with and without prefix": (
+        change_tensor("bert." + KEY, torch.zeros(32, 32)),
+        f"holds {KEY} twice, with and without a prefix",
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "holds no weights; expected model.safetensors or pytorch_model.bin",
     ),
     "truncated": (
         lambda folder: write("model.safetensors", (folder / "model.safetensors").read_bytes()[:-1])(folder),
         "model.safetensors: not a readable weights file",
     ),
-    "text_as_safetensors": (write("model.safetensors", b"version https://git-lfs"), "not a readable weights"),
-    "header_beyond_the_end": (
-        write("model.safetensors", struct.pack("<Q", 2**40) + b"{}"),
+    "empty": (write("model.safetensors", b""), "not a readable weights file"),
+    "terabyte in the header": (
+        write("model.safetensors", header_of({"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]})),
         "model.safetensors: not a readable weights file",
     ),
-    "terabyte_in_the_header": (
-        write(
-            "model.safetensors",
-            safetensors_header({"a": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}),
-        ),
-        "model.safetensors: not a readable weights file",
-    ),
-    "terabyte_on_disk": (
-        lambda folder: os.truncate(folder / "model.safetensors", 2**40),  # takes no place
+    "terabyte on disk": (
+        lambda folder: os.truncate(folder / "model.safetensors", 2**40),  # a hole: takes no space
         "model.safetensors: too large; expected at most 4 GiB",
     ),
-    "bytes_without_end": (
-        swap_for_bin({"a": bytearray(9)}),
-        "it names '__builtin__ bytearray'; expected tensors only",
-    ),
-    "hash_without_end": (swap_for_bin(NESTED_KEY), "a part of it is used twice"),
-    "tuples_without_end": (swap_for_bin({n: (n,) for n in range(20_001)}), "more than 20000 tuples"),
-    "packed_bin": (
-        lambda folder: repack(swap_for_bin({"a": torch.zeros(2**16)})(folder)),
-        "pytorch_model.bin: not a readable weights file (its entries are larger than the file)",
-    ),
-    "one_number_as_many": (
-        lambda folder: (
-            change_config(vocab_size=10**9)(folder),
-            swap_for_bin(
-                load_file(folder / "model.safetensors")
-                | {"embeddings.word_embeddings.weight": torch.zeros(1, 1).expand(10**9, 32)}
-            )(folder),
-        ),
-        "the weights share their numbers; expected each its own",
-    ),
-    "protocol_3": (swap_for_bin(pickle.dumps({}, protocol=3)), "it is a pickle of protocol 3; expected 2"),
-    "empty_safetensors": (write("model.safetensors", b""), "not a readable weights file"),
-    "empty_bin": (swap_for_bin(b""), "pytorch_model.bin: not a readable weights file"),
-    "text_as_bin": (
+    "text as .bin": (
         swap_for_bin(b"version https://git-lfs"),
         "pytorch_model.bin: not a readable weights file",
     ),
-    "short_bin": (swap_for_bin(b"\x80\x02."), "pytorch_model.bin: not a readable weights file"),
-    "list_as_bin": (swap_for_bin([torch.zeros(2)]), "expected a dictionary of tensors"),
-    "nested_bin": (swap_for_bin({"state_dict": {"a": torch.zeros(2)}}), "expected a dictionary of tensors"),
-    "numbers_as_names": (swap_for_bin({1: torch.zeros(2)}), "expected a dictionary of tensors"),
+    "list as .bin": (swap_for_bin([torch.zeros(2)]), "expected a dictionary of tensors"),
+    "nested .bin": (swap_for_bin({"state_dict": {"a": torch.zeros(2)}}), "expected a dictionary of tensors"),
+    "numbers as names": (swap_for_bin({1: torch.zeros(2)}), "expected a dictionary of tensors"),
+    "one number as many": (
+        one_number_as(99 * 10**6, 32, vocab_size=99 * 10**6),
+        "the weights share their numbers; expected each its own",
+    ),
+    "beyond any memory": (
+        one_number_as(99, 10**12, hidden_size=10**12),
+        "config.json: Storage size calculation overflowed",
+    ),
 }
 
 
@@ -427,25 +338,25 @@ def test_damaged_folder_is_refused(folder, damage):
     spoil(folder)
     with pytest.raises(UserError) as caught:
         BertModel.from_pretrained(folder)
-    assert message in str(caught.value)
-    assert str(folder) in str(caught.value)
+    assert message in str(caught.value) and str(folder) in str(caught.value)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("size", [size for size in SIZES if size != "num_attention_heads"])
-def test_sizes_are_compared_before_a_model_is_made(folder, monkeypatch, size):
-    change_config(**{size: 10**9}, num_attention_heads=1)(folder)
+def test_sizes_are_compared_before_a_model_is_made(folder, monkeypatch):
+    change_config(hidden_size=10**9, num_attention_heads=1)(folder)
     monkeypatch.setattr(BertModel, "__init__", None)
-    with pytest.raises(
-        UserError, match=f"--pretrained {folder}: config.json says {size} 1000000000; the weights"
-    ):
+    with pytest.raises(UserError, match="config.json says hidden_size 1000000000; the weights have 32"):
         BertModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("config", [CONFIG, BertConfig(num_hidden_layers=1, vocab_size=5)])
-def test_encoder_shapes_are_those_of_the_model(config):
-    expected = {key: tuple(tensor.shape) for key, tensor in BertModel(config).state_dict().items()}
-    assert encoder_shapes(config) == expected
+def test_weight_shapes_are_those_of_the_model_and_draw_nothing(config):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    shapes = BertModel.weight_shapes(config)
+    assert torch.equal(torch.rand(1), expected)  # so that loading leaves a run's random numbers alone
+    assert shapes == {key: tuple(tensor.shape) for key, tensor in BertModel(config).state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link", "device"])
@@ -461,40 +372,26 @@ def test_what_is_no_file_is_refused_at_once(folder, name, kind):
         BertModel.from_pretrained(folder)
 
 
-def test_report_shows_no_escapes(tmp_path, tensors):
-    extra = {"\x1b[2J\n": torch.zeros(1), "x" * 10_000: torch.zeros(1)}
-    model = BertModel.from_pretrained(write_folder(tmp_path / "encoder", tensors | extra))
-    assert model.load_report.isprintable() and len(model.load_report) < 600
-    assert "; not used: 2 (" in model.load_report
-
-
 def test_check_vocab_size():
-    check_vocab_size(99, 99, "x")
-    for num_pieces in (98, 100):
-        with pytest.raises(UserError) as caught:
-            check_vocab_size(num_pieces, 99, "x")
-        assert str(caught.value).startswith(
-            f"--pretrained x: vocabulary of {num_pieces} word pieces, embeddings for 99; expected the same number"
-        )
-        assert "\n" not in str(caught.value)
-
-
-def test_packaged_vocabulary_fits_its_encoder():
     config = BertConfig.from_json(resolve_pretrained("minilm") / "config.json")
     check_vocab_size(len(BertTokenizer.from_pretrained("minilm")), config.vocab_size, "minilm")
+    with pytest.raises(UserError) as caught:
+        check_vocab_size(98, 99, "x")
+    assert str(caught.value) == (
+        "--pretrained x: vocabulary of 98 word pieces, embeddings for 99; expected the same number: its"
+        " vocab.txt and its weights are from different models"
+    )
 
 
 def test_truncated_bin_is_refused(folder, tensors):
-    stream = io.BytesIO()
-    torch.save(tensors, stream, _use_new_zipfile_serialization=False)
-    old = stream.getvalue()
-    stream = io.BytesIO()
-    torch.save(tensors, stream)
-    for whole in (old, stream.getvalue()):
-        for length in (1, 2, 3, 10, 50, 100, 500, 3000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+    (folder / "model.safetensors").unlink()
+    for with_zip in (True, False):
+        stream = io.BytesIO()
+        torch.save(tensors, stream, _use_new_zipfile_serialization=with_zip)
+        whole = stream.getvalue()
+        for length in (1, 3, 10, 100, 3000, len(whole) // 2, len(whole) - 1):
             (folder / "pytorch_model.bin").write_bytes(whole[:length])
-            (folder / "model.safetensors").unlink(missing_ok=True)
-            with pytest.raises(UserError, match="pytorch_model.bin: not a readable weights file"):
+            with pytest.raises(UserError, match=r"pytorch_model\.bin: not a readable weights file"):
                 BertModel.from_pretrained(folder)
 
 
@@ -516,7 +413,7 @@ def test_bin_cannot_run_code(folder, tensors, form):
         path.write_bytes(pickle.dumps(bomb, protocol=2))
     else:
         torch.save(bomb if form == "alone" else tensors | {"pooler.dense.extra": bomb}, path)
-    with pytest.raises(UserError, match="pytorch_model.bin: not a readable weights file"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: not a readable weights file"):
         BertModel.from_pretrained(folder)
     assert not trace.exists()
     if form == "plain pickle":
@@ -526,19 +423,16 @@ def test_bin_cannot_run_code(folder, tensors, form):
     assert trace.exists()  # so the bomb was live
 
 
-# --- writing, and Hugging Face -----------------------------------------------------------------------------------
+# --- writing, and Hugging Face ------------------------------------------------------------------------------
 
 
 def test_save_and_load_are_exact(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "deep" / "encoder")
-    assert {path.name for path in (tmp_path / "deep" / "encoder").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-    }
+    files = (tmp_path / "deep" / "encoder").iterdir()
+    assert sorted(path.name for path in files) == ["config.json", "model.safetensors"]
     again = BertModel.from_pretrained(tmp_path / "deep" / "encoder")
-    assert again.config == model.config
-    assert same_weights(again, model)
+    assert again.config == model.config and same_weights(again, model)
 
 
 def test_saves_views_of_one_buffer(tmp_path):
@@ -606,10 +500,12 @@ def check_outputs(model, path):
         torch.testing.assert_close(outputs[key], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hugging_face_loads_ours(exchange):
     check_outputs(make_model(), exchange / "ours.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_bin", [False, True])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_we_load_theirs(exchange, tmp_path, writer, as_bin):
@@ -623,7 +519,7 @@ def test_we_load_theirs(exchange, tmp_path, writer, as_bin):
     check_outputs(model, exchange / f"{writer}.safetensors")
 
 
-# --- names -------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -638,26 +534,21 @@ def hub_cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def fill_cache(hub_cache, repo_id, revision=REVISION, weights=True):
+def fill_cache(hub_cache, repo_id, revision=REVISION):
     """Lay out a repository as the hub's own downloader does."""
     root = hub_cache / ("models--" + repo_id.replace("/", "--"))
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(revision)
     make_model().save_pretrained(root / "snapshots" / revision)
-    if not weights:
-        (root / "snapshots" / revision / "model.safetensors").unlink()
     return root / "snapshots" / revision
 
 
-def test_folder_name(folder, monkeypatch):
+def test_names_of_folders(folder, monkeypatch):
     assert resolve_pretrained(str(folder)) == folder
     monkeypatch.chdir(folder.parent)
     assert resolve_pretrained("encoder") == Path("encoder")
-
-
-def test_minilm_is_a_folder_with_everything():
-    folder = resolve_pretrained("minilm")
-    assert all((folder / name).is_file() for name in ("config.json", "model.safetensors", "vocab.txt"))
+    minilm = resolve_pretrained("minilm")
+    assert all((minilm / name).is_file() for name in ("config.json", "model.safetensors", "vocab.txt"))
 
 
 def test_minilm_not_installed(monkeypatch):
@@ -666,35 +557,20 @@ def test_minilm_not_installed(monkeypatch):
         resolve_pretrained("minilm")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "no/such/folder",
-        "./encoder",
-        "../encoder",
-        "/no/such",
-        "two words",
-        ".hidden",
-        "a/b/",
-        "gs://bucket/bert",
-        "encoder\0",
-        # The hub's own rules for names:
-        "bert--base",
-        "bert..base",
-        "-bert",
-        "owner/bert.git",
-        "bärt",
-        "b" * 97,
-        "b" * 300,
-    ],
-)
+NONSENSE = [
+    *("no/such/folder", "./encoder", "../encoder", "/no/such", "two words", ".hidden", "a/b/"),
+    *("gs://bucket/bert", "encoder\0"),
+    # Against the hub's own rules for names:
+    *("bert--base", "bert..base", "-bert", "owner/bert.git", "bärt", "b" * 97, "b" * 300),
+]
+
+
+@pytest.mark.parametrize("name", NONSENSE)
 def test_nonsense_name(hub_cache, name):
     with pytest.raises(UserError) as caught:
         resolve_pretrained(name)
-    message = str(caught.value)
-    assert message.startswith(f"--pretrained {name}: ")
-    assert "expected a folder, a hub name or 'minilm'" in message
-    assert "\n" not in message
+    message = f"--pretrained {name}: no such folder; expected a folder, a hub name or 'minilm'"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -704,7 +580,7 @@ def test_hub_name_without_network_and_cache(hub_cache, name):
     with pytest.raises(UserError) as caught:
         resolve_pretrained(name)
     message = str(caught.value)
-    assert message.startswith(f"--pretrained {name}: not a folder here and not to be had from the hub (")
+    assert message.startswith(f"--pretrained {name}: not a folder, and not available from the hub (")
     assert message.endswith("expected a folder, a hub name or 'minilm' (works offline)")
     assert "\n" not in message
 
@@ -726,8 +602,8 @@ def test_hub_name_without_a_revision_is_refused_unasked(hub_cache, monkeypatch, 
     with pytest.raises(UserError) as caught:
         resolve_pretrained(name)
     assert str(caught.value) == (
-        f"--pretrained {name}: no such folder, and a hub name without its revision; expected NAME@REVISION, the"
-        " commit that you mean, or a folder, or 'minilm'"
+        f"--pretrained {name}: no such folder, and a hub name without a revision; expected NAME@REVISION"
+        " (a commit), a folder, or 'minilm'"
     )
 
 
@@ -743,16 +619,9 @@ def test_branch_is_a_warning_with_its_commit(hub_cache, capsys):
     for _ in range(3):  # for the tokenizer, the encoder, the head
         resolve_pretrained("owner/tiny@main")
     assert capsys.readouterr().out == (
-        "warning: --pretrained owner/tiny@main: main is no commit of 40 digits, so what it means can change; today it"
-        f" is owner/tiny@{REVISION}\n"
+        "warning: --pretrained owner/tiny@main: main is not a commit of 40 digits, so what it means can"
+        f" change; today it is owner/tiny@{REVISION}\n"
     )
-
-
-@pytest.mark.parametrize("contents", [b"", b"\xff", b"a\0b", b"../../..", b"x" * 9999])
-def test_damaged_cache_is_as_none(hub_cache, contents):
-    (fill_cache(hub_cache, "owner/tiny").parent.parent / "refs" / "main").write_bytes(contents)
-    with pytest.raises(UserError, match="not a folder here and not to be had from the hub"):
-        resolve_pretrained("owner/tiny@main")
 
 
 def test_only_tensors_and_settings_are_fetched():
@@ -790,7 +659,7 @@ def test_tested_revision_is_the_default(hub_cache):
 
 
 def test_cache_without_the_bin_that_the_hub_also_has(hub_cache):
-    """The first download leaves `pytorch_model.bin` out; the hub's own list of files must not make that a gap."""
+    """The first download leaves `pytorch_model.bin` out; in the hub's own list of files it is no gap."""
     revision = base_bert.HUB_REVISIONS["bert-base-uncased"]
     snapshot = fill_cache(hub_cache, "bert-base-uncased", revision)
     files = [*(path.name for path in snapshot.iterdir()), "pytorch_model.bin"]
@@ -801,21 +670,24 @@ def test_cache_without_the_bin_that_the_hub_also_has(hub_cache):
     assert resolve_pretrained("bert-base-uncased").samefile(snapshot)
 
 
-def test_other_revision_is_not_taken_for_the_one_asked(hub_cache):
-    fill_cache(hub_cache, "owner/tiny")
-    with pytest.raises(UserError, match="not to be had from the hub"):
-        resolve_pretrained("owner/tiny@" + "f" * 40)
+def damage_ref(contents):
+    return lambda snapshot: (snapshot.parent.parent / "refs" / "main").write_bytes(contents)
 
 
-def test_interrupted_download_does_not_count(hub_cache):
-    fill_cache(hub_cache, "owner/tiny", weights=False)
-    with pytest.raises(UserError, match="not to be had from the hub"):
-        resolve_pretrained(f"owner/tiny@{REVISION}")
+# What is done to a snapshot in the cache, and the revision that is asked for.
+BAD_CACHES = {
+    "other revision": (lambda snapshot: None, "f" * 40),
+    "interrupted download": (lambda snapshot: (snapshot / "model.safetensors").unlink(), REVISION),
+    **{
+        repr(contents[:4]): (damage_ref(contents), "main")
+        for contents in (b"", b"\xff", b"a\0b", b"../../..")
+    },
+}
 
 
-def test_read_tensors_keeps_names(tmp_path):
-    save_file({"bert.LayerNorm.gamma": torch.arange(3.0)}, tmp_path / "model.safetensors")
-    tensors = read_tensors(tmp_path)
-    assert {key: tensor.tolist() for key, tensor in tensors.items()} == {
-        "bert.LayerNorm.gamma": [0.0, 1.0, 2.0]
-    }
+@pytest.mark.parametrize("case", BAD_CACHES)
+def test_damaged_cache_is_as_none(hub_cache, case):
+    damage, revision = BAD_CACHES[case]
+    damage(fill_cache(hub_cache, "owner/tiny"))
+    with pytest.raises(UserError, match="not a folder, and not available from the hub"):
+        resolve_pretrained(f"owner/tiny@{revision}")

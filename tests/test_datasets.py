@@ -1,4 +1,7 @@
-"""Tests of datasets.py: the course's files with their quirks, bad files, token arrays, the order of batches."""
+"""The course's files with their quirks, token arrays by hand, the order of batches, the samplers' odds.
+
+Bad files are in tests/training/test_check_data.py.
+"""
 
 import csv
 import hashlib
@@ -22,7 +25,7 @@ from datasets import (
     TokenArrays,
     clean_text,
     parse_label,
-    plan_slots,
+    plan_tasks,
     read_rows,
     tokenize,
     warning_lines,
@@ -31,10 +34,8 @@ from support.errors import UserError
 from tokenizer import BertTokenizer
 
 SST_HEADER, SST_TEST_HEADER = "\tid\tsentence\tsentiment\n", "0\t\tid\tsentence\n"
-PARA_HEADER, STS_HEADER = (
-    "\tid\tsentence1\tsentence2\tis_duplicate\n",
-    "\tid\tsentence1\tsentence2\tsimilarity\n",
-)
+PARA_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
+STS_HEADER = "\tid\tsentence1\tsentence2\tsimilarity\n"
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def write(tmp_path):
     return write
 
 
-# --- the course's files ------------------------------------------------------------------------------------------
+# --- the course's files -------------------------------------------------------------------------------------
 
 
 def test_sst_file_with_unnamed_index_column(write):
@@ -85,16 +86,10 @@ def test_sts_labels_stay_fractions(write):
     assert read_rows(path, TASKS["sts"], "train").labels.tolist() == [3.75, 0, 5]
 
 
-def test_byte_order_mark_and_windows_line_ends(write):
-    path = write(
-        b"\xef\xbb\xbf"
-        + (SST_HEADER + "0\tab\tgood\t4\n1\tcd\tna\u00efve\t1\n").replace("\n", "\r\n").encode()
-    )
+def test_byte_order_mark_is_not_part_of_the_first_column(write):
+    path = write(b"\xef\xbb\xbfid\tsentence\tsentiment\nab\tna\xc3\xafve\t4\n")
     rows = read_rows(path, TASKS["sst"], "train")
-    assert rows.texts == [("good",), ("na\u00efve",)] and rows.labels.tolist() == [4, 1]
-    # The mark must not become part of the first column's name where that is the id.
-    path = write(b"\xef\xbb\xbfid\tsentence\tsentiment\nab\tgood\t4\n")
-    assert read_rows(path, TASKS["sst"], "train").ids == ["ab"]
+    assert rows.ids == ["ab"] and rows.texts == [("na\u00efve",)]
 
 
 def test_columns_are_found_by_name(write):
@@ -104,12 +99,8 @@ def test_columns_are_found_by_name(write):
 
 
 def test_line_break_inside_quotes_belongs_to_the_sentence(write):
-    path = write(SST_HEADER + '0\tab\t"two\nlines"\t4\n1\tcd\tbad\tx\n')
-    with pytest.raises(UserError, match=r"rows\.csv:4: sentiment is 'x'"):
-        read_rows(path, TASKS["sst"], "train")
-    assert read_rows(write(SST_HEADER + '0\tab\t"two\nlines"\t4\n'), TASKS["sst"], "dev").texts == [
-        ("two lines",)
-    ]
+    rows = read_rows(write(SST_HEADER + '0\tab\t"two\nlines"\t4\n'), TASKS["sst"], "dev")
+    assert rows.texts == [("two lines",)]
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
@@ -151,69 +142,6 @@ def test_the_sample_that_comes_with_the_project_can_be_read():
             assert (rows.labels is None) == (split == "test")
 
 
-# --- bad files ---------------------------------------------------------------------------------------------------
-
-BAD_FILES = {
-    "no id column": (
-        "\tsentence\tsentiment\n0\tx\t1\n",
-        r"rows\.csv:1: no column 'id'.*found \(unnamed\), sentence",
-    ),
-    "no label column": ("\tid\tsentence\n0\tab\tx\n", r"rows\.csv:1: no column 'sentiment'"),
-    "commas instead of tabs": (
-        ",id,sentence,sentiment\n0,ab,x,1\n",
-        r"rows\.csv:1: separated by commas, it seems; expected the tab-separated columns id, sentence, sentiment$",
-    ),
-    "empty file": ("", r"rows\.csv: the file is empty"),
-    "header only": (SST_HEADER, r"rows\.csv: no usable row; the file holds a header and no rows"),
-    "nothing usable": (
-        SST_HEADER + "0\tab\tx\t\n",
-        r"rows\.csv: no usable row; 1 row without a label, left out \(line 2\)",
-    ),
-    "id given twice": (
-        SST_HEADER + "0\tab\tx\t1\n1\tcd\ty\t1\n2\tAB\tz\t1\n",
-        r"rows\.csv:4: id 'ab' .*first in line 2",
-    ),
-    "no id": (SST_HEADER + "0\tab\tx\t1\n1\t \ty\t1\n", r"rows\.csv:3: the row has no id"),
-    "label too high": (
-        SST_HEADER + "0\tab\tx\t5\n",
-        r"rows\.csv:2: sentiment is '5'; expected a number from 0 to 4",
-    ),
-    "label too low": (SST_HEADER + "0\tab\tx\t-1\n", r"rows\.csv:2: sentiment is '-1'"),
-    "no number": (SST_HEADER + "0\tab\tx\tgood\n", r"rows\.csv:2: sentiment is 'good'"),
-    "nan": (SST_HEADER + "0\tab\tx\tnan\n", r"rows\.csv:2: sentiment is 'nan'"),
-    "infinite": (SST_HEADER + "0\tab\tx\tinf\n", r"rows\.csv:2: sentiment is 'inf'"),
-    "fraction of a class": (
-        SST_HEADER + "0\tab\tx\t1.5\n",
-        r"rows\.csv:2: sentiment is '1\.5'.*without fraction",
-    ),
-    "not UTF-8": (SST_HEADER.encode() + b"0\tab\tna\xefve\t1\n", r"rows\.csv:2: not UTF-8"),
-    "overlong field": (
-        SST_HEADER + f"0\tab\t{'x' * (MAX_FIELD_SIZE + 1)}\t1\n",
-        r"rows\.csv:2: a field of more than 131072 characters",
-    ),
-    "line number after blank lines": (
-        SST_HEADER + "0\tab\tx\t1\n\n\n1\tcd\ty\tbad\n",
-        r"rows\.csv:5: sentiment",
-    ),
-    "quote never closed": (
-        SST_HEADER + '0\tab\t" x\t1\n1\tcd\ty\t1\n',
-        r"rows\.csv:2: a quotation mark .* never closed",
-    ),
-    "quote closed in a later row": (
-        SST_HEADER + '0\tab\t" x\t1\n1\tcd\ty "\t1\n',
-        r"rows\.csv:2: a quotation mark in this row is closed only in line 3",
-    ),
-    "too many fields": (SST_HEADER + "0\tab\tx\t1\tmore\n", r"rows\.csv:2: 5 fields, more fields"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_file_raises_and_names_the_place(write, case):
-    content, message = BAD_FILES[case]
-    with pytest.raises(UserError, match=message):
-        read_rows(write(content), TASKS["sst"], "train")
-
-
 def test_field_of_the_greatest_size_can_be_read(write):
     csv.field_size_limit(100)  # a global setting of the csv module, which others may have changed
     rows = read_rows(write(SST_HEADER + f"0\tab\t{'x' * MAX_FIELD_SIZE}\t1\n"), TASKS["sst"], "train")
@@ -226,17 +154,7 @@ def test_bad_similarity_raises(text):
         parse_label(text, TASKS["sts"], "here:7")
 
 
-def test_missing_file_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.csv: no such file; 'make data'"):
-        read_rows(tmp_path / "absent.csv", TASKS["sst"], "train")
-
-
-def test_folder_in_place_of_a_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder; expected a file"):
-        read_rows(tmp_path, TASKS["sst"], "train")
-
-
-# --- text --------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,12 +182,11 @@ def test_clean_text(raw, clean):
 def test_a_line_of_backslashes_is_cleaned_at_once():
     started = time.perf_counter()
     assert clean_text("\\" * 20_000 + "/") == "/"
-    assert (
-        time.perf_counter() - started < 1
-    )  # one by one they would take 5 s, and minutes for the longest field
+    # One by one they would take 5 s, and minutes for the longest field.
+    assert time.perf_counter() - started < 1
 
 
-@settings(derandomize=True, deadline=None, max_examples=300, database=None)
+@settings(derandomize=True, deadline=None, max_examples=150, database=None)
 @given(text=st.text(st.sampled_from("\"'`\\/* -lrbLRB.a")) | st.text())
 @example(text="`` a \"\" b ''")
 @example(text="\\\\//")
@@ -283,7 +200,7 @@ WORDS = st.one_of(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@settings(derandomize=True, deadline=None, max_examples=100, database=None)
 @given(words=st.lists(WORDS, max_size=12), space=st.sampled_from([" ", "\t", "  ", "\u00a0", "\n"]))
 def test_cleaning_tokenized_text_twice_changes_nothing_more(words, space):
     """For text with spaces around its marks, as the course's files have it."""
@@ -293,7 +210,7 @@ def test_cleaning_tokenized_text_twice_changes_nothing_more(words, space):
     assert not any(escape in clean.lower() for escape in ("``", "''", "-lrb-", "-rrb-", "\\/", "\\*"))
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCAB = {piece: i for i, piece in enumerate((*SPECIAL_TOKENS, *"abcde"))}
@@ -327,10 +244,8 @@ def test_pad_by_hand():
         "token_type_ids": [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]],
     }
     assert {str(value.dtype) for value in batch.values()} == {"torch.int64"}
-    assert arrays.pad(np.array([1, 0]), 0)["input_ids"].tolist() == [
-        [2, 3, 0],
-        [2, 5, 3],
-    ]  # as long as these need
+    # As long as these need:
+    assert arrays.pad(np.array([1, 0]), 0)["input_ids"].tolist() == [[2, 3, 0], [2, 5, 3]]
 
 
 def sequence(data: TaskData, i: int) -> list[int]:
@@ -383,30 +298,42 @@ def test_batch_of_test_rows_has_no_labels(tokenizer):
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_part_keeps_the_chosen_examples_and_only_their_sequences(tokenizer, joint):
+def test_subset_keeps_the_chosen_examples_and_only_their_sequences(tokenizer, joint):
     rows = make_rows([("a", "b"), ("c", "a"), ("d e", "d e"), ("e", "c")], labels=[0, 1, 2, 3])
     data = tokenize(rows, tokenizer, joint=joint, max_length=16)
     chosen = np.array([1, 3])
-    part = data.part(chosen)
-    assert len(part) == 2 and part.rows.ids == ["id1", "id3"] and part.rows.texts == [("c", "a"), ("e", "c")]
-    assert len(part.sequences.lengths) == (2 if joint else 3)
-    whole_batch, part_batch = data.batch(chosen, PAD), part.batch(np.arange(2), PAD)
-    assert whole_batch.keys() == part_batch.keys()
-    for key in whole_batch:
-        assert whole_batch[key].tolist() == part_batch[key].tolist(), key
-    assert part.lengths.tolist() == data.lengths[chosen].tolist()
+    subset = data.subset(chosen)
+    assert subset.rows.ids == ["id1", "id3"] and subset.rows.texts == [("c", "a"), ("e", "c")]
+    assert len(subset) == 2 and len(subset.sequences.lengths) == (2 if joint else 3)
+    expected, batch = data.batch(chosen, PAD), subset.batch(np.arange(2), PAD)
+    assert {key: tensor.tolist() for key, tensor in batch.items()} == {
+        key: tensor.tolist() for key, tensor in expected.items()
+    }
+    assert subset.lengths.tolist() == data.lengths[chosen].tolist()
     assert data.rows.ids == ["id0", "id1", "id2", "id3"]  # the whole is not changed
+
+
+def test_subset_of_test_rows_has_no_labels(tokenizer):
+    data = tokenize(make_rows([("a",), ("b",)]), tokenizer, joint=False, max_length=9)
+    assert data.subset(np.array([1])).rows.labels is None
+
+
+def test_sample_is_fixed_by_its_seed_and_keeps_the_order(tokenizer):
+    rows = make_rows([(letter,) for letter in "abcde" * 4], labels=range(20))
+    data = tokenize(rows, tokenizer, joint=False, max_length=9)
+    chosen = data.sample(7, seed=3).rows.labels.tolist()
+    assert len(chosen) == 7 == len(set(chosen)) and chosen == sorted(chosen)
     assert (
-        tokenize(make_rows([("a",)]), tokenizer, joint=False, max_length=9).part(np.array([0])).rows.labels
-        is None
+        data.sample(7, seed=3).rows.labels.tolist() == chosen != data.sample(7, seed=4).rows.labels.tolist()
     )
+    assert data.sample(None, seed=3) is data.sample(20, seed=3) is data.sample(99, seed=3) is data
 
 
-# --- the order of batches ----------------------------------------------------------------------------------------
+# --- the order of batches -----------------------------------------------------------------------------------
 
 
 def make_lengths(num_examples: int = 1003, seed: int = 0) -> np.ndarray:
-    """Word pieces per sentence as in SST: about 23 on average, a long tail up to 66, at least [CLS] x [SEP]."""
+    """Word pieces per sentence as in SST: about 23 on average, a long tail up to 66, at least 3."""
     lengths = np.random.default_rng(seed).lognormal(mean=3.0, sigma=0.5, size=num_examples)
     return lengths.astype(int).clip(3, 66)
 
@@ -433,9 +360,8 @@ def test_fewer_rows_than_a_batch_make_one_batch_an_epoch():
 def test_batch_is_a_pure_function_of_seed_task_and_number():
     """Whatever was asked before: a resumed run asks in the middle of an epoch."""
     lengths = make_lengths(200)
-    expected = [
-        BatchOrder(lengths, 7, seed=5, task="para")[i].tolist() for i in range(100)
-    ]  # fresh each time
+    # Fresh each time:
+    expected = [BatchOrder(lengths, 7, seed=5, task="para")[i].tolist() for i in range(100)]
     order = BatchOrder(lengths, 7, seed=5, task="para")
     asked = list(range(100)) * 2
     random.Random(0).shuffle(asked)
@@ -464,7 +390,7 @@ def test_order_leaves_the_global_random_state_alone():
 
 
 def test_similar_lengths_share_a_batch():
-    """Padding of single sentences stays below 5 % (DESIGN); without sorting it is about half on this data."""
+    """Padding of single sentences stays below 5 %; without sorting it is about half on this data."""
     lengths = make_lengths(8544)
     order = BatchOrder(lengths, 16, seed=0, task="sst")
     for epoch in range(3):
@@ -475,7 +401,7 @@ def test_similar_lengths_share_a_batch():
 
 
 def test_batches_of_an_epoch_are_shuffled():
-    """Long and short batches alternate: lengths sorted through the epoch would be a curriculum nobody asked for."""
+    """Long and short batches alternate; an epoch sorted by length would be a curriculum nobody asked for."""
     lengths = make_lengths(1600)
     order = BatchOrder(lengths, 16, seed=0, task="sst")
     means = [lengths[order[i]].mean() for i in range(100)]
@@ -483,7 +409,7 @@ def test_batches_of_an_epoch_are_shuffled():
     assert abs(np.corrcoef(np.argsort(np.argsort(means)), np.arange(100))[0, 1]) < 0.3
 
 
-# --- samplers ----------------------------------------------------------------------------------------------------
+# --- samplers -----------------------------------------------------------------------------------------------
 
 SIZES = np.array([84160, 8544, 6040])  # as unequal as the course's tasks
 
@@ -514,16 +440,16 @@ def test_sampler_draws_with_the_stated_probabilities(sampler, progress, exponent
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampler_fills_every_slot_with_a_task_in_order(sampler):
+def test_sampler_draws_a_task_for_every_batch_in_order(sampler):
     rng = np.random.default_rng(1)
     for progress in np.linspace(0, 1, 50):
-        slots = SAMPLERS[sampler](SIZES, float(progress), rng)
-        assert slots.shape == (3,) and set(slots.tolist()) <= {0, 1, 2}
-        assert (np.diff(slots) >= 0).all()
+        tasks = SAMPLERS[sampler](SIZES, float(progress), rng)
+        assert tasks.shape == (3,) and set(tasks.tolist()) <= {0, 1, 2}
+        assert (np.diff(tasks) >= 0).all()
 
 
 def test_round_robin_plan_has_every_task_once_a_step_in_order():
-    assert plan_slots("round_robin", SIZES, total_steps=5, seed=0).tolist() == [[0, 1, 2]] * 5
+    assert plan_tasks("round_robin", SIZES, total_steps=5, seed=0).tolist() == [[0, 1, 2]] * 5
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -531,30 +457,30 @@ def test_plan_is_reproducible_and_leaves_the_global_random_state_alone(sampler):
     np.random.seed(0)
     expected = np.random.random(3).tolist()
     np.random.seed(0)
-    plan = plan_slots(sampler, SIZES, total_steps=200, seed=4)
+    plan = plan_tasks(sampler, SIZES, total_steps=200, seed=4)
     assert np.random.random(3).tolist() == expected
     assert plan.shape == (200, 3)
-    assert np.array_equal(plan, plan_slots(sampler, SIZES, total_steps=200, seed=4))
-    other = plan_slots(sampler, SIZES, total_steps=200, seed=5)
+    assert np.array_equal(plan, plan_tasks(sampler, SIZES, total_steps=200, seed=4))
+    other = plan_tasks(sampler, SIZES, total_steps=200, seed=5)
     assert np.array_equal(plan, other) == (sampler == "round_robin")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_longer_run_begins_with_the_same_plan(sampler):
     """Except where the probabilities follow the progress of the run."""
-    short, long = (plan_slots(sampler, SIZES, total_steps=steps, seed=4) for steps in (300, 900))
+    short, long = (plan_tasks(sampler, SIZES, total_steps=steps, seed=4) for steps in (300, 900))
     assert np.array_equal(short, long[:300]) == (sampler != "annealed")
 
 
 def test_annealed_plan_turns_to_the_small_tasks():
-    """By the exponents 1 and 0.2: the largest task has 85 % of the first slots, but only 45 % of the last."""
-    plan = plan_slots("annealed", SIZES, total_steps=3000, seed=0)
+    """By the exponents 1 and 0.2: the largest task has 85 % of the first batches, but 45 % of the last."""
+    plan = plan_tasks("annealed", SIZES, total_steps=3000, seed=0)
     first, last = (plan[:300] == 0).mean(), (plan[-300:] == 0).mean()
-    # 900 slots each: the standard error is below 0.017, and progress moves by a tenth within them.
+    # 900 batches each: the standard error is below 0.017, and progress moves by a tenth within them.
     assert 0.75 < first < 0.90 and 0.40 < last < 0.55
 
 
 @pytest.mark.parametrize("total_steps", [0, 1])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_shortest_plans(sampler, total_steps):
-    assert plan_slots(sampler, [5, 3], total_steps, seed=0).shape == (total_steps, 2)
+    assert plan_tasks(sampler, [5, 3], total_steps, seed=0).shape == (total_steps, 2)

@@ -1,13 +1,15 @@
-"""What the data are like: checks across files, a record for the run folder, and a check without training.
+"""Checks across data files, a record of the data for the run folder, and a command that checks without
+training:
 
     python -m training.check_data data
 
-What is wrong within one file is found where it is read, by `datasets.read_rows`.
+Errors within one file are found where it is read, by `datasets.read_rows`.
 """
 
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,70 +22,85 @@ from support.errors import UserError, one_line
 from training.flags import COUNT, make_parser, task_list
 from training.sources import EXTRA_SOURCES, read_source
 
-MAX_SHOWN = 20  # errors of one file that --check lists
+MAX_SHOWN = 20  # errors of one file that the command lists
 
 
-# --- across files ------------------------------------------------------------------------------------------------
+# --- across files -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CrossCheck:
+    """Something doubtful about files that are each in order.
+
+    Args:
+        check: "overlap", "one class" or "fewer rows than a batch".
+        count: how many examples are concerned.
+        message: what to print.
+    """
+
+    check: str
+    task: str
+    split: str
+    count: int
+    message: str
+
+
+def check_overlap(task: str, train: Rows, dev: Rows) -> list[CrossCheck]:
+    """Dev examples that the model is trained on."""
+    seen = set(train.texts)
+    shared = [one_line(row_id, 60) for row_id, texts in zip(dev.ids, dev.texts, strict=True) if texts in seen]
+    if not shared:
+        return []
+    message = (
+        f"{len(shared)} of {len(dev.ids)} {task} dev examples also occur in its training data (dev ids"
+        f" {name_some(shared)})"
+    )
+    return [CrossCheck("overlap", task, "dev", len(shared), message)]
+
+
+def check_labels(task: str, split: str, rows: Rows) -> list[CrossCheck]:
+    """Labels that are all the same."""
+    labels = rows.labels
+    if not len(labels) or (labels != labels[0]).any():
+        return []
+    consequence = "there is nothing to learn" if split == "train" else "its score will say nothing"
+    message = f"all {task} {split} labels are {labels[0]:g}; {consequence}"
+    return [CrossCheck("one class", task, split, len(labels), message)]
+
+
+def check_number(task: str, train: Rows, batch_size: int) -> list[CrossCheck]:
+    """Fewer training examples than a batch takes."""
+    number = len(train.ids)
+    if number >= batch_size:
+        return []
+    message = f"{count_of(number, f'{task} training example')}, fewer than a batch of {batch_size}"
+    return [CrossCheck("fewer rows than a batch", task, "train", number, message)]
 
 
 def cross_checks(
     train: Mapping[str, Rows], dev: Mapping[str, Rows], batch_sizes: Mapping[str, int] | None = None
-) -> list[dict]:
+) -> list[CrossCheck]:
     """What is doubtful about files that are each in order.
 
     Args:
         train, dev: task -> rows; either may lack tasks.
         batch_sizes: task -> examples per batch.
-
-    Returns:
-        for each finding `check` ("overlap", "one class" or "fewer rows than a batch"), `task`, `split`, `count`, and
-        a `message` to print.
     """
     found = []
-
-    def add(check: str, task: str, split: str, count: int, message: str) -> None:
-        found.append({"check": check, "task": task, "split": split, "count": count, "message": message})
-
     for task in dict.fromkeys((*train, *dev)):
         if task in train and task in dev:
-            seen = set(train[task].texts)
-            rows = dev[task]
-            shared = [one_line(row_id, 60) for row_id, texts in zip(rows.ids, rows.texts) if texts in seen]
-            if shared:
-                add(
-                    "overlap",
-                    task,
-                    "dev",
-                    len(shared),
-                    f"{len(shared)} of {len(rows.ids)} {task} dev examples also occur in its training data (dev ids"
-                    f" {name_some(shared)})",
-                )
-        for split, split_rows in (("train", train), ("dev", dev)):
-            labels = split_rows[task].labels if task in split_rows else ()
-            if len(labels) and (labels == labels[0]).all():
-                add(
-                    "one class",
-                    task,
-                    split,
-                    len(labels),
-                    f"all {task} {split} labels are {labels[0]:g}; "
-                    + ("there is nothing to learn" if split == "train" else "its score will say nothing"),
-                )
-        batch_size = (batch_sizes or {}).get(task, 0)
-        if task in train and len(train[task].ids) < batch_size:
-            number = len(train[task].ids)
-            add(
-                "fewer rows than a batch",
-                task,
-                "train",
-                number,
-                f"{count_of(number, f'{task} training example')}, fewer than a batch of {batch_size}",
-            )
+            found += check_overlap(task, train[task], dev[task])
+        if task in train:
+            found += check_labels(task, "train", train[task])
+        if task in dev:
+            found += check_labels(task, "dev", dev[task])
+        if task in train:
+            found += check_number(task, train[task], (batch_sizes or {}).get(task, 0))
     return found
 
 
 def describe_labels(rows: Rows, task: str) -> dict:
-    """How often each class occurs, or mean, least and greatest label; empty without labels."""
+    """How often each class occurs, or the mean, least and greatest label; empty without labels."""
     if rows.labels is None or not len(rows.labels):
         return {}
     if TASKS[task].kind == "regression":
@@ -93,7 +110,7 @@ def describe_labels(rows: Rows, task: str) -> dict:
     return {"counts": {str(label): int((rows.labels == label).sum()) for label in range(low, high + 1)}}
 
 
-def make_report(splits: Mapping[str, Mapping[str, Rows]], checks: list[dict]) -> dict:
+def make_report(splits: Mapping[str, Mapping[str, Rows]], checks: list[CrossCheck]) -> dict:
     """A record of the data for a run's `data_report.json`: JSON-able, the same for the same files.
 
     Args:
@@ -118,17 +135,18 @@ def make_report(splits: Mapping[str, Mapping[str, Rows]], checks: list[dict]) ->
                     for kind, lines in rows.warnings.items()
                 },
             }
-    return {"tasks": tasks, "cross_checks": checks}
+    return {"tasks": tasks, "cross_checks": [asdict(check) for check in checks]}
 
 
-# --- python -m training.check_data -------------------------------------------------------------------------------
+# --- python -m training.check_data --------------------------------------------------------------------------
 
 
 class Findings:
-    """Lines to print, and how many errors and warnings are among them."""
+    """Lines to print, and the number of errors and warnings among them."""
 
     def __init__(self):
-        self.lines, self.num_errors, self.num_warnings = [], 0, 0
+        self.lines: list[str] = []
+        self.num_errors = self.num_warnings = 0
 
     def error(self, error: UserError) -> None:
         errors = error.errors if isinstance(error, DataError) else [str(error)]
@@ -158,19 +176,19 @@ def check_task(data_dir: Path, task: str, batch_size: int | None, findings: Find
             continue
         labels = describe_labels(rows, task)
         if "counts" in labels:
-            said = ", ".join(f"{label}: {count}" for label, count in labels["counts"].items())
+            described = ", ".join(f"{label}: {count}" for label, count in labels["counts"].items())
         else:
-            said = ", ".join(f"{name} {value:.3g}" for name, value in labels.items())
+            described = ", ".join(f"{name} {value:.3g}" for name, value in labels.items())
         left_out = f" of {rows.num_rows} rows" if len(rows.ids) < rows.num_rows else ""
+        described = f" (labels: {described})" if described else ""
         findings.lines.append(
-            f"{task:6s} {split:5s} {len(rows.ids):6d} examples{left_out} from {path}"
-            + (f" (labels: {said})" if said else "")
+            f"{task:6s} {split:5s} {len(rows.ids):6d} examples{left_out} from {path}{described}"
         )
         for line in warning_lines(rows):
             findings.warning(line)
     batch_sizes = {task: batch_size} if batch_size else None
     for check in cross_checks(splits["train"], splits["dev"], batch_sizes):
-        findings.warning(check["message"])
+        findings.warning(check.message)
 
 
 def check_source(data_dir: Path, name: str, findings: Findings) -> None:
@@ -194,23 +212,21 @@ def check_source(data_dir: Path, name: str, findings: Findings) -> None:
 def check_folder(
     data_dir: str | Path, tasks: tuple[str, ...] | None = None, batch_size: int | None = None
 ) -> tuple[list[str], int, int]:
-    """Read all data files of a folder.
+    """Read all data files in a folder.
 
     Args:
-        tasks: those that must be there; None for whichever are.
+        tasks: those whose files must be there; None for all that are there.
         batch_size: examples of a task in a batch.
 
     Returns:
-        lines to print, the number of errors and of warnings among them.
+        lines to print, and the numbers of errors and of warnings among them.
 
     Raises:
         UserError: if there is no such folder.
     """
     data_dir, findings, num_present = Path(data_dir), Findings(), 0
     if not data_dir.is_dir():
-        raise UserError(
-            f"--check {data_dir}: no such folder; expected one with data files, such as data/sample"
-        )
+        raise UserError(f"{data_dir}: no such folder; expected one with data files, such as data/sample")
     for task in tasks or TASKS:
         names = TASKS[task].files.values()
         if any(os.path.lexists(data_dir / name) for name in names):
@@ -243,16 +259,16 @@ def check(argv: list[str] | None) -> None:
         "--batch_size",
         type=COUNT,
         default=make_parser().get_default("batch_size"),
-        help="examples per task in a batch, of which fewer are warned about (default: %(default)s, as in training)",
+        help="warn if a task has fewer training examples than this (default: %(default)s, as in training)",
     )
     args = parser.parse_args(argv)
     lines, num_errors, num_warnings = check_folder(args.data_dir, args.tasks, args.batch_size)
     for line in lines:
         print(line)
-    said = f"{count_of(num_errors, 'error')}, {count_of(num_warnings, 'warning')}"
+    total = f"{count_of(num_errors, 'error')}, {count_of(num_warnings, 'warning')}"
     if num_errors:
-        raise UserError(f"{args.data_dir}: {said}, listed above")
-    print(said)
+        raise UserError(f"{args.data_dir}: {total}, listed above")
+    print(total)
 
 
 def main(argv: list[str] | None = None) -> int:

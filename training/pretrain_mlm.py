@@ -34,7 +34,7 @@ from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig
 from datasets import BatchOrder, Rows, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
-from support.command_line import OneLineParser, StopRequest, catch_signals, number, run_script
+from support.command_line import StopRequest, catch_signals, number, run_script
 from support.device import is_bf16_fast, make_autocast, out_of_memory_hint, resolve_device, to_device
 from support.errors import UserError
 from support.files import lock_folder, read_json, sync, write_text
@@ -53,9 +53,25 @@ from training.checkpoint import (
     versions,
     write_checkpoint,
 )
-from training.flags import COUNT, NOT_NEGATIVE, POSITIVE, PRECISIONS, PROBABILITY, source_list, task_list
 from training.masked_lm import BertForMaskedLM, MaskedText, load_head
 from training.run_folder import ARGS_FILE, changed_flags, write_args
+from training.run_parser import (
+    COUNT,
+    DEVICE,
+    DIR,
+    ENCODER,
+    NOT_NEGATIVE,
+    OUTPUT_DIR,
+    POSITIVE,
+    PRECISIONS,
+    PROBABILITY,
+    RESUME_MARKS,
+    SEED,
+    RunParser,
+    check_sources,
+    source_list,
+    task_list,
+)
 from training.sources import EXTRA_SOURCES, add_sources, text_key
 
 LAST = "last"  # the checkpoint that an unfinished run goes on from
@@ -65,7 +81,6 @@ ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_con
 # ours.
 OUTPUT_FILES = (*ENCODER_FILES, "metrics.jsonl", "args.json")
 SHRINK = "try a smaller --batch_size or --max_length"
-RESUME_MAY_CHANGE = {"output_dir", "data_dir", "overwrite", "log_every", "save_every"}
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
@@ -139,62 +154,72 @@ def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: in
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with code 2 and one line if a flag is wrong."""
-    parser = OneLineParser(
+def make_parser() -> RunParser:
+    parser = RunParser(
         prog="training.pretrain_mlm",
+        usage="python -m training.pretrain_mlm --output_dir DIR [--FLAG [VALUE]] ...",
         description="Train an encoder further by masked language modelling on the tasks' training sentences.",
-        epilog="A run that was stopped goes on, exactly, when its command is given again.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="A run that was stopped continues, exactly, when its command is given again.",
     )
-    data = parser.add_argument_group("data").add_argument
-    data("--data_dir", default="data", metavar="DIR", help="folder with the data files")
-    data("--tasks", type=task_list, default=",".join(DEFAULT_TASKS), help="whose sentences to read")
-    names = f"more text, out of {','.join(EXTRA_SOURCES)}"
-    data("--extra_data", type=source_list, default={}, metavar="NAME[=COUNT],...", help=names)
-    data("--max_length", type=number(int, 3), default=128, help="longest sentence, in word pieces")
+    add = parser.adder(parser.add_argument_group("data"))
+    add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
+    text = f"tasks whose sentences to train on, out of {', '.join(TASKS)}"
+    add("--tasks", "result", type=task_list, default=",".join(DEFAULT_TASKS), help=text)
+    text = f"more text, out of {', '.join(EXTRA_SOURCES)} (default: none)"
+    add("--extra_data", "result", type=source_list, default={}, help=text)
+    text = "longest sentence, in word pieces; at most what the encoder can take"
+    add("--max_length", "result", type=number(int, 3), default=128, help=text)
 
-    model = parser.add_argument_group("model").add_argument
-    model(
-        "--pretrained",
-        default=OFFLINE_ENCODER,
-        help="encoder to start from: folder, NAME@COMMIT of the hub, or minilm",
-    )
+    add = parser.adder(parser.add_argument_group("model"))
+    text = f"encoder to start from: a folder, NAME@COMMIT of the hub, or {OFFLINE_ENCODER} (needs no network)"
+    add("--pretrained", "result", type=ENCODER, default=OFFLINE_ENCODER, help=text)
 
     training = parser.add_argument_group("training")
-    length = training.add_mutually_exclusive_group().add_argument
-    length("--epochs", type=POSITIVE, default=1.0, help="length of the run; one takes each sentence once")
-    length("--max_steps", type=COUNT, help="length of the run in steps (updates), instead of --epochs")
-    training = training.add_argument
-    training("--batch_size", type=COUNT, default=64, help="sentences per step")
+    add, add_length = parser.adder(training), parser.adder(training.add_mutually_exclusive_group())
+    text = "length of the run; an epoch takes each sentence once"
+    add_length("--epochs", "result", type=POSITIVE, default=1.0, help=text)
+    text = "length of the run in steps (optimizer updates), instead of --epochs"
+    add_length("--max_steps", "result", type=COUNT, help=text)
+    add("--batch_size", "result", type=COUNT, default=64, help="sentences per step")
     inside = number(float, 0, 1, low_open=True, high_open=True)
-    training("--mlm_prob", type=inside, default=0.15, help="share of the word pieces to predict")
-    training("--seed", type=number(int, 0, 2**32 - 1), default=11711, help="of all that is random")
-    training("--precision", choices=PRECISIONS, default="auto", help="of matrix products")
-    training("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--mlm_prob", "result", type=inside, default=0.15, help="share of the word pieces to predict")
+    add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
+    text = "number format of matrix products; auto: bf16 where the processor is fast at it"
+    add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
+    text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+    add("--device", "machine", type=DEVICE, default="auto", help=text)
 
-    optimizer = parser.add_argument_group("optimizer").add_argument
-    optimizer("--lr", type=POSITIVE, default=5e-5, help="learning rate")
-    optimizer("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="per update, times lr; matrices only")
-    optimizer("--schedule", choices=SCHEDULES, default="linear", help="of the learning rate after warm-up")
-    optimizer("--warmup_ratio", type=PROBABILITY, default=0.1, help="linear warm-up, as a share of the run")
-    optimizer("--clip_norm", type=NOT_NEGATIVE, default=1.0, help="longest gradient; 0: no clipping")
+    add = parser.adder(parser.add_argument_group("optimizer"))
+    add("--lr", "result", type=POSITIVE, default=5e-5, help="learning rate")
+    text = "share that weight matrices lose in a step, times the learning rate"
+    add("--weight_decay", "result", type=NOT_NEGATIVE, default=0.01, help=text)
+    text = "course of the learning rate after warm-up"
+    add("--schedule", "result", choices=SCHEDULES, default="linear", help=text)
+    text = "share of the run spent on linear warm-up, in [0, 1)"
+    add("--warmup_ratio", "result", type=PROBABILITY, default=0.1, help=text)
+    text = "longer gradients are scaled down to this length; 0: never"
+    add("--clip_norm", "result", type=NOT_NEGATIVE, default=1.0, help=text)
 
-    output = parser.add_argument_group("output").add_argument
-    output("--output_dir", required=True, metavar="DIR", help="folder for the encoder")
-    output("--eval_max_examples", type=COUNT, default=2000, help="dev sentences to check the loss on")
-    output("--log_every", type=COUNT, default=10, help="steps between lines of the log")
-    output("--save_every", type=COUNT, default=100, help="steps between saves of what a stopped run needs")
-    output("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
+    add = parser.adder(parser.add_argument_group("output"))
+    add("--output_dir", "mode", type=OUTPUT_DIR, required=True, help="folder for the encoder")
+    text = "dev sentences to measure the loss on"
+    add("--eval_max_examples", "result", type=COUNT, default=2000, help=text)
+    add("--log_every", "upkeep", type=COUNT, default=10, help="steps between lines of the log")
+    text = "steps between checkpoints, from which a run that was stopped continues"
+    add("--save_every", "upkeep", type=COUNT, default=100, help=text)
+    text = "remove the run in --output_dir and start anew"
+    add("--overwrite", "mode", action="store_true", help=text)
+    return parser
+
+
+RESUME_MAY_CHANGE = make_parser().marked(*RESUME_MARKS)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with code 2 and one line if a flag is wrong."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    stray = [name for name in args.extra_data if EXTRA_SOURCES[name].task not in args.tasks]
-    if stray:
-        parser.error(
-            f"--extra_data {stray[0]} belongs to {EXTRA_SOURCES[stray[0]].task}, which is not among --tasks"
-        )
-    if not args.output_dir:
-        parser.error("--output_dir is empty; expected a folder")
+    check_sources(parser, args)
     return args
 
 

@@ -72,7 +72,7 @@ def read_data(settings: DataSettings) -> tuple[dict[str, dict[str, Rows]], dict]
     rows = files | {"train": train_rows}
     checks = cross_checks(rows["train"], rows["dev"], settings.batch_sizes)
     for check in checks:
-        print(f"warning: {check['message']}")
+        print(f"warning: {check.message}")
     report = make_report(files, checks) | {"extra_data": extra_lines}
     digests = {found.path: found.sha256 for split in files.values() for found in split.values()}
     for source in settings.extra_data:

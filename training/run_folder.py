@@ -20,8 +20,9 @@ from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW
 from support.device import describe_machine
 from support.errors import UserError
-from support.files import ROOT, read_bytes, read_json, sync, write_text
+from support.files import ROOT, read_bytes, sync, write_text
 from tokenizer import BertTokenizer
+from training.args_file import ARGS_FILE, read_args_file
 from training.checkpoint import (
     MOMENTS,
     STATE_FILE,
@@ -42,7 +43,6 @@ from training.checkpoint import (
 )
 from training.settings import RunSettings
 
-ARGS_FILE = "args.json"
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
 RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json"]
 RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png"]
@@ -83,43 +83,16 @@ def describe_versions() -> dict[str, str]:
     }
 
 
-def read_args_file(folder: Path) -> dict:
-    """A run's `args.json`, as `write_args` wrote it.
-
-    Raises:
-        UserError: if there is none, or it is damaged; the copy in its last checkpoint is named then.
-    """
-    path = folder / ARGS_FILE
-    try:
-        if not path.exists():
-            raise UserError(f"--output_dir {folder}: no run there (no {ARGS_FILE})")
-        stored = read_json(path)
-        if not isinstance(stored.get("args"), dict):
-            raise UserError(f"{path}: damaged (it holds no settings)")
-        commands = stored.get("commands")
-        if not isinstance(commands, list) or not all(
-            isinstance(command, list) and all(isinstance(part, str) for part in command)
-            for command in commands
-        ):
-            raise UserError(f"{path}: damaged (it holds no commands)")
-        if not isinstance(stored.get("data"), dict | str):
-            raise UserError(f"{path}: damaged (it holds no data)")
-    except UserError as error:
-        copies = [copy / ARGS_FILE for copy in versions(folder / "last") if (copy / ARGS_FILE).exists()]
-        hint = f"; {copies[0]} is a copy, made with its last checkpoint" if copies else ""
-        raise UserError(f"{error}{hint}") from None
-    return stored
-
-
 def write_args(
     folder: Path, flags: Mapping, facts: Mapping, *, device: str, before: Mapping | None = None
 ) -> str:
     """Write a run's `args.json`: all settings, the commands of the run so far, versions, code, machine.
 
-    Args: flags: every flag and its value, resolved. facts: what else should be known about the run, as JSON.
+    Args:
+        flags: every flag and its value, resolved.
+        facts: what else should be known about the run, as JSON.
         before: what it held, if the run goes on; where versions, code or machine have changed since, it keeps
-        the
-            earlier ones, too.
+            the earlier ones, too.
 
     Returns:
         the file's text.

@@ -1,8 +1,8 @@
-"""Additional training rows from data sets of other forms (`--extra_data`), without what would leak.
+"""Additional training rows from other data sets (`--extra_data`), except those that would leak.
 
-`config.EXTRA_SOURCES` says of each source which task it feeds and how its labels become that task's. Rows that occur
-in any dev or test file of ours are dropped, since the public releases of STS-B, Quora and SST overlap the class's
-splits; so are rows that the training data have already, whatever label the source gives them.
+EXTRA_SOURCES says of each source which task it feeds and how its labels become that task's. Rows that occur
+in any of our dev or test files are dropped, because the public releases of STS-B, Quora and SST overlap the
+class's splits; so are rows that the training data already have, whatever label the source gives them.
 """
 
 import ast
@@ -10,7 +10,6 @@ import csv
 import io
 import re
 import unicodedata
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,33 +17,35 @@ from pathlib import Path
 import numpy as np
 
 from config import TASKS, TaskSpec
-from datasets import MAX_FIELD_SIZE, Rows, clean_text, decode, parse_label, read_rows
+from datasets import MAX_FIELD_SIZE, Rows, clean_text, parse_label, read_rows
 from support.errors import UserError, one_line
 from support.files import MAX_DATA_BYTES, read_bytes
+from support.seeds import seed_of
+from support.text_files import decode
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Additional training rows for a task, from a data set of another form (`--extra_data`).
+    """A data set that adds training rows to a task.
 
-    Labels become the task's own by `labels`: what a cell says -> the task's label (rows with any other cell are left
-    out), or (low, high), a scale that is stretched to the task's, or None, when they are the task's already.
+    `labels` turns its labels into the task's: a dict from a cell's text to a label (rows with any other text
+    are left out), or (low, high), a scale that is stretched to the task's; None if they are the task's
+    already.
     """
 
     task: str  # whose training rows it adds to
     files: tuple[str, ...]  # under --data_dir
-    form: str  # row of extra_data.FORMS
+    form: str  # row of FORMS
     text_columns: tuple[str, ...]
     label_column: str
     labels: dict[str, float] | tuple[float, float] | None = None
     columns: tuple[str, ...] | None = None  # of files without a header
-    max_examples: int | None = None  # as many are taken, at random; None: all
+    max_examples: int | None = None  # how many are taken, at random; None: all
 
 
 NLI_LABELS = {"entailment": 1.0, "contradiction": 0.0}  # neutral pairs say nothing about paraphrase
-# The most frequent SST label of the negative and of the positive sentences of Movie Review.
+# The most frequent SST labels among the negative and among the positive sentences of Movie Review.
 POLARITY_LABELS = {"0": 1.0, "1": 3.0}
-
 
 EXTRA_SOURCES = {
     "sick": SourceSpec(
@@ -83,7 +84,7 @@ EXTRA_SOURCES = {
         form="quoted",
         text_columns=("sentence1", "sentence2"),
         label_column="is_duplicate",
-        max_examples=10_000,  # all of them would turn the majority of the training labels
+        max_examples=10_000,  # all of them would reverse the majority of the training labels
     ),
     "snli": SourceSpec(
         task="para",
@@ -150,19 +151,18 @@ EXTRA_SOURCES = {
     ),
 }
 
-
 TREE_TOKEN = re.compile(r"\(|\)|[^\s()]+")
-MAX_TREE_DEPTH = 100  # every level says its words again; a sentence of SST has at most 57
+MAX_TREE_DEPTH = 100  # each level repeats its words; a sentence of SST has at most 57
 BYTE_LITERAL = re.compile(r"""b'(?:[^'\\\n]|\\.)*'|b"(?:[^"\\\n]|\\.)*\"""")
 
 
 def text_key(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """What makes two examples the same: letters and digits only, no case, no accents, either order of a pair."""
+    """Equal for examples that count as the same: letters and digits matter, not case, accents or order."""
     folded = (unicodedata.normalize("NFKD", text).casefold() for text in texts)
     return tuple(sorted("".join(filter(str.isalnum, text)) for text in folded))
 
 
-# --- forms: (lines of a file, its columns if it has no header) -> the cells of each row by column ------------------
+# --- forms: (lines of a file, its columns if it has no header) -> the cells of each row by column -----------
 
 
 def read_table(lines: Iterable[str], columns, **dialect) -> Iterator[dict]:
@@ -179,7 +179,7 @@ def read_table(lines: Iterable[str], columns, **dialect) -> Iterator[dict]:
 
 
 def quoted(lines: Iterable[str], columns=None) -> Iterator[dict]:
-    """Tab-separated, fields with tabs or quotation marks in quotation marks: the course's form."""
+    """Tab-separated, with quotation marks around fields that need them: the course's form."""
     return read_table(lines, columns, delimiter="\t")
 
 
@@ -189,7 +189,7 @@ def plain(lines: Iterable[str], columns=None) -> Iterator[dict]:
 
 
 def byte_literals(lines: Iterable[str], columns=None) -> Iterator[dict]:
-    """As `plain`, each sentence written as a Python bytes literal (PAWS-QQP)."""
+    """Tab-separated, each sentence written as a Python bytes literal (PAWS-QQP)."""
     for row in plain(lines, columns):
         yield {column: unpack_bytes(cell) if cell else cell for column, cell in row.items()}
 
@@ -198,7 +198,7 @@ def unpack_bytes(cell: str) -> str:
     """The text in a bytes literal; any other cell as it is."""
     if cell[:2] not in ("b'", 'b"'):
         return cell
-    if not BYTE_LITERAL.fullmatch(cell):  # Python's own parser is not made for hostile text
+    if not BYTE_LITERAL.fullmatch(cell):  # checked first: Python's own parser is not made for hostile text
         raise ValueError("a bytes literal is not closed, or goes on after its end")
     return ast.literal_eval(cell).decode("utf-8")
 
@@ -211,20 +211,20 @@ def triplets(lines: Iterable[str], columns=None) -> Iterator[dict]:
 
 
 def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
-    """One bracketed tree a line, `(3 (2 word) ...)`, a label on each node (SST): each node is a row."""
+    """One bracketed tree a line, `(3 (2 word) ...)`, with a label on each node (SST): each node is a row."""
     for line in lines:
         if len(line) > MAX_FIELD_SIZE:
             raise ValueError(f"a line of more than {MAX_FIELD_SIZE} characters; expected one sentence")
-        words, opened = [], []  # opened: (label, number of words before) of the nodes not yet closed
+        words, opened = [], []  # opened: (label, number of words before) of nodes not yet closed
         tokens = iter(TREE_TOKEN.findall(line))
         for token in tokens:
             if token == "(":
                 opened.append((next(tokens, ""), len(words)))
                 if len(opened) > MAX_TREE_DEPTH:
-                    raise ValueError(f"more than {MAX_TREE_DEPTH} brackets in each other")
+                    raise ValueError(f"more than {MAX_TREE_DEPTH} nested brackets")
             elif not opened:
                 raise ValueError(
-                    "a bracket too many is closed" if token == ")" else "a word outside of all brackets"
+                    "one closing bracket too many" if token == ")" else "a word outside all brackets"
                 )
             elif token == ")":
                 label, start = opened.pop()
@@ -244,25 +244,24 @@ FORMS: dict[str, Callable[..., Iterator[dict]]] = {
 }
 
 
-# --- reading and choosing ----------------------------------------------------------------------------------------
+# --- reading and choosing -----------------------------------------------------------------------------------
 
 
 def map_label(cell: str, source: SourceSpec, place: str) -> float | None:
-    """A source's label as its task's; None if the source leaves such rows out."""
+    """The task's label for a cell of the source; None if rows with this cell are left out."""
     task = TASKS[source.task]
     if isinstance(source.labels, dict):
         return source.labels.get(cell)
     scale = source.labels or task.label_range
     kind = "regression" if source.labels else task.kind
-    label = parse_label(
-        cell, replace(task, label_range=scale, kind=kind, label_column=source.label_column), place
-    )
+    source_task = replace(task, label_range=scale, kind=kind, label_column=source.label_column)
+    label = parse_label(cell, source_task, place)
     (low, high), (task_low, task_high) = scale, task.label_range
     return task_low + (label - low) * (task_high - task_low) / (high - low)
 
 
 class CountedLines:
-    """The lines of a file; `number` is that of the last one read."""
+    """The lines of a file, counted: `number` is that of the last one read."""
 
     def __init__(self, lines: Iterable[str]):
         self.lines, self.number = lines, 0
@@ -277,10 +276,11 @@ def read_source(name: str, data_dir: str | Path) -> tuple[list[tuple[tuple[str, 
     """Read all files of a source.
 
     Returns:
-        texts and label of each usable row, and the number of rows that have no usable label or an empty sentence.
+        texts and label of each usable row, and the number of rows without a usable label or sentence.
 
     Raises:
-        UserError: for a missing or unreadable file, a missing column, a bad label; naming file:line where there is one.
+        UserError: for a missing or unreadable file, a missing column, a bad label; naming file:line if there
+            is one.
     """
     source = EXTRA_SOURCES[name]
     found, unusable = [], 0
@@ -294,7 +294,7 @@ def read_source(name: str, data_dir: str | Path) -> tuple[list[tuple[tuple[str, 
 
 
 def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...], float | None]]:
-    """Texts and label of each row of a source's file; None for a label that the source leaves out or lacks."""
+    """Texts and label of each row in a source's file; the label is None if it is missing or left out."""
     wanted = [*source.text_columns, source.label_column]
     lines, num_rows = CountedLines(()), 0
     csv.field_size_limit(MAX_FIELD_SIZE)
@@ -314,14 +314,9 @@ def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...],
             num_rows += 1
         if not num_rows:
             raise UserError(f"{path}: holds no row; expected the form {source.form}")
-    except UserError:  # a ValueError too, but says already where
+    except UserError:  # a ValueError too, but one that already says where
         raise
-    except (
-        csv.Error,
-        ValueError,
-        SyntaxError,
-        KeyError,
-    ) as error:  # what a form cannot take apart
+    except (csv.Error, ValueError, SyntaxError, KeyError) as error:  # what a form cannot parse
         reason = f"no column {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{path}:{lines.number}: not readable as {source.form} ({reason})") from None
 
@@ -338,12 +333,12 @@ def held_out_keys(files: Iterable[tuple[Path, TaskSpec, str]]) -> set[tuple[str,
 def add_sources(
     rows: Rows, sources: Mapping[str, int | None], data_dir: str | Path, held_out: set[tuple[str, ...]]
 ) -> tuple[Rows, list[str]]:
-    """Training rows of a task and, after them, those of its additional sources.
+    """Training rows of a task, followed by those of its additional sources.
 
     Args:
-        sources: name -> how many examples to take, None for the source's own `max_examples`. They are drawn with a
-            seed made of the name, so that runs with other seeds see the same data.
-        held_out: keys of what must not be trained on.
+        sources: name -> how many examples to take, None for the source's own `max_examples`. They are drawn
+            with a seed made from the name, so that runs with different seeds see the same data.
+        held_out: keys of the examples that must not be trained on.
 
     Returns:
         the rows, and a line for each source that says what was taken and what was dropped.
@@ -363,14 +358,14 @@ def add_sources(
                 taken.add(key)
                 fresh.append((example, label))
         limit = limit or EXTRA_SOURCES[name].max_examples or len(fresh)
-        order = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(fresh))
+        order = np.random.default_rng(seed_of(name)).permutation(len(fresh))
         chosen = [fresh[i] for i in np.sort(order[:limit])]
         ids += [f"{name}-{n}" for n in range(len(chosen))]
         texts += [example for example, _ in chosen]
         labels += [label for _, label in chosen]
         lines.append(
             f"{len(chosen)} examples from {name} (of {len(found) + unusable}: {leaked} in a dev or test file,"
-            f" {known} known already, {unusable} without a usable label or sentence, {len(fresh) - len(chosen)} beyond"
-            " the limit)"
+            f" {known} already known, {unusable} without a usable label or sentence,"
+            f" {len(fresh) - len(chosen)} beyond the limit)"
         )
     return replace(rows, ids=ids, texts=texts, labels=np.array(labels, dtype=np.float32)), lines

@@ -26,7 +26,6 @@ import multitask_classifier
 import prepare_submit
 from base_bert import read_tensors
 from config import TASKS
-from data import download
 from datasets import read_rows, tokenize
 from evaluation import check_predictions, read_predictions
 from reporting import report
@@ -36,7 +35,7 @@ from support.files import ROOT
 from tests.campaign.forks import PNG_END, comparable, find_differences, find_problems, run_forked
 from tests.tiny import SAMPLE
 from tokenizer import BertTokenizer
-from training import checkpoint, flags, resolve, token_cache
+from training import checkpoint, download, flags, resolve, token_cache
 from training.checkpoint import SUMS_FILE
 from training.sources import EXTRA_SOURCES, add_sources
 
@@ -446,7 +445,7 @@ class Fuzzer:
             Reader(
                 "metrics.jsonl", ["done/metrics.jsonl"], lambda path, good: report.read_metrics(path.parent)
             ),
-            Reader("downloads", data, self.download, (download.FetchError, ValueError)),
+            Reader("downloads", data, self.download, (ValueError,)),
             *(
                 Reader(
                     f"args.json, {mode}",

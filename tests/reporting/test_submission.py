@@ -64,7 +64,7 @@ def test_good_folder_becomes_a_zip(place, capsys):
     for folder in ("kernels", "support", "training", "reporting", "benchmarks"):
         expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
         assert len(expected) > 1 and expected <= code, folder
-    assert {path.name for path in ROOT.glob("*.py")} <= code and "data/download.py" in code
+    assert {path.name for path in ROOT.glob("*.py")} <= code
     assert "reporting/templates/report.html.jinja" in code
     assert all(re.fullmatch(r"[\w/]+\.py|reporting/templates/[\w.]+\.jinja", name) for name in code)
 

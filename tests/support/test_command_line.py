@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from support.command_line import Stopped, catch_signals, printable, run_script
 from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
@@ -185,3 +186,27 @@ def test_hang_up_that_is_ignored_stays_ignored():
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("mend it"), 2, "x: error: mend it\n"),
+        (OSError(28, "No space left on device", "a/b"), 2, "x: error: a/b: No space left on device\n"),
+        (SafetensorError("I/O error"), 2, "x: error: a checkpoint could not be written (I/O error)\n"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "--batch_size"),
+        (KeyboardInterrupt(), 130, "x: interrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line(error, code, message, capsys):
+    def work():
+        raise error
+
+    assert run_script("x", work) == code
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script("x", lambda: 1 / 0)

@@ -1,26 +1,34 @@
-"""Every flag changes what it says it changes, and contradictions end in one line."""
+"""The command line of multitask_classifier.py, held against its help texts: each flag changes a run as it
+promises, contradictions end in one line, and a run that exists takes only the flags that their marks allow.
+
+Whole trainings of three steps, of a tiny encoder on a few rows, are compared bit by bit.
+"""
 
 import json
+import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import multitask_classifier
-from config import TASKS, BertConfig
-from kernels.fused import PLAIN, find_compiler
-from support.command_line import run_script
+from config import TASKS
+from kernels.fused import find_compiler
 from support.errors import UserError
+from support.files import ROOT
 from tests.tiny import make_data, make_encoder
-from training import flags as flags_module
-from training import run_folder, token_cache
-from training.flags import get_args, make_parser
-from training.resolve import cache_dir, idle_flags, resolve_args
+from training import token_cache
+from training.flags import READING_MAY_CHANGE, RESUME_MAY_CHANGE, get_args, given_flags, make_parser, read_run
+from training.run_parser import MARKS
 
-BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu --head_lr 0.01 --lr 0.01"
-FLAGS = {action.dest for action in make_parser()._actions} - {"help"}
+BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu"
+BASE += " --head_lr 0.01 --lr 0.01"
+ALL_TASKS = f"--tasks {','.join(TASKS)}"
+FLAGS = make_parser().flags
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +45,37 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(place):
+def command(place):
+    """The words of a command line, with extra flags in which {place} stands for the folder."""
+
+    def command(flags, output_dir):
+        shared = f"{BASE} --pretrained {place}/encoder --data_dir {place}/data --output_dir {output_dir} "
+        return shlex.split(shared + flags.format(place=place))
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def run(place, command):
     """Run the command line with extra flags; returns the run's folder. The same flags run once."""
     done = {}
 
     def run(flags=""):
         if flags not in done:
-            folder = place / f"run{len(done)}"
-            command = f"{BASE} --pretrained {place}/encoder --data_dir {place}/data --output_dir {folder} "
-            assert multitask_classifier.main(shlex.split(command + flags.format(place=place))) == 0
-            done[flags] = folder
+            done[flags] = place / f"run{len(done)}"
+            assert multitask_classifier.main(command(flags, done[flags])) == 0
         return done[flags]
 
     return run
 
 
-def weights(folder, which="last"):
-    return load_file(folder / which / "model.safetensors")
+def again(folder, flags):
+    """The exit code of a command on a run that exists."""
+    return multitask_classifier.main(["--output_dir", str(folder), *shlex.split(flags)])
+
+
+def weights(folder):
+    return load_file(folder / "last" / "model.safetensors")
 
 
 def same_weights(a, b):
@@ -66,134 +88,127 @@ def stored_args(folder):
 
 
 def lines(folder, key):
-    return [
-        line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line
-    ]
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if key in line]
 
 
-# Flags that change the trained weights: flag -> (what to compare with, the change).
-TRAINING = {
-    "data_dir": ("", "--data_dir {place}/other_data"),
-    "tasks": ("", "--tasks sst,sts"),
-    "max_length": ("", "--max_length 8"),
-    "pretrained": ("", "--pretrained {place}/other_encoder"),
-    "pooling": ("", "--pooling cls"),
-    "para_head": ("", "--para_head cross"),
-    "sts_head": ("", "--sts_head cosine"),
-    "head_layers": ("", "--head_layers 2"),
-    "hidden_dropout_prob": ("", "--hidden_dropout_prob 0.5"),
-    "freeze_encoder": ("", "--freeze_encoder"),
-    "option": ("", "--option pretrain"),
-    "fine_tune_mode": ("", "--fine-tune-mode last-linear-layer"),
-    "max_steps": ("", "--max_steps 4"),
-    "batch_size": ("", "--batch_size 5"),
-    **{f"{task}_batch_size": (f"--tasks {task}", f"--tasks {task} --{task}_batch_size 5") for task in TASKS},
-    "grad_accum": ("", "--grad_accum 2"),
-    "seed": ("", "--seed 1"),
-    "precision": ("", "--precision bf16"),
-    "lr": ("", "--lr 0.02"),
-    "head_lr": ("", "--head_lr 0.02"),
-    "weight_decay": ("", "--weight_decay 0.5"),
-    "schedule": ("", "--schedule constant"),
-    "warmup_steps": ("", "--warmup_steps 2"),
-    "warmup_ratio": ("", "--warmup_ratio 0.7"),
-    "rectify": ("", "--rectify"),
-    "clip_norm": ("", "--clip_norm 0.001"),
-    "grad_method": ("", "--grad_method mean"),
-    "surgery_tasks": ("", "--surgery_tasks sts"),
-    "grad_reduction": ("", "--grad_reduction mean"),
-    "extra_data": ("", "--extra_data sick"),
-    "sampler": ("--seed 3", "--sampler proportional --seed 3"),
-    "task_weights": ("", "--task_weights sts=0.1"),
-    **{
-        f"{task}_train": (
-            f"--tasks {task}",
-            f"--tasks {task} --{task}_train {{place}}/other_data/{spec.files['train']}",
-        )
-        for task, spec in TASKS.items()
-    },
-}
+def prediction_files(folder):
+    return {path.name: path.read_text() for path in (folder / "predictions").iterdir()}
 
 
+# --- flags that change the weights --------------------------------------------------------------------------
+
+CHANGES = (
+    "--data_dir {place}/other_data; --tasks sst,sts; --max_length 8; --pretrained {place}/other_encoder; "
+    "--pooling cls; --para_head cross; --sts_head cosine; --head_layers 2; --hidden_dropout_prob 0.5; "
+    "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --max_steps 4; --batch_size 5; "
+    "--grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
+    "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
+    "--grad_method mean; --surgery_tasks sts; --grad_reduction mean; --extra_data sick; "
+    "--task_weights sts=0.1"
+)
+# flag -> (what to compare with, the change)
+TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
+TRAINING["sampler"] = ("--seed 3", "--sampler proportional --seed 3")
+for task, spec in TASKS.items():
+    alone, file = f"--tasks {task}", f"{{place}}/other_data/{spec.files['train']}"
+    TRAINING[f"{task}_batch_size"] = (alone, f"{alone} --{task}_batch_size 5")
+    TRAINING[f"{task}_train"] = (alone, f"{alone} --{task}_train {file}")
+
+
+@slow
 @pytest.mark.parametrize("flag", TRAINING)
 def test_training_flag_changes_the_weights(run, flag):
     reference, change = TRAINING[flag]
     assert not same_weights(run(reference), run(change))
 
 
-def test_same_flags_give_the_same_bits(run):
-    assert same_weights(run(""), run("--select_by mean"))  # the default, said aloud, so that it runs again
-
-
+@slow
 @pytest.mark.parametrize(
-    "change", ["--option pretrain", "--fine-tune-mode last-linear-layer", "--freeze_encoder"]
+    "flags",
+    [
+        "--select_by mean",  # the default, said aloud, so that it runs again
+        "--option finetune",
+        "--fine-tune-mode full-model",
+        "--eval_every 1",  # looking does not change the run
+    ],
 )
-def test_freezing_flags_leave_the_encoder_as_it_was(run, place, change):
-    before, after = load_file(place / "encoder" / "model.safetensors"), weights(run(change))
+def test_flags_without_an_effect_on_the_weights_give_the_same_bits(run, flags):
+    assert same_weights(run(), run(flags))
+
+
+@slow
+@pytest.mark.parametrize("flag", ["option", "fine_tune_mode", "freeze_encoder"])
+def test_freezing_flags_leave_the_encoder_as_it_was(run, place, flag):
+    before, after = load_file(place / "encoder" / "model.safetensors"), weights(run(TRAINING[flag][1]))
     assert all(torch.equal(tensor, after[f"bert.{name}"]) for name, tensor in before.items())
 
 
-def test_option_finetune_and_full_model_are_the_default(run):
-    assert same_weights(run(""), run("--option finetune"))
-    assert same_weights(run(""), run("--fine-tune-mode full-model"))
+# --- other flags --------------------------------------------------------------------------------------------
+
+SPLIT_FLAGS = [f"{task}_{split}" for task in TASKS for split in ("dev", "test")]
+# Flags whose test is not a row of TRAINING.
+OTHERS = {*SPLIT_FLAGS, *(f"{name}_out" for name in SPLIT_FLAGS)}
+OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
+OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last"}
+OTHERS |= {"max_bad_steps", "predict_splits", "prediction_style"}
+OTHERS |= {"resume", "overwrite", "eval_only", "predict_only"}
 
 
-def test_epochs(run):
-    # 3 tasks x 24 rows = 72 examples an epoch, 12 a step, minus rows without a label: 6 steps.
-    folder = run("--epochs 1 --eval_every 6")
-    assert stored_args(folder)["max_steps"] == 3  # --max_steps goes first
-    args = get_args(["--epochs", "1", "--batch_size", "4", "--device", "cpu"])
-    resolve_args(args, BertConfig(), {"sst": 24, "para": 24, "sts": 24})
-    assert args.max_steps == 6
+def test_every_flag_has_a_test():
+    assert set(TRAINING) | OTHERS == set(FLAGS)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", ["dev", "test"])
-def test_data_file_flags(run, task, split):
-    change = f"--{task}_{split} {{place}}/other_data/{TASKS[task].files[split]}"
-    name = f"predictions/{task}-{split}-output.csv"
-    a, b = run(f"--tasks {task}") / name, run(f"--tasks {task} {change}") / name
-    assert (
-        a.read_text().split("\n")[1:-1] and a.read_text().split()[2] != b.read_text().split()[2]
-    )  # other ids
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", ["dev", "test"])
-def test_prediction_file_flags(run, place, task, split):
-    out = place / f"{task}-{split}.csv"
-    folder = run(f"--tasks {task} --{task}_{split}_out {out}")
-    assert out.read_text() == (run(f"--tasks {task}") / f"predictions/{task}-{split}-output.csv").read_text()
-    assert not (folder / f"predictions/{task}-{split}-output.csv").exists()
-
-
-def test_prediction_style(run):
-    folder = run("--prediction_style handout")
-    assert (folder / "predictions" / "sst-dev-out.csv").read_text().startswith("id,Predicted_Sentiment\n")
-    assert (
-        (run() / "predictions" / "sst-dev-output.csv").read_text().startswith("id \t Predicted_Sentiment \n")
+@slow
+def test_data_file_flags(run):
+    files = {f"{task}_{split}": TASKS[task].files[split] for task in TASKS for split in ("dev", "test")}
+    change = " ".join(f"--{flag} {{place}}/other_data/{name}" for flag, name in files.items())
+    found, wanted, unlike = (
+        {
+            name: [line.split()[0] for line in text.splitlines()]  # the ids
+            for name, text in prediction_files(run(f"{ALL_TASKS} {flags}")).items()
+        }
+        for flags in (change, "--data_dir {place}/other_data", "")
     )
+    assert found == wanted and len(found) == len(files)
+    assert all(found[name] != unlike[name] for name in found)
 
 
-def test_eval_every(run):
+@slow
+def test_prediction_file_flags(run, place):
+    paths = {name: place / f"{name}.csv" for name in SPLIT_FLAGS}
+    folder = run(" ".join([ALL_TASKS, *(f"--{name}_out {path}" for name, path in paths.items())]))
+    written = {f"{name.replace('_', '-')}-output.csv": path.read_text() for name, path in paths.items()}
+    assert written == prediction_files(run(ALL_TASKS + " "))
+    assert not (folder / "predictions").exists()
+
+
+@slow
+def test_prediction_flags(run):
+    handout = prediction_files(run("--prediction_style handout --predict_splits test"))
+    assert handout["sst-test-out.csv"].startswith("id,Predicted_Sentiment\n") and len(handout) == 3
+    starter = prediction_files(run())
+    assert starter["sst-test-output.csv"].startswith("id \t Predicted_Sentiment \n") and len(starter) == 6
+
+
+@slow
+def test_eval_every_and_log_every(run):
     assert [line["step"] for line in lines(run(), "dev")] == [3]
     assert [line["step"] for line in lines(run("--eval_every 1"), "dev")] == [1, 2, 3]
-    assert same_weights(run(), run("--eval_every 1"))  # looking does not change the run
-
-
-def test_log_every(run):
     assert [line["step"] for line in lines(run(), "loss")] == [1, 2, 3]
     assert [line["step"] for line in lines(run("--log_every 2"), "loss")] == [2, 3]
 
 
+@slow
 def test_eval_max_examples(run):
-    part, whole = lines(run("--eval_max_examples 3"), "dev")[0]["dev"], lines(run(), "dev")[0]["dev"]
-    assert part["tasks"]["sst"]["accuracy"] in (0, 1 / 3, 2 / 3, 1)
-    assert part != whole
+    few, all_of_dev = lines(run("--eval_max_examples 3"), "dev")[0]["dev"], lines(run(), "dev")[0]["dev"]
+    assert few["tasks"]["sst"]["accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    assert few != all_of_dev
     final = json.loads((run("--eval_max_examples 3") / "scores.json").read_text())["dev"]
     assert final == json.loads((run() / "scores.json").read_text())["dev"]  # the last one takes all
 
 
+@slow
 @pytest.mark.parametrize("select_by", ["mean", "mean_2024", "sst", "para", "sts"])
 def test_select_by(run, select_by):
     folder = run(f"--eval_every 1 --select_by {select_by}")
@@ -208,58 +223,40 @@ def test_select_by(run, select_by):
     assert [line["score"] for line in evaluated] == [score(line["dev"]) for line in evaluated]
 
 
+@slow
 def test_patience(run):
+    # With steps as small as these no score changes, so that the second is no better than the first.
     folder = run("--eval_every 1 --patience 1 --select_by sst --lr 1e-9 --head_lr 1e-9 --max_steps 9")
-    assert [line["step"] for line in lines(folder, "dev")] == [
-        1,
-        2,
-    ]  # nothing changes, so 2 is no better than 1
+    assert [line["step"] for line in lines(folder, "dev")] == [1, 2]
 
 
-def test_keep_last(run):
-    for number in (1, 3):
-        folder = run(f"--eval_every 1 --keep_last {number}")
-        steps = {
-            path.name: json.loads((path / "state.json").read_text())["step"] for path in folder.glob("last*")
-        }
-        assert steps == dict(list({"last": 3, "last.1": 2, "last.2": 1}.items())[:number])
+@slow
+@pytest.mark.parametrize(("number", "steps"), [(1, {"last": 3}), (3, {"last": 3, "last.1": 2, "last.2": 1})])
+def test_keep_last(run, number, steps):
+    states = run(f"--eval_every 1 --keep_last {number}").glob("last*/state.json")
+    assert {path.parent.name: json.loads(path.read_text())["step"] for path in states} == steps
 
 
+@slow
 @pytest.mark.parametrize("number", [1, 2])
-def test_max_bad_steps(place, capsys, number):
-    flags = f"{BASE} --lr 1e30 --clip_norm 0 --max_bad_steps {number} --eval_every 9 --max_steps 9"
-    command = f"{flags} --pretrained {place}/encoder --data_dir {place}/data --output_dir {place}/bad{number}"
-    assert multitask_classifier.main(command.split()) == 2
+def test_max_bad_steps(place, command, capsys, number):
+    flags = f"--lr 1e30 --clip_norm 0 --max_bad_steps {number} --eval_every 9 --max_steps 9"
+    assert multitask_classifier.main(command(flags, place / f"bad{number}")) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and f"{number} steps in a row" in captured.err
     assert captured.out.count("skipped for all tasks") == number
 
 
+@slow
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 def test_compile(run, monkeypatch):
-    if find_compiler() is None:
-        pytest.skip("no C++ compiler here")
-    seen = []
-    monkeypatch.setattr(run_folder, "compile_kernels", lambda: seen.append("compiled") or PLAIN)
-    assert stored_args(run())["compile"] == "off" and not seen  # auto: three steps are too few
-    assert stored_args(run("--compile on"))["compile"] == "on" and seen == ["compiled"]
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    assert stored_args(run("--seed 2"))["compile"] == "off" and not compiled  # auto: three steps are too few
+    assert stored_args(run("--seed 2 --compile on"))["compile"] == "on" and compiled
 
 
-def test_compile_auto_asks_for_a_long_run_and_a_compiler(monkeypatch):
-    def chosen(flags, compiler="/usr/bin/g++"):
-        monkeypatch.setattr(flags_module, "find_compiler", lambda: compiler)
-        args = get_args(["--device", "cpu", *flags.split()])
-        resolve_args(args, BertConfig(), {"sst": 9, "para": 9, "sts": 9})
-        return args.compile
-
-    assert chosen("--max_steps 5000") == "on"
-    assert chosen("--max_steps 5000 --compile off") == "off"
-    assert chosen("--max_steps 5000", compiler=None) == "off"
-    assert chosen("--max_steps 5000 --freeze_encoder") == "off"
-    assert chosen("--max_steps 5") == "off"
-    with pytest.raises(UserError, match="^--compile on: no C"):
-        chosen("--compile on", compiler=None)
-
-
+@slow
 def test_cache_dir(run, place, monkeypatch):
     monkeypatch.setattr(token_cache, "MIN_EXAMPLES", 1)
     cached = run("--cache_dir {place}/cache")
@@ -271,109 +268,156 @@ def test_cache_dir(run, place, monkeypatch):
     assert {path.name for path in (place / "cache").iterdir()} == names
 
 
-def test_cache_dir_empty_is_nowhere(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir(get_args(["--cache_dir", ""])) is None
-    assert cache_dir(get_args([])) == tmp_path / "minbert-multitask"
+# --- modes: what is done with a run that exists -------------------------------------------------------------
 
 
-def test_output_dir_default_names_the_settings():
-    args = get_args(["--device", "cpu", "--seed", "7", "--tasks", "sst,sts", "--sts_head", "cosine"])
-    resolve_args(args, BertConfig(), {"sst": 9, "sts": 9})
-    assert args.output_dir == "runs/minilm-sst-sts-pcgrad-cosine-seed7"
-
-
-def test_resume_overwrite_and_refusal(run, place, capsys):
+@slow
+def test_resume_overwrite_and_refusal(run, command, capsys):
     folder = run("--max_steps 4")
-    command = (
-        f"{BASE} --pretrained {place}/encoder --data_dir {place}/data --output_dir {folder} --max_steps 4"
-    )
-    assert multitask_classifier.main(command.split()) == 2
+    assert multitask_classifier.main(command("--max_steps 4", folder)) == 2
     assert "holds a run already" in capsys.readouterr().err
     before = weights(folder)
-    assert multitask_classifier.main(["--output_dir", str(folder), "--resume"]) == 0
+    assert again(folder, "--resume") == 0
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(folder).items())
-    assert multitask_classifier.main([*command.split(), "--overwrite", "--seed", "5"]) == 0
+    assert multitask_classifier.main(command("--max_steps 4 --overwrite --seed 5", folder)) == 0
     assert not torch.equal(before["heads.sst.dense.0.weight"], weights(folder)["heads.sst.dense.0.weight"])
 
 
-def test_eval_only_and_predict_only(run, capsys):
-    folder = run(
-        "--seed 9 --sts_head cross --head_layers 2"
-    )  # their shapes come from the run, not from flags
-    scores = (folder / "scores.json").read_text()
-    written = {path: path.read_text() for path in (folder / "predictions").iterdir()}
-    for path in written:
+@slow
+def test_eval_only_and_predict_only(run):
+    folder = run("--seed 9 --sts_head cross --head_layers 2")  # shapes that come from the run, not from flags
+    scores, written = (folder / "scores.json").read_text(), prediction_files(folder)
+    for path in [folder / "scores.json", *(folder / "predictions").iterdir()]:
         path.unlink()
-    (folder / "scores.json").unlink()
-    assert multitask_classifier.main(["--output_dir", str(folder), "--eval_only"]) == 0
-    assert (folder / "scores.json").read_text() == scores and not list((folder / "predictions").iterdir())
-    assert multitask_classifier.main(["--output_dir", str(folder), "--predict_only"]) == 0
-    assert {path: path.read_text() for path in (folder / "predictions").iterdir()} == written
-    assert len(written) == 6
+    assert again(folder, "--eval_only") == 0
+    assert (folder / "scores.json").read_text() == scores and not prediction_files(folder)
+    assert again(folder, "--predict_only") == 0
+    assert prediction_files(folder) == written and len(written) == 6
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
-@pytest.mark.parametrize("flags", ["--use_gpu", "--device cuda", "--device nonsense"])
-def test_device_that_is_not_there(flags):
-    args = get_args(flags.split())
-    with pytest.raises(UserError, match="--device"):
-        resolve_args(args, BertConfig(), {"sst": 9, "para": 9, "sts": 9})
+@slow
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
+def test_a_run_read_again_may_not_become_another_run(run, mode, capsys):
+    with pytest.raises(SystemExit) as end:
+        get_args(["--output_dir", str(run()), mode, "--sts_head", "concat", "--seed", "5"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.endswith("--seed 5 (the run has 11711), --sts_head concat (the run has diff)\n")
 
 
-# Flags whose test is not a row of TRAINING.
-OTHERS = {
-    *(
-        "epochs",
-        "prediction_style",
-        "predict_splits",
-        "eval_every",
-        "log_every",
-        "eval_max_examples",
-        "select_by",
-        "patience",
-    ),
-    *(
-        "compile",
-        "cache_dir",
-        "output_dir",
-        "resume",
-        "overwrite",
-        "eval_only",
-        "predict_only",
-        "device",
-        "use_gpu",
-        "keep_last",
-        "max_bad_steps",
-    ),
-    *(f"{task}_{split}" for task in TASKS for split in ("dev", "test")),
-    *(f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")),
+@slow
+@pytest.mark.parametrize(
+    "flags", ["", "--task_weights sts=2 --max_length 500 --device auto --precision auto --option finetune"]
+)
+def test_command_of_a_run_may_be_repeated_with_resume(command, run, flags):
+    folder = run(flags)
+    before = stored_args(folder)
+    assert multitask_classifier.main(command(f"{flags} --resume", folder)) == 0
+    assert stored_args(folder) == before | {"resume": True}
+
+
+@slow
+def test_resume_with_other_flags(place, run, capsys):
+    folder = run("--seed 21")
+    assert again(folder, f"--resume --data_dir {place}/other_data") == 2
+    assert "not those" in capsys.readouterr().err
+    assert again(folder, "--resume --max_steps 5") == 0
+    assert stored_args(folder)["max_steps"] == 5
+    assert len(json.loads((folder / "args.json").read_text())["commands"]) == 2
+
+
+@slow
+def test_evaluation_elsewhere(place, run):
+    folder = run("--seed 23")
+    scores, stored = (folder / "scores.json").read_text(), json.loads((folder / "args.json").read_text())
+    stored["args"]["device"] = "cuda:7"
+    (folder / "args.json").write_text(json.dumps(stored))
+    assert again(folder, f"--eval_only --device cpu --data_dir {place}/other_data") == 0
+    assert (folder / "scores.json").read_text() == scores  # those on other data are only printed
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only", "--predict_only"])
+def test_a_run_that_is_not_there_ends_in_one_line(tmp_path, mode, capsys):
+    for content, message in ((None, "no run there"), ("{", "not a JSON file")):
+        if content:
+            (tmp_path / "args.json").write_text(content)
+        assert again(tmp_path, mode) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+
+
+# --- values from args.json ----------------------------------------------------------------------------------
+
+MANY = "--tasks sst,sts --extra_data sick=3,sst_trees --task_weights sts=2.5 --surgery_tasks sts --epochs 2.5"
+MANY += " --warmup_steps 0 --option finetune --predict_splits test --rectify --device cuda:1 --sst_dev x"
+
+
+def write_args_file(folder, args):
+    folder.mkdir(exist_ok=True)
+    content = {"args": args, "commands": [], "data": {}}
+    (folder / "args.json").write_text(json.dumps(content))
+
+
+def test_settings_come_back_from_args_json_as_they_were(tmp_path):
+    args = vars(get_args(MANY.split()))
+    write_args_file(tmp_path / "run", args | {"flag_of_another_version": 1})
+    settings, given = read_run(tmp_path / "run")
+    assert given == args["given"] == given_flags(MANY.split())
+    assert settings == {name: value for name, value in args.items() if name != "given"}
+    del args["seed"], args["given"]["tasks"]  # a flag that came later is at its default
+    write_args_file(tmp_path / "run", args)
+    assert read_run(tmp_path / "run")[0]["seed"] == 11711
+
+
+@pytest.mark.parametrize("change", [{"lr": "1"}, {"tasks": [["sst"]]}, {"given": {"lr": "1"}}, {"given": 1}])
+def test_damaged_settings_are_refused(tmp_path, change):
+    write_args_file(tmp_path / "run", vars(get_args([])) | change)
+    with pytest.raises(UserError, match=r"args\.json: damaged"):
+        read_run(tmp_path / "run")
+
+
+# --- marks, errors, help ------------------------------------------------------------------------------------
+
+# mark -> its flags, and whether --resume and --eval_only let them change; all other flags are marked "result"
+MARKED = {
+    "mode": ({"output_dir", "resume", "overwrite", "eval_only", "predict_only"}, True, True),
+    "place": ({"data_dir", "cache_dir", *(f"{task}_train" for task in TASKS)}, True, True),
+    "predictions": ({"predict_splits", "prediction_style"}, True, True),
+    "length": ({"max_steps", "patience"}, True, False),
+    "upkeep": ({"log_every", "keep_last", "max_bad_steps"}, True, False),
+    "machine": ({"device", "use_gpu", "precision"}, False, True),
+    "text": ({"max_length"}, False, True),
 }
+MARKED["place"][0].update(SPLIT_FLAGS, (f"{name}_out" for name in SPLIT_FLAGS))
 
 
-def test_every_flag_has_a_test():
-    assert set(TRAINING) | OTHERS == FLAGS
+def test_marks_say_what_may_change():
+    parser = make_parser()
+    assert parser.marks.keys() == parser.flags.keys() and set(MARKS) == {*MARKED, "result"}
+    for mark, (flags, resume, reading) in MARKED.items():
+        assert parser.marked(mark) == flags, mark
+        for may_change, expected in ((RESUME_MAY_CHANGE, resume), (READING_MAY_CHANGE, reading)):
+            assert flags <= may_change if expected else not flags & may_change, mark
+    assert not parser.marked("result") & (RESUME_MAY_CHANGE | READING_MAY_CHANGE)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--lr 0", "--lr: value is '0'"),
-        ("--lr nan", "--lr: value is 'nan'"),
+        ("--max_steps 1" + 400 * "0", "--max_steps: value is '1000"),
         ("--batch_size 2.5", "--batch_size: value is '2.5'"),
         ("--hidden_dropout_prob 1", "--hidden_dropout_prob: value is '1'"),
         ("--tasks sst,nli", "--tasks: value is 'sst,nli'"),
         ("--tasks sst,sst", "each once"),
         ("--task_weights sts", "--task_weights: value is 'sts'"),
-        ("--task_weights sts=-1", "--task_weights"),
         ("--tasks sst --task_weights sts=2", "--task_weights names sts"),
         ("--tasks sst --task_weights sst=0", "nothing would be trained"),
-        ("--tasks sst --select_by sts", "--select_by sts"),
+        ("--tasks sst --select_by sts", "--select_by names sts"),
         ("--tasks sst,sts --surgery_tasks para", "--surgery_tasks names para"),
         ("--extra_data yelp", "--extra_data: value is 'yelp'; expected NAME or NAME=COUNT"),
         ("--extra_data sick,sick", "each once"),
         ("--extra_data sick=0", "--extra_data: value is 'sick=0'"),
-        ("--extra_data sick=many", "--extra_data: value is 'sick=many'"),
         ("--tasks sst --extra_data sick", "--extra_data sick feeds sts"),
         ("--predict_splits train", "--predict_splits: value is 'train'; expected dev, test or dev,test"),
         ("--predict_splits dev,dev", "--predict_splits"),
@@ -382,11 +426,9 @@ def test_every_flag_has_a_test():
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
         ("--resume --overwrite --output_dir x", "contradict"),
-        ("--eval_only --overwrite --output_dir x", "contradict"),
         ("--eval_only", "--output_dir"),
-        ("--output_dir=", "--output_dir is empty"),
+        ("--output_dir=", "--output_dir: value is ''; expected a folder"),
         ("--batch 3", "unrecognized arguments: --batch 3"),
-        ("--max_length 2", "--max_length"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, capsys):
@@ -397,164 +439,25 @@ def test_bad_flags_end_in_one_line(flags, message, capsys):
     assert error.count("\n") == 1 and message in error
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--output_dir nowhere --resume", "no run there"),
-        ("--output_dir broken --eval_only", "not a JSON file"),
-        ("--output_dir old --predict_only", "damaged (it holds no commands)"),
-        ("--output_dir file --resume", "no run there"),
-    ],
-)
-def test_runs_that_cannot_be_read(flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, text in (("broken", "{"), ("old", '{"args": {"seed": 1}}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text(text)
-    (tmp_path / "file").write_text("")
-    assert multitask_classifier.main(flags.split()) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+def test_help_names_every_flag_with_its_default():
+    entries = {}  # flag -> its help text in one line
+    for entry in re.split(r"\n  (?=--)", make_parser().format_help())[1:]:
+        entry = " ".join(entry.split("\n\n")[0].split())
+        entries[entry.split()[0]] = entry
+    assert set(entries) == {flag.option_strings[0] for flag in FLAGS.values()}
+    for flag in FLAGS.values():
+        entry = entries[flag.option_strings[0]]
+        if flag.default is None or isinstance(
+            flag.default, bool | dict
+        ):  # in the text's own words, if at all
+            assert not any(f"default: {word}" in entry for word in ("None", "False", "{}"))
+        else:
+            assert f"(default: {flag.default})" in entry
 
 
-@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
-def test_a_run_read_again_may_not_become_another_run(run, mode, capsys):
-    with pytest.raises(SystemExit) as end:
-        get_args(["--output_dir", str(run()), mode, "--sts_head", "concat", "--seed", "5"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1
-    assert f"{mode} goes on with the run's own settings" in error
-    assert error.endswith("other than --seed 5 (the run has 11711), --sts_head concat (the run has diff)\n")
-
-
-@pytest.mark.parametrize(
-    "flags", ["", "--task_weights sts=2 --max_length 500 --device auto --precision auto --option finetune"]
-)
-def test_command_of_a_run_may_be_repeated_with_resume(place, run, flags):
-    folder = run(flags)
-    command = (
-        f"{BASE} --pretrained {place}/encoder --data_dir {place}/data --output_dir {folder} {flags} --resume"
-    )
-    before = stored_args(folder)
-    assert multitask_classifier.main(shlex.split(command)) == 0
-    assert stored_args(folder) == before | {"resume": True}
-
-
-def test_resume_with_other_data_is_refused(place, run, capsys):
-    folder = run("--seed 21")
-    assert (
-        multitask_classifier.main(
-            ["--output_dir", str(folder), "--resume", "--data_dir", f"{place}/other_data"]
-        )
-        == 2
-    )
-    assert "not those" in capsys.readouterr().err
-
-
-def test_resume_with_more_steps_is_remembered(place, run):
-    folder = run("--seed 22")
-    assert multitask_classifier.main(["--output_dir", str(folder), "--resume", "--max_steps", "5"]) == 0
-    assert stored_args(folder)["max_steps"] == 5
-    assert len(json.loads((folder / "args.json").read_text())["commands"]) == 2
-
-
-def test_run_from_another_machine_can_be_evaluated(run):
-    folder = run("--seed 23")
-    path = folder / "args.json"
-    stored = json.loads(path.read_text())
-    stored["args"]["device"] = "cuda:7"
-    path.write_text(json.dumps(stored))
-    assert multitask_classifier.main(["--output_dir", str(folder), "--eval_only", "--device", "cpu"]) == 0
-
-
-def test_evaluation_on_other_data_leaves_the_runs_scores(place, run):
-    folder = run("--seed 24")
-    before = (folder / "scores.json").read_text()
-    command = ["--output_dir", str(folder), "--eval_only", "--data_dir", f"{place}/other_data"]
-    assert multitask_classifier.main(command) == 0
-    assert (folder / "scores.json").read_text() == before
-
-
-def test_the_courses_defaults_stay_valid():
-    args = get_args([])
-    assert (args.seed, args.epochs, args.batch_size) == (11711, 10, 8)
-    resolve_args(args, BertConfig(), {"sst": 9, "para": 9, "sts": 9})
-    assert args.lr == 1e-5  # at bert-base size
-    # With no method flags a run is the poster's best row.
-    assert (args.grad_method, args.sampler, args.sts_head, args.schedule) == (
-        "pcgrad",
-        "round_robin",
-        "diff",
-        "linear",
-    )
-    assert not args.freeze_encoder and args.warmup_steps > 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "idle"),
-    [
-        ("", []),
-        ("--epochs 3", []),
-        ("--epochs 3 --max_steps 9", ["epochs"]),
-        ("--warmup_ratio 0.2 --warmup_steps 9", ["warmup_ratio"]),
-        ("--tasks sst --grad_method pcgrad --sampler sqrt", ["grad_method", "sampler"]),
-        ("--tasks sst --sts_head cosine --sts_train x", ["sts_head", "sts_train"]),
-        ("--freeze_encoder --grad_method sum --lr 1", ["grad_method", "lr"]),
-        ("--head_layers 2 --tasks sts --sts_head cosine", ["head_layers"]),
-        ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
-    ],
-)
-def test_flags_without_effect_are_named(flags, idle):
-    assert sorted(line.split()[0] for line in idle_flags(get_args(flags.split()))) == [
-        f"--{name}" for name in idle
-    ]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--output_dir {place}/file", "is a file"),
-        ("--output_dir {place}/new --sst_dev_out {place}", "--sst_dev_out {place}: is a folder"),
-        (
-            "--output_dir {place}/new --sst_dev_out {place}/a --sts_dev_out {place}/a",
-            "already taken by --sst_dev_out",
-        ),
-        ("--output_dir {place}/file/below", "Not a directory"),
-    ],
-)
-def test_outputs_without_a_place_are_refused_before_training(place, flags, message, capsys):
-    (place / "file").write_text("")
-    command = f"{BASE} --pretrained {place}/encoder --data_dir {place}/data " + flags.format(place=place)
-    assert multitask_classifier.main(command.split()) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and message.format(place=place) in captured.err
-    assert "step 1/" not in captured.out
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (UserError("mend it"), 2, "x: error: mend it\n"),
-        (OSError(28, "No space left on device", "a/b"), 2, "x: error: a/b: No space left on device\n"),
-        (SafetensorError("I/O error"), 2, "x: error: a checkpoint could not be written (I/O error)\n"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "--batch_size"),
-        (KeyboardInterrupt(), 130, "x: interrupted\n"),
-    ],
-)
-def test_what_a_user_can_mend_ends_in_one_line(error, code, message, capsys):
-    def work():
-        raise error
-
-    assert run_script("x", work) == code
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
-
-
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_script("x", lambda: 1 / 0)
-
-
-def test_help_names_every_flag_and_its_default():
-    text = make_parser().format_help()
-    assert all(f"--{flag.replace('fine_tune_mode', 'fine-tune-mode')}" in text for flag in FLAGS)
+@slow
+def test_flags_import_no_model():
+    heavy = "bert base_bert training.run_folder training.checkpoint transformers huggingface_hub"
+    code = f"import sys, training.flags; print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

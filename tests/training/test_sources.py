@@ -1,4 +1,4 @@
-"""Additional training rows: each form, each kind of label, and nothing of dev or test among them."""
+"""Additional training rows: each form and kind of label by hand, and nothing of dev or test among them."""
 
 import csv
 import json
@@ -149,7 +149,6 @@ TREES = {"form": "trees", "task": "sst", "text_columns": ("phrase",), "label_col
         ("", {}, "s.txt: holds no row; expected the form plain"),
         ("a\tb\ty\n", {}, "s.txt: holds no row"),
         ("a\tb\ta\n", {}, "s.txt:1: not readable as plain (two columns have the same name)"),
-        ("a\tb\ty\nx\tz\t" + "9" * 10_000 + "\n", {}, "s.txt:2: y is '9999"),
         ("a\tb\ty\nx\tz\t\x1b[2J\n", {}, r"s.txt:2: y is '\x1b[2J'"),
         (
             "a\tb\ty\n" + "x" * 10**7 + "\tz\t3\n",
@@ -161,7 +160,6 @@ TREES = {"form": "trees", "task": "sst", "text_columns": ("phrase",), "label_col
             {"form": "quoted"},
             "s.txt:3: not readable as quoted (a quotation mark in an earlier line has swallowed the rows",
         ),
-        ('a\tb\ty\n"x\tz\t3\n', {"form": "quoted"}, "not readable as quoted"),
         ("a\tb\ty\nb'x\tz\t3\n", {"form": "byte_literals"}, "s.txt:2: not readable as byte_literals"),
         ("a\tb\ty\nb'x' + b'y'\tz\t3\n", {"form": "byte_literals"}, "goes on after its end"),
         ("a\tb\ty\nb'x'" + "(" * 10**5 + "\tz\t3\n", {"form": "byte_literals"}, "goes on after its end"),
@@ -171,15 +169,13 @@ TREES = {"form": "trees", "task": "sst", "text_columns": ("phrase",), "label_col
             {"form": "byte_literals"},
             "s.txt:2: not readable as byte_literals ('utf-8'",
         ),
-        ("a\tb\ty\nb'\\xg'\tz\t3\n", {"form": "byte_literals"}, "s.txt:2: not readable as byte_literals"),
-        ("a\tb\ty\nb'é'\tz\t3\n", {"form": "byte_literals"}, "s.txt:2: not readable as byte_literals"),
         ("(3 (2 x)\n", TREES, "s.txt:1: not readable as trees (1 brackets are not closed)"),
-        ("(3 x))\n", TREES, "s.txt:1: not readable as trees (a bracket too many is closed)"),
-        ("(3 x)\n(3 x) y\n", TREES, "s.txt:2: not readable as trees (a word outside of all brackets)"),
+        ("(3 x))\n", TREES, "s.txt:1: not readable as trees (one closing bracket too many)"),
+        ("(3 x)\n(3 x) y\n", TREES, "s.txt:2: not readable as trees (a word outside all brackets)"),
         (
             "(0 x " * 10**4 + ")" * 10**4,
             TREES,
-            "s.txt:1: not readable as trees (more than 100 brackets in each other)",
+            "s.txt:1: not readable as trees (more than 100 nested brackets)",
         ),
         ("(0 x) " * 10**5, TREES, "s.txt:1: not readable as trees (a line of more than 131072 characters"),
         ("a,b\n1,2\n", {"form": "triplets"}, "s.txt:2: not readable as triplets (no column 'sent0')"),
@@ -237,7 +233,7 @@ def test_what_leaks_or_is_known_is_dropped_and_counted(source, tmp_path):
     assert rows.labels.tolist() == [1, 2, 5, 0] and rows.labels.dtype == np.float32
     assert len(set(rows.ids)) == 4 and rows.ids[:2] == ["1", "2"] and rows.warnings == {"no label": [7]}
     assert len(said) == 1
-    assert "2 examples from s (of 6: 1 in a dev or test file, 2 known already, 1 without" in said[0]
+    assert "2 examples from s (of 6: 1 in a dev or test file, 2 already known, 1 without" in said[0]
 
 
 def test_limits(source, tmp_path):
@@ -257,11 +253,12 @@ def test_sources_do_not_repeat_each_other(source, tmp_path):
     source("s", "a\tb\ty\nx\tz\t3\n")
     source("t", "a\tb\ty\nz\tx\t1\nx\tw\t1\n")
     rows, said = add_sources(make_rows(), {"s": None, "t": None}, tmp_path, set())
-    assert rows.texts[2:] == [("x", "z"), ("x", "w")] and "1 known already" in said[1]
+    assert rows.texts[2:] == [("x", "z"), ("x", "w")] and "1 already known" in said[1]
 
 
+@pytest.mark.slow
 def test_a_run_with_more_data(tmp_path, monkeypatch, capsys):
-    """A dev pair, turned round and with other punctuation, stands in the source and is not trained on."""
+    """A dev pair that is in the source, turned round and with other punctuation, is not trained on."""
     monkeypatch.setattr("multitask_classifier.plot_run", lambda folder: None)
     make_encoder(tmp_path / "encoder")
     make_data(tmp_path / "data")
@@ -269,8 +266,10 @@ def test_a_run_with_more_data(tmp_path, monkeypatch, capsys):
         pair = next(csv.DictReader(file, delimiter="\t"))
     with open(tmp_path / "data" / EXTRA_SOURCES["sick"].files[0], "a", encoding="utf-8") as file:
         file.write(f"{pair['sentence2'].upper()} !\t{pair['sentence1']}\t3\n")
-    flags = f"--pretrained {tmp_path}/encoder --data_dir {tmp_path}/data --output_dir {tmp_path}/run --max_steps 2"
-    assert main(f"{flags} --batch_size 4 --extra_data sick=7 --predict_splits dev".split()) == 0
+    paths = {"pretrained": "encoder", "data_dir": "data", "output_dir": "run"}
+    flags = [part for flag, name in paths.items() for part in (f"--{flag}", f"{tmp_path}/{name}")]
+    options = "--max_steps 2 --batch_size 4 --extra_data sick=7 --predict_splits dev"
+    assert main([*flags, *options.split()]) == 0
     assert "sts    extra 7 examples from sick (of 11: 1 in a dev or test file" in capsys.readouterr().out
     stored = json.loads((tmp_path / "run" / "args.json").read_text())
     assert stored["args"]["extra_data"] == {"sick": 7}

@@ -1,0 +1,114 @@
+"""Defaults that depend on other flags, the encoder or the machine, held against values worked out by hand;
+flags that have no effect; outputs that cannot be written.
+"""
+
+import pytest
+import torch
+
+import multitask_classifier
+from config import BertConfig
+from support.errors import UserError
+from tests.tiny import make_data, make_encoder
+from training import resolve
+from training.flags import get_args
+from training.resolve import flags_without_effect, resolve_args, resolve_machine, token_settings
+
+SIZES = {"sst": 9, "para": 9, "sts": 9}
+
+
+def resolved(flags, sizes=SIZES):
+    args = get_args(flags.split())
+    resolve_machine(args)
+    resolve_args(args, BertConfig(), sizes)
+    return args
+
+
+def test_the_courses_defaults_stay_valid():
+    args = get_args([])
+    assert (args.seed, args.epochs, args.batch_size) == (11711, 10, 8)
+    args = resolved("")
+    assert args.lr == 1e-5  # at bert-base size
+    # With no method flags a run is the poster's best row.
+    assert (args.grad_method, args.sampler, args.sts_head) == ("pcgrad", "round_robin", "diff")
+    assert args.schedule == "linear" and args.warmup_steps > 0 and not args.freeze_encoder
+
+
+def test_epochs():
+    # 3 tasks x 24 rows = 72 examples an epoch, 12 a step: 6 steps.
+    flags, sizes = "--epochs 1 --batch_size 4 --device cpu", dict.fromkeys(SIZES, 24)
+    assert resolved(flags, sizes).max_steps == 6
+    assert resolved(f"{flags} --max_steps 3", sizes).max_steps == 3
+
+
+def test_compile_auto_asks_for_a_long_run_and_a_compiler(monkeypatch):
+    def chosen(flags, compiler="/usr/bin/g++"):
+        monkeypatch.setattr(resolve, "find_compiler", lambda: compiler)
+        return resolved(f"--device cpu {flags}").compile
+
+    assert chosen("--max_steps 5000") == "on"
+    assert chosen("--max_steps 5000 --compile off") == "off"
+    assert chosen("--max_steps 5000", compiler=None) == "off"
+    assert chosen("--max_steps 5000 --freeze_encoder") == "off"
+    assert chosen("--max_steps 5") == "off"
+    with pytest.raises(UserError, match="^--compile on: no C"):
+        chosen("--compile on", compiler=None)
+
+
+def test_cache_dir_empty_is_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert token_settings(get_args(["--cache_dir", ""])).cache_dir is None
+    assert token_settings(get_args([])).cache_dir == tmp_path / "minbert-multitask"
+
+
+def test_output_dir_default_names_the_settings():
+    args = resolved("--device cpu --seed 7 --tasks sst,sts --sts_head cosine", {"sst": 9, "sts": 9})
+    assert args.output_dir == "runs/minilm-sst-sts-pcgrad-cosine-seed7"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+@pytest.mark.parametrize("flags", ["--use_gpu", "--device cuda", "--device nonsense"])
+def test_device_that_is_not_there(flags):
+    with pytest.raises(UserError, match="--device"):
+        resolved(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ("", []),
+        ("--epochs 3", []),
+        ("--epochs 3 --max_steps 9", ["epochs"]),
+        ("--warmup_ratio 0.2 --warmup_steps 9", ["warmup_ratio"]),
+        ("--tasks sst --grad_method pcgrad --sampler sqrt", ["grad_method", "sampler"]),
+        ("--tasks sst --sts_head cosine --sts_train x", ["sts_head", "sts_train"]),
+        ("--freeze_encoder --grad_method sum --lr 1", ["grad_method", "lr"]),
+        ("--head_layers 2 --tasks sts --sts_head cosine", ["head_layers"]),
+        ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
+    ],
+)
+def test_flags_without_effect_are_named(flags, idle):
+    lines = flags_without_effect(get_args(flags.split()))
+    assert sorted(line.split()[0] for line in lines) == [f"--{name}" for name in idle]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--output_dir {place}/file", "is a file"),
+        ("--output_dir {place}/new --sst_dev_out {place}", "--sst_dev_out {place}: is a folder"),
+        (
+            "--output_dir {place}/new --sst_dev_out {place}/a --sts_dev_out {place}/a",
+            "already taken by --sst_dev_out",
+        ),
+        ("--output_dir {place}/file/below", "Not a directory"),
+    ],
+)
+def test_outputs_without_a_place_are_refused_before_training(tmp_path, flags, message, capsys):
+    make_encoder(tmp_path / "encoder")
+    make_data(tmp_path / "data")
+    (tmp_path / "file").write_text("")
+    command = f"--max_steps 3 --device cpu --pretrained {tmp_path}/encoder --data_dir {tmp_path}/data "
+    assert multitask_classifier.main((command + flags.format(place=tmp_path)).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and message.format(place=tmp_path) in captured.err
+    assert "step 1/" not in captured.out

@@ -1,0 +1,37 @@
+"""A run's `args.json` as it is read: its settings, the commands that started and resumed it, and its data."""
+
+from pathlib import Path
+
+from support.errors import UserError
+from support.files import read_json
+
+ARGS_FILE = "args.json"
+
+
+def read_args_file(folder: Path) -> dict:
+    """A run's `args.json`, as `run_folder.write_args` wrote it.
+
+    Raises:
+        UserError: if there is none, or it is damaged; the copy in its last checkpoint is named then.
+    """
+    path = folder / ARGS_FILE
+    try:
+        if not path.exists():
+            raise UserError(f"--output_dir {folder}: no run there (no {ARGS_FILE})")
+        stored = read_json(path)
+        if not isinstance(stored.get("args"), dict):
+            raise UserError(f"{path}: damaged (it holds no settings)")
+        commands = stored.get("commands")
+        if not isinstance(commands, list) or not all(
+            isinstance(command, list) and all(isinstance(word, str) for word in command)
+            for command in commands
+        ):
+            raise UserError(f"{path}: damaged (it holds no commands)")
+        if not isinstance(stored.get("data"), dict | str):
+            raise UserError(f"{path}: damaged (it holds no data)")
+    except UserError as error:
+        # The checkpoint's own listing of its versions is not used here, as it would import the model.
+        copies = [*folder.glob(f"last/{ARGS_FILE}"), *sorted(folder.glob(f"last.[0-9]*/{ARGS_FILE}"))]
+        hint = f"; {copies[0]} is a copy, made with its last checkpoint" if copies else ""
+        raise UserError(f"{error}{hint}") from None
+    return stored

@@ -1,0 +1,184 @@
+"""Download the course's data into data/, and check every file.
+
+    python -m training.download
+    python -m training.download --files ids-sst-train ids-sst-dev --base_url file:///mnt/data
+    python -m training.download --check
+
+The files come from the public repository https://github.com/gpoesia/minbert-default-final-project (commit
+7ac8260, folder `data`). Each one is compared with the blob id that git gave it in that commit, so it does not
+matter which mirror it came from. Running the command again fetches only what is missing or wrong.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import socket
+import sys
+import urllib.parse
+from functools import partial
+from pathlib import Path
+
+import torch.hub
+
+from support.command_line import OneLineParser, run_script
+from support.errors import UserError, one_line
+from support.files import ROOT, is_regular, whole_file
+
+BASE_URL = "https://github.com/gpoesia/minbert-default-final-project/raw/7ac8260/data"
+TIMEOUT_SECONDS = 30  # of silence, not for the whole file
+# Git blob id of each NAME.csv. Paths on disk are made from these names only.
+BLOB_IDS = {
+    "ids-sst-train": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
+    "ids-sst-dev": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
+    "ids-sst-test-student": "bbd2313758825f86e24416d6aad64cd93370cf7a",
+    "quora-train": "a3b5546f6a0e65b60a328a5d294d1038f5bed1da",
+    "quora-dev": "de7cfa32428fd470b93f778fccc45a619e01336f",
+    "quora-test-student": "f257ef00558555afb50819578a58205732b16354",
+    "sts-train": "12b17760e7795fee35aeeabc290d5651de02622a",
+    "sts-dev": "9392860e584717976b8d817cc40c9e6ceeec27e0",
+    "sts-test-student": "25f0cf8fafdd1f82b9e2bb460c708af34341ce60",
+    "ids-cfimdb-train": "cd57bcbd2f7214ea6dd1783d3e885d324b1f478d",
+    "ids-cfimdb-dev": "8a0f5dcf3d40189b96c801a12cd79bf8003e61de",
+    "ids-cfimdb-test-student": "1e789c709b3ca0511f027a309b6d8bd21cde41b2",
+}
+
+
+def git_blob_id(path: Path) -> str:
+    """The id that git gives to the content of a file: SHA-1 of `blob SIZE`, a zero byte, the content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def find_problem(path: Path, blob_id: str) -> str | None:
+    """What is wrong with a file on disk, in one line; None if it is right."""
+    try:
+        if not is_regular(path):
+            return "not a regular file"
+        actual = git_blob_id(path)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    return None if actual == blob_id else f"wrong (blob id {actual}, expected {blob_id})"
+
+
+def fetch(url: str, path: Path, blob_id: str) -> None:
+    """Put the checked content of `url` at `path`, or leave `path` as it was.
+
+    Raises:
+        UserError: if the content cannot be fetched, or is not what `blob_id` names.
+        OSError: if the folder of `path` cannot be written to.
+    """
+    with whole_file(path) as temporary:
+        temporary.touch()  # so that an error in what follows is the network's, not the folder's
+        try:
+            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            error = getattr(error, "reason", None) or error  # of an HTTPError or URLError
+            reason = (
+                "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
+            )
+            raise UserError(
+                f"{path.name}: {url} cannot be fetched ({one_line(reason)}); try again later, or name another"
+                " source by --base_url"
+            ) from None
+        problem = find_problem(temporary, blob_id)
+        if problem:
+            raise UserError(
+                f"{path.name}: what came from {url} is {problem}; name another source by --base_url"
+            )
+
+
+def download(names: list[str], base_url: str, folder: Path) -> None:
+    """Fetch what is missing or wrong; stop at the first file that cannot be fetched."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch's downloader sets none
+    try:
+        for name in names:
+            path = folder / f"{name}.csv"
+            problem = find_problem(path, BLOB_IDS[name])
+            print(f"{path.name}: {f'{problem}; downloading' if problem else 'already right'}", flush=True)
+            if problem:
+                fetch(f"{base_url}/{path.name}", path, BLOB_IDS[name])
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def check(names: list[str], folder: Path) -> None:
+    """Print which files on disk are right.
+
+    Raises:
+        UserError: if any is not.
+    """
+    problems = {name: find_problem(folder / f"{name}.csv", BLOB_IDS[name]) for name in names}
+    for name, problem in problems.items():
+        print(f"{name}.csv: {problem or 'right'}")
+    num_wrong = len(problems) - list(problems.values()).count(None)
+    if num_wrong:
+        raise UserError(f"{folder}: {num_wrong} of {len(names)} files missing or wrong, listed above")
+
+
+def resolve_base_url(base_url: str) -> str:
+    """Check --base_url, turn a folder into a file:// URL, and drop a final slash.
+
+    Raises:
+        UserError: if it is neither an http, https or file URL nor a folder.
+    """
+    if os.path.isdir(base_url):
+        return Path(base_url).resolve().as_uri()
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+    except ValueError:  # brackets without an address in them
+        parts = urllib.parse.urlsplit("")
+    if parts.scheme == "file" or (parts.scheme in ("http", "https") and parts.netloc):
+        return base_url.rstrip("/")
+    raise UserError(f"--base_url {base_url}: expected an http://, https:// or file:// URL, or a folder")
+
+
+def get_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="training.download",
+        description="Download the course's data and check every file; exit code 2 for an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        type=lambda text: text.removesuffix(".csv"),
+        choices=list(BLOB_IDS),
+        default=list(BLOB_IDS),
+        metavar="NAME",
+        help=f"which files, with or without .csv: {', '.join(BLOB_IDS)} (default: all)",
+    )
+    parser.add_argument(
+        "--base_url",
+        default=BASE_URL,
+        metavar="URL",
+        help="folder that holds the files, or its http://, https:// or file:// URL (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=ROOT / "data",
+        metavar="DIR",
+        help="folder to write to (default: the project's data/)",
+    )
+    parser.add_argument("--check", action="store_true", help="download nothing, only check what is there")
+    return parser.parse_args(argv)
+
+
+def work(argv: list[str] | None) -> None:
+    args = get_args(argv)
+    if args.check:
+        check(args.files, args.output_dir)
+    else:
+        download(args.files, resolve_base_url(args.base_url), args.output_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("training.download", partial(work, argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

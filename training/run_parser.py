@@ -1,0 +1,145 @@
+"""What the command lines of training share: types of flags, and a parser that knows what each flag changes.
+
+From the marks follows which flags may have another value when a run is taken up again.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from config import TASKS
+from support.command_line import FlagType, OneLineParser, number
+from training.sources import EXTRA_SOURCES
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+# What a flag changes about a run: every flag has one of these marks.
+MARKS = {
+    "result": "what the run computes: weights, scores, which checkpoint is the best",
+    "mode": "what is done, with which run folder",
+    "place": "where files are read from and written to",
+    "predictions": "which predictions are written, and in what form",
+    "length": "when the run ends",
+    "upkeep": "what is logged and kept on the way, and how much trouble is tolerated",
+    "machine": "which processor computes, and how precisely",
+    "text": "how much of a text the encoder sees",
+}
+# What may change when a run is resumed, and when its best checkpoint is read again. Whether a file in another
+# place holds the same data is checked by the data's fingerprint.
+RESUME_MARKS = ("mode", "place", "predictions", "length", "upkeep")
+READING_MARKS = ("mode", "place", "predictions", "machine", "text")
+
+
+# --- types of flags -----------------------------------------------------------------------------------------
+
+
+COUNT = number(int, 1)
+COUNT_OR_NONE = number(int, 0)
+PROBABILITY = number(float, 0, 1, high_open=True)
+POSITIVE = number(float, 0, low_open=True)
+NOT_NEGATIVE = number(float, 0)
+SEED = number(int, 0, 2**32 - 1)
+
+
+def text_type(metavar: str) -> FlagType:
+    return FlagType(str, lambda value: isinstance(value, str), "text", metavar)
+
+
+DIR, FILE, DEVICE, ENCODER = map(text_type, ("DIR", "FILE", "DEVICE", "NAME|DIR"))
+OUTPUT_DIR = FlagType(str, lambda value: isinstance(value, str) and value != "", "a folder", "DIR")
+
+
+def name_list(names: tuple[str, ...], expected: str, metavar: str) -> FlagType:
+    """Some of `names`, each once, separated by commas; a tuple."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+
+    def is_valid(value) -> bool:
+        if not isinstance(value, tuple) or not all(name in names for name in value):
+            return False
+        return 0 < len(value) == len(set(value))
+
+    return FlagType(convert, is_valid, expected, metavar)
+
+
+task_list = name_list(tuple(TASKS), f"some of {','.join(TASKS)}, each once", "TASK,...")
+
+
+def parse_sources(text: str) -> dict[str, int | None]:
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    sources = {name: int(count) if count else None for name, _, count in pairs}
+    if len(sources) < len(pairs):
+        raise ValueError("a source is named twice")
+    return sources
+
+
+def are_sources(value) -> bool:
+    return isinstance(value, dict) and all(
+        name in EXTRA_SOURCES and (count is None or COUNT.is_valid(count)) for name, count in value.items()
+    )
+
+
+source_list = FlagType(
+    parse_sources,
+    are_sources,
+    f"NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once",
+    metavar="NAME[=COUNT],...",
+)
+
+
+# --- declaring flags ----------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help text, unless that depends on others and the text says how."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        depends = action.default is None or isinstance(action.default, bool | dict)
+        return action.help if depends else super()._get_help_string(action)
+
+
+class RunParser(OneLineParser):
+    """A command line whose every flag is marked with what it changes about a run (see MARKS)."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        self.flags: dict[str, argparse.Action] = {}  # by the name of their attribute
+        self.marks: dict[str, str] = {}
+
+    def adder(self, group) -> Callable:
+        """`add_argument` of an argument group, with a flag's mark as its second argument."""
+
+        def add(flag: str, mark: str, **options) -> None:
+            if mark not in MARKS:
+                raise ValueError(f"{flag} has the mark {mark!r}; expected one of {', '.join(MARKS)}")
+            if isinstance(options.get("type"), FlagType):
+                options["metavar"] = options["type"].metavar
+            action = group.add_argument(flag, **options)
+            self.flags[action.dest], self.marks[action.dest] = action, mark
+
+        return add
+
+    def marked(self, *marks: str) -> frozenset[str]:
+        """The flags that have one of these marks."""
+        return frozenset(name for name, mark in self.marks.items() if mark in marks)
+
+
+def is_valid_value(flag: argparse.Action, value) -> bool:
+    """Whether a value from a file is one that the flag can have."""
+    if value is None:
+        return flag.default is None
+    if isinstance(flag.default, bool):
+        return isinstance(value, bool)
+    if flag.choices:
+        return isinstance(value, str) and value in flag.choices
+    return flag.type.is_valid(value)
+
+
+def check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if additional data belong to no task of the run."""
+    for name in args.extra_data:
+        task = EXTRA_SOURCES[name].task
+        if task not in args.tasks:
+            parser.error(
+                f"--extra_data {name} feeds {task}, which is not among --tasks {','.join(args.tasks)}"
+            )
