@@ -47,12 +47,8 @@ class BertEmbeddings(nn.Module):
         self.dropout_prob = config.hidden_dropout_prob
 
     def forward(
-        self,
-        input_ids: Tensor,  # (M,)
-        position_ids: Tensor,  # (M,)
-        token_type_ids: Tensor,  # (M,)
-        packing: Packing,
-    ) -> Tensor:  # (M, H)
+        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, packing: Packing
+    ) -> Tensor:
         embeddings = embedding(input_ids, packing, self.word_embeddings)  # (M,) -> (M, H)
         embeddings = embeddings + embedding(position_ids, packing, self.position_embeddings)
         embeddings = embeddings + embedding(token_type_ids, packing, self.token_type_embeddings)
@@ -72,12 +68,7 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # (M, H)
-        packing: Packing,
-        paddings: Sequence[Padding],  # of each batch
-    ) -> Tensor:  # (M, H)
+    def forward(self, hidden_states: Tensor, packing: Packing, paddings: Sequence[Padding]) -> Tensor:
         # One product instead of three: large matrices keep the processor busier.
         qkv = linear(hidden_states, packing, self.query, self.key, self.value)  # (M, H) -> (M, 3 * H)
         dropout_prob = self.dropout_prob if self.training else 0.0
@@ -104,14 +95,11 @@ class BertOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_prob = config.hidden_dropout_prob
 
-    def forward(
-        self,
-        x: Tensor,  # (M, H) or (M, I)
-        residual: Tensor,  # (M, H)
-        packing: Packing,
-    ) -> Tensor:  # (M, H)
-        x = dropout(linear(x, packing, self.dense), self.dropout_prob, self.training, residual)
-        return layer_norm(x, packing, self.LayerNorm)  # BERT normalises after the sum, GPT-2 before the layer
+    def forward(self, x: Tensor, residual: Tensor, packing: Packing) -> Tensor:
+        x = linear(x, packing, self.dense)  # (M, H) or (M, I) -> (M, H)
+        x = dropout(x, self.dropout_prob, self.training, residual)
+        # BERT normalises after the sum; most later models normalise before the layer.
+        return layer_norm(x, packing, self.LayerNorm)
 
 
 class BertAttention(nn.Module):
@@ -122,13 +110,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config.hidden_size, config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # (M, H)
-        packing: Packing,
-        paddings: Sequence[Padding],
-    ) -> Tensor:  # (M, H)
-        return self.output(self.self(hidden_states, packing, paddings), hidden_states, packing)
+    def forward(self, hidden_states: Tensor, packing: Packing, paddings: Sequence[Padding]) -> Tensor:
+        context = self.self(hidden_states, packing, paddings)  # (M, H) -> (M, H)
+        return self.output(context, hidden_states, packing)  # (M, H)
 
 
 class BertIntermediate(nn.Module):
@@ -152,14 +136,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config.intermediate_size, config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # (M, H)
-        packing: Packing,
-        paddings: Sequence[Padding],
-    ) -> Tensor:  # (M, H)
-        hidden_states = self.attention(hidden_states, packing, paddings)
-        return self.output(self.intermediate(hidden_states, packing), hidden_states, packing)
+    def forward(self, hidden_states: Tensor, packing: Packing, paddings: Sequence[Padding]) -> Tensor:
+        hidden_states = self.attention(hidden_states, packing, paddings)  # (M, H) -> (M, H)
+        intermediate = self.intermediate(hidden_states, packing)  # (M, H) -> (M, I)
+        return self.output(intermediate, hidden_states, packing)  # (M, I) -> (M, H)
 
 
 class BertEncoder(nn.Module):
@@ -169,14 +149,9 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # (M, H)
-        packing: Packing,
-        paddings: Sequence[Padding],
-    ) -> Tensor:  # (M, H)
+    def forward(self, hidden_states: Tensor, packing: Packing, paddings: Sequence[Padding]) -> Tensor:
         for layer in self.layer:
-            hidden_states = layer(hidden_states, packing, paddings)
+            hidden_states = layer(hidden_states, packing, paddings)  # (M, H) -> (M, H)
         return hidden_states
 
 

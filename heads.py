@@ -136,6 +136,7 @@ class TaskHead(nn.Module):
             nn.init.normal_(layer.weight, std=initializer_range)
             nn.init.zeros_(layer.bias)
         if logit_range is not None:
+            # Or the first steps would be spent on the labels' mean, with large gradients for the encoder too.
             low, high = logit_range
             nn.init.constant_(self.dense[-1].bias, (low + high) / 2)
             if self.spec.single_number:
@@ -187,6 +188,7 @@ class MultitaskBERT(nn.Module):
                 for task, spec in tasks.items()
             }
         )
+        # Before the flat memory is made, which takes what is trainable.
         bert.requires_grad_(not freeze_encoder)
         if pooling != "pooler":
             bert.pooler.requires_grad_(False)  # not used: must not decay either
@@ -217,6 +219,7 @@ class MultitaskBERT(nn.Module):
         Returns:
             (B, C) float32.
         """
+        # The two sentences of a pair share a pass: one large product is faster than two small ones.
         pooled = self.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
         return self.logits(task, pooled)
 
@@ -255,7 +258,7 @@ class MultitaskBERT(nn.Module):
             memory: keep the encoder's gradients of tasks apart, in this memory; None for ordinary gradients.
         """
         task_numbers, targets = None, None
-        if memory is not None:
+        if memory is not None:  # each batch's gradients go to the row of its task
             task_numbers, targets = [memory.tasks.index(task) for task, _ in batches], memory.targets
         inputs = [
             (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]) for _, batch in batches
@@ -263,6 +266,7 @@ class MultitaskBERT(nn.Module):
         with torch.no_grad() if self.freeze_encoder else nullcontext():
             outputs = self.bert.encode(inputs, task_numbers, targets)
         losses = []
+        # From here on each batch alone: heads are small, and their gradients are of one task anyway.
         for (task, batch), output in zip(batches, outputs, strict=True):
             pooled = POOLINGS[self.pooling](output, batch["attention_mask"])  # (R, H)
             losses.append(TASK_KINDS[self.tasks[task].kind].loss(self.logits(task, pooled), batch["labels"]))

@@ -104,9 +104,7 @@ class StepResult:
     """What one update did. Tasks without a batch have loss nan, and zeros elsewhere."""
 
     losses: Tensor  # (K,) mean over the task's micro-batches, before task weights
-    gram: (
-        Tensor  # (K, K) inner products of the task gradients, each weighted and summed over its task batches
-    )
+    gram: Tensor  # (K, K) inner products of the task gradients, each with its task weight
     group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
     weights: Tensor  # (K,) of the task gradients in the combined one, before clipping
     grad_norm: float  # of the combined gradient, encoder and heads, before clipping
@@ -141,24 +139,19 @@ def train_step(
     #    layer group, for the log; their sum is the whole gram matrix.
     group_grams = memory.group_grams().cpu()  # (layer groups, K, K)
     gram = group_grams.sum(0)
-    drawn = {batch.task for batch in task_batches}
-    present = [k for k, task in enumerate(memory.tasks) if task in drawn]
+    drawn = [task for task in memory.tasks if any(batch.task == task for batch in task_batches)]
+    present = [memory.tasks.index(task) for task in drawn]
 
     # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
     #    in the optimizer's moments, it stays there.
     weights, grad_norm = torch.zeros(len(memory.tasks)), math.nan
     if losses[present].isfinite().all() and gram.isfinite().all():
-        weights[present] = combination_weights(gram, present, memory.tasks, settings, step, cosine_ema)
-        if GRAD_REDUCTIONS[settings.grad_reduction]:
-            # The mean over task batches, not over tasks: a task that was drawn twice counts twice.
-            is_mean = GRAD_METHODS[settings.grad_method].is_mean
-            weights *= (len(present) if is_mean else 1) / len(task_batches)
-        # The combined gradient's length follows from the gram matrix, without another pass over memory.
-        shared_square = max(0.0, float(weights @ gram @ weights))
-        head_square = sum(float(memory.head_grad(memory.tasks[k]).square().sum()) for k in present)
-        grad_norm = math.sqrt(shared_square + head_square)
+        weights = combination_weights(
+            gram, present, memory.tasks, len(task_batches), settings, step, cosine_ema
+        )
+        grad_norm = combined_norm(gram, weights, [memory.head_grad(task) for task in drawn])
 
-    # 4. Update: weighted sum, clipping, AdamW.
+    # 4. Update: weighted sum of the task gradients, clipping, AdamW.
     applied = math.isfinite(grad_norm)
     if applied:
         apply_update(memory, optimizer, weights, drawn, grad_norm, settings.clip_norm)
@@ -178,11 +171,8 @@ def backward_all(
         losses (K,), as in `StepResult`, and the number of real word pieces.
     """
     memory.start_step([piece["input_ids"] for batch in task_batches for piece in batch.micro_batches])
-    tasks, losses, num_tokens = (
-        [],
-        [],
-        [],
-    )  # of each micro-batch; read at the end, so that a GPU need not wait
+    # Of each micro-batch; read at the end, so that a GPU need not wait.
+    tasks, losses, num_tokens = [], [], []
     for micro_step in range(max(len(batch.micro_batches) for batch in task_batches)):
         # All tasks go through the encoder together: large products, and a weight is read once for all.
         chosen = [batch for batch in task_batches if micro_step < len(batch.micro_batches)]
@@ -210,23 +200,37 @@ def combination_weights(
     gram: Tensor,
     present: list[int],
     tasks: Sequence[str],
+    num_batches: int,
     settings: StepSettings,
     step: int,
     cosine_ema: Tensor | None,
 ) -> Tensor:
-    """The weight of each present task's gradient in the combined one, by the gradient method."""
+    """(K,) the weight of each task's gradient in the combined one; `present` are the tasks with a batch."""
+    method = GRAD_METHODS[settings.grad_method]
     # A generator of its own: nothing else that a run draws may change the order of projections.
     generator = torch.Generator().manual_seed(make_seed(settings.seed, step))
     ema = None if cosine_ema is None else cosine_ema[present][:, present]
     adjusted = [settings.surgery_tasks is None or tasks[k] in settings.surgery_tasks for k in present]
-    return GRAD_METHODS[settings.grad_method].weights(gram[present][:, present], generator, ema, adjusted)
+    weights = torch.zeros(len(tasks))
+    weights[present] = method.weights(gram[present][:, present], generator, ema, adjusted)
+    if GRAD_REDUCTIONS[settings.grad_reduction]:
+        # The mean over task batches, not over tasks: a task that was drawn twice counts twice.
+        weights *= (len(present) if method.is_mean else 1) / num_batches
+    return weights
+
+
+def combined_norm(gram: Tensor, weights: Tensor, head_grads: Iterable[Tensor]) -> float:
+    """Length of the combined gradient, encoder and heads together."""
+    # The encoder's share follows from the gram matrix: |w G|^2 = w (G G^T) w^T. No other pass over memory.
+    shared_square = max(0.0, float(weights @ gram @ weights))  # rounding may leave it just below 0
+    return math.sqrt(shared_square + sum(float(grad.square().sum()) for grad in head_grads))
 
 
 def apply_update(
     memory: FlatMemory,
     optimizer: torch.optim.Optimizer,
     weights: Tensor,
-    drawn: set[str],
+    drawn: Sequence[str],
     grad_norm: float,
     clip_norm: float,
 ) -> None:

@@ -37,11 +37,11 @@ def adamw_update(
     if param.device.type == "cpu" and all(tensor.is_contiguous() for tensor in tensors):
         blocks = zip(*(tensor.view(-1).split(BLOCK_SIZE) for tensor in tensors), strict=True)
     for p, g, m, v in blocks:
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.addcdiv_(m, v.sqrt().add_(eps), value=-step_size)
+        m.lerp_(g, 1 - beta1)  # m = beta1 * m + (1 - beta1) * g
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # v = beta2 * v + (1 - beta2) * g * g
+        p.addcdiv_(m, v.sqrt().add_(eps), value=-step_size)  # eps before the bias correction, see AdamW
         if keep != 1:
-            p.mul_(keep)
+            p.mul_(keep)  # the decay, of the updated parameter
 
 
 class AdamW(torch.optim.Optimizer):
@@ -110,6 +110,8 @@ class AdamW(torch.optim.Optimizer):
                     raise ValueError("AdamW needs dense gradients; this one is sparse")
                 state = self.state[param]
                 if not state:
+                    # Made at the first update, not in __init__: a head without a batch so far has no moments,
+                    # and its bias correction starts when it is first trained.
                     state["step"] = 0
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
@@ -124,6 +126,8 @@ class AdamW(torch.optim.Optimizer):
             # Both corrections in the step size: two numbers instead of two more passes over the moments.
             step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         if group["rectify"]:
+            # While the second moment is made of too few gradients, its share of the step is a matter of
+            # chance.
             factor = rectification(beta2, step)
             adaptive = factor is not None
             step_size = step_size * factor if adaptive else lr / (1 - beta1**step)
@@ -205,6 +209,7 @@ def lr_factor(schedule: str, step: int, *, warmup_steps: int, total_steps: int) 
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    # The warm-up's slope does not depend on the schedule, so that schedules can be compared.
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

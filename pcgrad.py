@@ -27,6 +27,7 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
     Summing per block first is also more exact than one long float32 sum.
     """
     if task_grads.dtype == torch.bfloat16:
+        # Products of bfloat16 numbers need float32: rounded to bfloat16 they would be off by 0.4 %.
         return sum(gram_matrix(chunk.float()) for chunk in task_grads.split(CHUNK_SIZE, dim=1))
     num_params = task_grads.shape[1]
     whole = num_params - num_params % BLOCK_SIZE
@@ -92,6 +93,7 @@ def project(
     it to the target. A zero gradient meets nobody; a task that is not adjusted keeps its gradient. Returns
     the sum over tasks of the adjusted gradients, as weights (K,).
     """
+    # In float64 on the CPU: these are K x K numbers, and projections subtract what is nearly equal.
     inner = gram.double().cpu()
     num_tasks = len(inner)
     combined = torch.zeros(num_tasks, dtype=torch.float64)
@@ -102,14 +104,16 @@ def project(
         for j in order if adjusted is None or adjusted[i] else ():
             if i == j or inner[j, j] <= 0 or inner[i, i] <= 0:
                 continue
+            # Inner product with gradient j and length of task i's current gradient, from its coefficients
+            # alone.
             product = float(coefficients @ inner[j])
             norm = math.sqrt(max(0.0, float(coefficients @ inner @ coefficients)))
             norm_j, least = math.sqrt(inner[j, j]), target(i, j)
             if norm == 0 or product >= least * norm * norm_j:
                 continue
-            if least == 0:
+            if least == 0:  # PCGrad's projection onto the normal plane of gradient j
                 coefficients[j] -= product / float(inner[j, j])
-            else:
+            else:  # GradVac's lift to the target
                 cosine = max(-1.0, product / (norm * norm_j))
                 lift = least * math.sqrt(1 - cosine**2) - cosine * math.sqrt(1 - least**2)
                 coefficients[j] += norm * lift / (norm_j * math.sqrt(1 - least**2))

@@ -1,156 +1,23 @@
 """The flat memory that parameters and per-task gradients live in.
 
 One buffer holds every trainable parameter, so that the optimizer and gradient surgery go over a few long
-tensors, not over some hundred short ones. `Layout` says what stands where, with no tensor at hand;
-`FlatMemory` allocates the buffers and makes every parameter a view of its place.
+tensors, not over some hundred short ones. `layout.Layout` says what stands where, with a picture;
+`FlatMemory` allocates the buffers, makes every parameter a view of its place, and does a step's work on them.
 
 Shapes: K tasks, P parameters shared by all tasks, D of them in weights of linear layers, V words, H
 hidden_size, U words that occur in a step.
 """
 
-import math
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
 from kernels.fused import PLAIN, Kernels
+from kernels.layout import MATRIX, OTHER, SHARED, WORDS, ParamRow, make_layout
 from kernels.task_grads import GradTarget
 from optimizer import has_weight_decay
 from pcgrad import gram_matrix
-
-SHARED = "shared"  # the owner of the encoder's parameters; the others are owned by a task
-# Kinds of parameters in the order in which they stand: the word embeddings, others, weights of linear layers.
-WORDS, OTHER, MATRIX = range(3)
-
-
-def layer_group_name(name: str) -> str:
-    """The layer group that an encoder parameter is in: `embeddings`, `layer.0`, `layer.1`, ..., `pooler`."""
-    layer = re.match(r"encoder\.(layer\.\d+)\.", name)
-    return layer[1] if layer else name.partition(".")[0]
-
-
-# --- the layout ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ParamRow:
-    """A parameter to be placed."""
-
-    name: str
-    shape: tuple[int, ...]
-    decays: bool
-    kind: int = OTHER
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where every parameter stands in the flat buffers.
-
-                 |<----------- shared: the encoder, P elements --------->|<- one head -->|<- next head ..
-                 |<----------- decays ------------>|<- does not decay -->| decays | not  | decays | not
-        data     | words | tables | linear weights | biases, LayerNorm   | weight | bias | weight | bias
-        grad     | words | tables | linear weights | biases, LayerNorm   | weight | bias | weight | bias
-                 0       |        |                |                     |                              |
-                   words.stop  matrices.start  matrices.stop         num_shared                        size
-
-    `grad` takes the combined gradient of the encoder, and the gradients of the heads. The encoder's gradients
-    by task stand in two matrices with a row per task; together they have the columns of the shared part:
-
-        other_grads  (K, P - D)   | words | tables |                | biases, LayerNorm |
-        matrix_grads (K, D)                        | linear weights |
-
-    Two, so that those of linear layers, nearly all that is not a word, can be bfloat16: half the memory to
-    write and to read. What decays stands together to be one parameter of the optimizer. Words stand first and
-    linear weights last of it, so that each is one range: of words only the rows that occur in a step are
-    touched, and the weights are converted to bfloat16 in one go.
-
-    Args:
-        places: (owner, name) -> the range of a parameter, in the order of the buffer.
-        blocks: (owner, decays) -> the range of all of them, maybe empty.
-        words: the word embeddings; empty if they are frozen.
-        matrices: the weights of linear layers.
-    """
-
-    places: dict[tuple[str, str], slice]
-    blocks: dict[tuple[str, bool], slice]
-    words: slice
-    matrices: slice
-
-    @property
-    def num_shared(self) -> int:
-        """P"""
-        return self.blocks[SHARED, False].stop
-
-    @property
-    def num_matrix(self) -> int:
-        """D"""
-        return self.matrices.stop - self.matrices.start
-
-    @property
-    def size(self) -> int:
-        return max(where.stop for where in self.blocks.values())
-
-    @cached_property
-    def sections(self) -> list[slice]:
-        """The shared part cut into words, tables, linear weights, and the rest, as far as they are there."""
-        stops = (0, self.words.stop, self.matrices.start, self.matrices.stop, self.num_shared)
-        return [slice(start, stop) for start, stop in pairwise(stops) if start < stop]
-
-    @cached_property
-    def layer_groups(self) -> dict[str, list[slice]]:
-        """Layer group of the encoder -> its ranges: as few as possible, each in one section."""
-        groups: dict[str, list[slice]] = {}
-        starts = {section.start for section in self.sections}
-        for (owner, name), where in self.places.items():
-            if owner == SHARED:
-                ranges = groups.setdefault(layer_group_name(name), [])
-                if ranges and ranges[-1].stop == where.start and where.start not in starts:
-                    where = slice(ranges.pop().start, where.stop)  # side by side: one range
-                ranges.append(where)
-        return groups
-
-    def is_matrix(self, where: slice) -> bool:
-        """Whether a range is in the linear weights."""
-        return self.matrices.start <= where.start < self.matrices.stop
-
-    def columns(self, where: slice) -> slice:
-        """A range in one section as columns of its matrix, `matrix_grads` or `other_grads`."""
-        skipped = 0
-        if self.is_matrix(where):
-            skipped = self.matrices.start
-        elif where.start >= self.matrices.stop:
-            skipped = self.num_matrix
-        return slice(where.start - skipped, where.stop - skipped)
-
-
-def make_layout(encoder: Sequence[ParamRow], heads: Mapping[str, Sequence[ParamRow]]) -> Layout:
-    """Place the encoder's parameters, then each head's: first what decays, sorted by kind, then the rest."""
-    places, blocks, offset = {}, {}, 0
-    for owner, rows in ((SHARED, encoder), *heads.items()):
-        for decays in (True, False):
-            start = offset
-            for row in sorted((row for row in rows if row.decays == decays), key=lambda row: row.kind):
-                places[owner, row.name] = slice(offset, offset + math.prod(row.shape))
-                offset = places[owner, row.name].stop
-            blocks[owner, decays] = slice(start, offset)
-    kinds = {row.name: row.kind for row in encoder}
-    words = [where for (owner, name), where in places.items() if owner == SHARED and kinds[name] == WORDS]
-    matrices = [where for (owner, name), where in places.items() if owner == SHARED and kinds[name] == MATRIX]
-    stop = blocks[SHARED, True].stop
-    return Layout(
-        places,
-        blocks,
-        words=words[0] if words else slice(0, 0),
-        matrices=slice(matrices[0].start if matrices else stop, stop),
-    )
-
-
-# --- the memory ---------------------------------------------------------------------------------------------
 
 
 class FlatMemory:
@@ -233,6 +100,7 @@ class FlatMemory:
         self.ranges = {id(param): where for _, param, where in self.views}
         self.data = torch.empty(self.layout.size, device=self.views[0][1].device)
         self.grad = torch.zeros_like(self.data)
+        # The model keeps its Parameter objects; only their storage changes.
         for owner, param, where in self.views:
             view = self.data[where].view_as(param)
             view.copy_(param.detach())
@@ -330,12 +198,15 @@ class FlatMemory:
                 self.touched = torch.arange(self.word_grads.shape[1], device=self.grad.device)
             else:
                 self.touched = torch.cat([ids.flatten() for ids in input_ids]).unique()
+        # Positions and segments are added to like words, but their tables are small.
         for target in self.tables:
             for grad in target.grads:
                 grad.zero_()
+        # Most of the gradients need no zeroing: the first write of a step overwrites the last step's.
         for target in self.written:
             target.is_empty = [True] * len(self.tasks)
         self.grad[self.layout.num_shared :].zero_()
+        # The weights as the last update left them.
         if self.weight_copy is not None:
             self.weight_copy.copy_(self.data[self.layout.matrices])
 
@@ -362,6 +233,7 @@ class FlatMemory:
 
     def combine(self, weights: torch.Tensor) -> None:
         """Write the weighted sum of the task gradients, weights (K,), to the shared part of `grad`."""
+        # Each section is one long range of one matrix, and is read once.
         for where in self.layout.sections:
             if where != self.layout.words:
                 self.kernels.weighted_sum(self.stored_grads(where), weights, self.grad[where])

@@ -101,6 +101,7 @@ class Padding:
 
     def remove(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (M, ...)"""
+        # By position, not by boolean mask, which would be searched again at every call.
         x = x.flatten(0, 1)
         return x if self.positions is None else x.index_select(0, self.positions)
 

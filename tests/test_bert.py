@@ -83,7 +83,7 @@ def make_model(seed=0, **changes):
 
 
 def make_inputs(config, seed=0):
-    """B random sentences of length T with padding on the right, on the left, in the middle and none at all."""
+    """B random sentences of length T with padding on the right, on the left, in the middle, and none."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, T, (B, 1), generator=generator)
     attention_mask = (torch.arange(T) < lengths).long()
@@ -136,7 +136,7 @@ def references(tmp_path_factory, run_transformers):
     return {name: load_file(root / name / "results.safetensors") for name in CASES}
 
 
-# --- against Hugging Face ----------------------------------------------------------------------------------------
+# --- against Hugging Face -----------------------------------------------------------------------------------
 
 
 def test_every_activation_has_a_case():
@@ -180,7 +180,7 @@ def test_gradients_equal_hugging_face(references, name, request):
         )
 
 
-# --- against torch's own layer -----------------------------------------------------------------------------------
+# --- against torch's own layer ------------------------------------------------------------------------------
 
 
 def test_layer_equals_torch_encoder_layer():
@@ -238,7 +238,7 @@ def test_layer_equals_torch_encoder_layer():
     assert ours_in.grad[mask].abs().min() > 0
 
 
-# --- padding -----------------------------------------------------------------------------------------------------
+# --- padding ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -305,11 +305,11 @@ def test_any_type_of_mask(dtype):
     assert torch.equal(model(**inputs)["last_hidden_state"], expected)
 
 
-# --- several batches in one pass ---------------------------------------------------------------------------------
+# --- several batches in one pass ----------------------------------------------------------------------------
 
 
 def make_batches(config):
-    """Padded batches of different lengths, one without padding, one of a single word piece, one above MIN_WIDTH."""
+    """Padded batches of different lengths: without padding, of a single position, above MIN_WIDTH."""
     generator = torch.Generator().manual_seed(3)
     batches = []
     for sentences, positions in ((5, 7), (3, 19), (2, 1), (4, 16), (1, 3)):
@@ -394,7 +394,7 @@ def test_long_sentences_take_torchs_attention_and_come_to_the_same(monkeypatch, 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)  # float32
 
 
-# --- limits ------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 def test_too_long_input():
@@ -418,7 +418,7 @@ def test_size_of_bert_base():
     assert sum(p.numel() for p in model.parameters()) == 109_482_240  # of bert-base-uncased with its pooler
 
 
-# --- precision and layout of gradients ---------------------------------------------------------------------------
+# --- precision and layout of gradients ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -1,4 +1,5 @@
-"""Pooling, pair features and task heads with numbers worked by hand; losses of several batches together and alone.
+"""Pooling, pair features and task heads with numbers worked by hand; losses of several batches together and
+alone.
 
 Shapes: B examples, R sentences, T padded length, H hidden_size, C outputs.
 """
@@ -16,7 +17,7 @@ from tests.tiny import make_batch, make_model, shared_grads
 
 B, H = 13, 6
 
-# --- pooling -----------------------------------------------------------------------------------------------------
+# --- pooling ------------------------------------------------------------------------------------------------
 
 # Two sentences: the first with padding at the end, the second with padding in the middle. The padding holds
 # numbers that would show (the encoder leaves zeros there, which would not).
@@ -57,7 +58,7 @@ def test_mean_of_nothing_is_finite():
     assert pooled.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-# --- features ----------------------------------------------------------------------------------------------------
+# --- features -----------------------------------------------------------------------------------------------
 
 U = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]])
 V = torch.tensor([[4.0, 3.0], [0.0, -2.0], [-1.0, 0.0]])
@@ -100,7 +101,7 @@ def test_cosine_with_a_zero_vector_is_finite():
     assert cosine.item() == 0 and u.grad.isfinite().all()
 
 
-# --- heads -------------------------------------------------------------------------------------------------------
+# --- heads --------------------------------------------------------------------------------------------------
 
 # Head -> (inputs of its last dense layer with one layer, vectors it takes, whether the pair is one sequence).
 EXPECTED_HEADS = {
@@ -199,7 +200,7 @@ def test_cosine_starts_at_its_range(num_layers, num_outputs):
     torch.testing.assert_close(head(u, v), expected[:, None].expand(4, num_outputs), rtol=0, atol=1e-5)
 
 
-# --- dropout -------------------------------------------------------------------------------------------------
+# --- dropout ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -222,7 +223,7 @@ def test_dropout_stands_before_every_layer(monkeypatch, name, num_layers, traini
         assert calls == [((B, width), 0.3, training) for width in widths]
 
 
-# --- other properties ----------------------------------------------------------------------------------------
+# --- other properties ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -237,7 +238,7 @@ def test_an_example_is_the_same_alone_and_in_a_batch_and_inputs_are_not_modified
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)  # float32, other order of sums
 
 
-# --- the multitask model -------------------------------------------------------------------------------------
+# --- the multitask model ------------------------------------------------------------------------------------
 
 TASK_HEADS = {"sst": "single", "para": "diff", "sts": "cross"}
 SIZES = [("sts", 3, 7), ("sst", 4, 18), ("para", 2, 1), ("sts", 2, 16), ("para", 3, 5)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from optimizer import BLOCK_SIZE, SCHEDULES, AdamW, adamw_update, lr_factor, rectification, set_lr
 
-# --- AdamW -------------------------------------------------------------------------------------------------------
+# --- AdamW --------------------------------------------------------------------------------------------------
 
 
 def random_grads(num_steps: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -33,7 +33,7 @@ def run_steps(make_optimizer, start: torch.Tensor, grads: torch.Tensor) -> torch
 
 
 def textbook_adamw(start, grads, lr, betas, eps, weight_decay, correct_bias):
-    """Kingma and Ba's algorithm in the order of their section 2, then Loshchilov and Hutter's decay, in numpy."""
+    """Kingma and Ba's algorithm as in their section 2, then Loshchilov and Hutter's decay, in numpy."""
     param, m, v, path = start.numpy(), 0.0, 0.0, []
     for step, grad in enumerate(grads.numpy(), start=1):
         m = betas[0] * m + (1 - betas[0]) * grad
@@ -64,10 +64,11 @@ def test_adamw_reproduces_the_reference_numbers_of_the_course():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.95, 0.0)])
 def test_adamw_equals_torch_over_ten_steps(betas, weight_decay):
-    """The definitions coincide when eps is negligible; the decay comes after the update here, before it there.
+    """The definitions coincide when eps is negligible; the decay comes after the update here, before it
+    there.
 
-    With d = 1 - lr * weight_decay that is a shift by one decay: given the same gradients, if torch starts from
-    p / d, torch stays at our parameter / d. Both in float64, so 1e-11 leaves room for rounding only.
+    With d = 1 - lr * weight_decay that is a shift by one decay: given the same gradients, if torch starts
+    from p / d, torch stays at our parameter / d. Both in float64, so 1e-11 leaves room for rounding only.
     """
     options = {"lr": 0.01, "betas": betas, "eps": 1e-30, "weight_decay": weight_decay}
     start, grads = torch.linspace(-2, 2, 13, dtype=torch.float64), random_grads(10, 13)
@@ -92,7 +93,7 @@ def test_adamw_equals_the_textbook_loop(betas, eps, weight_decay, correct_bias):
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.9), (0.0, 0.99)])
 def test_rectified_adamw_equals_torch_radam(betas):
-    """Both add eps before the bias correction, and both wait until rho exceeds 5: with beta2 0.999, five steps."""
+    """Both add eps before the bias correction, and wait until rho exceeds 5: with beta2 0.999, five steps."""
     options = {"lr": 0.02, "betas": betas, "eps": 0.05}  # a large eps shows where it is added
     start, grads = torch.linspace(-2, 2, 13, dtype=torch.float64), random_grads(20, 13)
     ours = run_steps(lambda params: AdamW(params, rectify=True, **options), start, grads)
@@ -109,7 +110,7 @@ def test_rectification_waits_five_steps_then_grows_towards_one():
 
 
 def test_rectified_first_steps_are_plain_momentum():
-    """By hand, gradient 1 each step: the corrected mean is 1, so each step is lr, whatever the second moment."""
+    """By hand, gradient 1 each step: the corrected mean is 1, so each step is lr."""
     path = run_steps(lambda params: AdamW(params, lr=0.5, rectify=True), torch.zeros(1), torch.ones(5, 1))
     torch.testing.assert_close(path.flatten(), torch.tensor([-0.5, -1.0, -1.5, -2.0, -2.5]))
     path = run_steps(
@@ -119,7 +120,7 @@ def test_rectified_first_steps_are_plain_momentum():
 
 
 def test_large_tensor_is_updated_like_its_pieces_bit_for_bit():
-    """More than two blocks and an odd size, so that the last block is short; each element's update is its own."""
+    """More than two blocks, the last one short; each element's update is its own."""
     size = 2 * BLOCK_SIZE + 13
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(size, generator=generator)
@@ -151,7 +152,8 @@ def test_non_contiguous_parameters_and_gradients(which):
         strided.grad = grad.T.contiguous().T if which != "param" else grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    # Same operations on each element; other loops may fuse a multiplication differently, so one float32 rounding.
+    # Same operations on each element; other loops may fuse a multiplication differently, so one float32
+    # rounding.
     torch.testing.assert_close(strided.detach(), plain.detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -249,7 +251,7 @@ def test_works_on_any_module_and_returns_the_closure_loss():
 
 @pytest.mark.parametrize("keep", [1.0, 0.75])
 def test_adamw_update_by_hand(keep):
-    """From moments 4 and 16, gradient 2, betas 1/2 and 3/4: moments 3 and 13; the step is 0.1 * 3 / (sqrt 13 + 1)."""
+    """From moments 4, 16, gradient 2, betas 1/2, 3/4: moments 3, 13; the step is 0.1 * 3 / (sqrt 13 + 1)."""
     param, grad, exp_avg, exp_avg_sq = torch.tensor([[5.0], [2.0], [4.0], [16.0]])
     hyperparameters = torch.tensor([0.5, 0.75, 0.1, 1.0, keep], dtype=torch.float64)
     adamw_update(param, grad, exp_avg, exp_avg_sq, hyperparameters)
@@ -283,8 +285,9 @@ def test_another_update_sees_the_hyperparameters_of_the_step(rectify):
 
 # --- schedules ----------------------------------------------------------------------------------------------
 
-# The factor at each of ten updates, total_steps 10, worked with a pocket calculator to six digits: without warm-up
-# (progress n / 10), and the last six after a warm-up of 4 (progress n / 6), whose own factors are 1/5 to 4/5.
+# The factor at each of ten updates, total_steps 10, worked with a pocket calculator to six digits: without
+# warm-up (progress n / 10), and the last six after a warm-up of 4 (progress n / 6), whose own factors are 1/5
+# to 4/5.
 HAND_FACTORS = {
     "constant": ([1.0] * 10, [1.0] * 6),
     "linear": (

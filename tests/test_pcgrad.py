@@ -36,7 +36,7 @@ def random_grads(num_tasks: int, num_params: int, seed: int) -> torch.Tensor:
 
 
 def draw_orders(num_tasks: int, seed: int) -> list[list[int]]:
-    """The orders that a generator with this seed gives: one permutation per task, the task itself struck out."""
+    """The orders that a generator with this seed gives: one per task, the task itself struck out."""
     generator = seeded(seed)
     orders = [torch.randperm(num_tasks, generator=generator).tolist() for _ in range(num_tasks)]
     return [[j for j in order if j != i] for i, order in enumerate(orders)]
@@ -72,7 +72,7 @@ def textbook_gradvac(grads: torch.Tensor, orders: list[list[int]], targets: torc
     return total
 
 
-# --- inner products ----------------------------------------------------------------------------------------------
+# --- inner products -----------------------------------------------------------------------------------------
 
 
 # Around the borders of blocks and chunks, and sizes that none of them divides.
@@ -88,8 +88,8 @@ def test_gram_matrix_equals_the_product_in_float64(num_tasks, num_params, dtype)
     gram = gram_matrix(grads)
     exact = grads.double() @ grads.double().T
     assert gram.shape == (num_tasks, num_tasks) and gram.dtype == torch.float32
-    # Relative to the lengths: float32 has 1.2e-7, and sums over a block add a little to it. Rounding bfloat16's
-    # products even once to bfloat16 would be off by 4e-3.
+    # Relative to the lengths: float32 has 1.2e-7, and sums over a block add a little to it. Rounding
+    # bfloat16's products even once to bfloat16 would be off by 4e-3.
     scale = float(exact.diagonal().max()) if num_params else 1.0
     torch.testing.assert_close(gram.double(), exact, rtol=0, atol=1e-5 * scale)
 
@@ -184,7 +184,7 @@ def test_update_cosine_ema_by_hand():
     torch.testing.assert_close(update_cosine_ema(ema, absent), expected)
 
 
-# --- PCGrad ------------------------------------------------------------------------------------------------------
+# --- PCGrad -------------------------------------------------------------------------------------------------
 
 
 def test_pcgrad_on_hand_worked_conflict():
@@ -224,7 +224,7 @@ def test_pcgrad_from_float32_gradients():
 
 
 def test_order_is_redrawn_for_each_task():
-    """Three tasks in conflict: 2 orders for each, so 2 ** 3 results; one order for all would give at most 6."""
+    """Three tasks in conflict have 2 orders each, so 2 ** 3 results; one order for all gives at most 6."""
     grads = torch.tensor([[1.0, 0.0, 0.2], [-0.7, 0.9, 0.1], [-0.5, -0.8, 0.3]], dtype=torch.float64)
     gram = grads @ grads.T
     assert gram[0, 1] < 0 and gram[0, 2] < 0 and gram[1, 2] < 0
@@ -246,10 +246,10 @@ def rounded(vector: torch.Tensor) -> tuple[float, ...]:
 def test_a_task_never_projects_onto_itself():
     """Here task 0, projected onto both others, has come to point away from its own original gradient.
 
-    g0 = (1, 0); g1 = (-1, 0.2) and g2 = (-1, -0.2) do not conflict with each other. Each projection of g0 turns
-    it along the other's normal: first (0.04, 0.2) / 1.04, whose product with g2 is -0.08 / 1.04, then
-    (-0.0384, 0.192) / 1.04 ** 2 (or its mirror image). An implementation that walks over the task itself and meets
-    it last would take that negative first part out again.
+    g0 = (1, 0); g1 = (-1, 0.2) and g2 = (-1, -0.2) do not conflict with each other. Each projection of g0
+    turns it along the other's normal: first (0.04, 0.2) / 1.04, whose product with g2 is -0.08 / 1.04, then
+    (-0.0384, 0.192) / 1.04 ** 2 (or its mirror image). An implementation that walks over the task itself and
+    meets it last would take that negative first part out again.
     """
     grads = torch.tensor([[1.0, 0.0], [-1.0, 0.2], [-1.0, -0.2]], dtype=torch.float64)
     first = -0.0384 / 1.04**2
@@ -294,7 +294,7 @@ def test_pcgrad_with_gradients_of_very_different_length():
     torch.testing.assert_close(weights, torch.tensor([1 + 22 / 18e6, 1 + 22e6 / 38]), rtol=1e-5, atol=0)
 
 
-# --- GradVac -----------------------------------------------------------------------------------------------------
+# --- GradVac ------------------------------------------------------------------------------------------------
 
 
 def random_targets(num_tasks: int, seed: int) -> torch.Tensor:
@@ -325,7 +325,7 @@ def test_gradvac_without_a_running_mean_is_pcgrad(num_tasks):
 
 @pytest.mark.parametrize("target", [-0.6, 0.0, 0.3, 0.9])
 def test_gradvac_lifts_the_cosine_exactly_to_the_target(target):
-    """The other task's target is out of reach below, so it keeps its gradient: combined minus it is the lifted one."""
+    """The other task's target is below reach, so it keeps its gradient; the rest is the lifted one."""
     grads = CONFLICT.double()
     assert cosine_matrix(grads @ grads.T)[0, 1] < -0.8  # below every target here
     targets = torch.tensor([[1.0, target], [-0.98, 1.0]], dtype=torch.float64)
@@ -348,7 +348,7 @@ def test_gradvac_target_of_one_stays_finite():
     assert weights.isfinite().all() and torch.equal(weights, capped)
 
 
-# --- properties of every method ----------------------------------------------------------------------------------
+# --- properties of every method -----------------------------------------------------------------------------
 
 # By hand on CONFLICT: the combined gradient. GradVac without a running mean is PCGrad.
 HAND_COMBINED = {

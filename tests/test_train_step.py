@@ -1,7 +1,8 @@
-"""`train_step` of multitask_classifier.py against one written as the papers describe it, and its own promises.
+"""`train_step` of multitask_classifier.py against one written as the papers describe it, and its own
+promises.
 
-The textbook step knows neither flat memory nor packed passes nor inner products: a loss and a backward pass per batch,
-and lists of tensors. Shapes: K tasks, P parameters of the encoder.
+The textbook step knows neither flat memory nor packed passes nor inner products: a loss and a backward pass
+per batch, and lists of tensors. Shapes: K tasks, P parameters of the encoder.
 """
 
 import math
@@ -25,7 +26,7 @@ def copy_weights(model):
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
-# --- against the textbook ------------------------------------------------------------------------------------
+# --- against the textbook -----------------------------------------------------------------------------------
 
 
 def textbook_grads(model, task_batches, task_weights):
@@ -46,8 +47,9 @@ def textbook_grads(model, task_batches, task_weights):
     return losses, task_grads, head_grads
 
 
-def textbook_step(model, task_batches, moments, *, step, seed, options, eps, lr=0.01, weight_decay=0.01):
-    """One update. Returns losses, task gradients (K, P) of tasks with a batch, and the length before clipping."""
+def textbook_step(model, task_batches, moments, *, step, seed, options, eps):
+    """One update; gives losses, task gradients (K, P) of tasks with a batch, the length before clipping."""
+    lr, weight_decay = 0.01, 0.01  # those of `make_training`
     losses, task_grads, grads = textbook_grads(model, task_batches, options.get("task_weights", {}))
     present = [task for task in model.tasks if task in losses]
     rows = torch.stack([task_grads[task] for task in present])
@@ -184,7 +186,7 @@ def test_step_in_bfloat16_is_near_that_in_float32(accumulate):
     assert (low_grad - grad).norm() / grad.norm() < 0.03
 
 
-# --- what an update changes ----------------------------------------------------------------------------------
+# --- what an update changes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -246,13 +248,14 @@ def test_surgery_on_chosen_tasks_changes_their_gradients_only():
     assert (cosines < 0).any()  # or else there is nothing to see
     assert torch.equal(weights(DEFAULT_TASKS)[0], everything)
     assert torch.equal(weights(())[0], torch.ones(3))
-    # What each task's adjustment adds to the weights adds up: they are adjusted independently, in the same orders.
+    # What each task's adjustment adds to the weights adds up: they are adjusted independently, in the same
+    # orders.
     alone = torch.stack([weights((task,))[0] - 1 for task in DEFAULT_TASKS])
     torch.testing.assert_close(1 + alone.sum(0), everything)
     assert not alone.diagonal().any()  # its own gradient stays whole; others are taken away from it
 
 
-# --- one pass, and its randomness ----------------------------------------------------------------------------
+# --- one pass, and its randomness ---------------------------------------------------------------------------
 
 
 def test_all_task_batches_go_through_the_encoder_together(monkeypatch):

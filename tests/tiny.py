@@ -70,7 +70,7 @@ def make_data(folder: Path, start: int = 0) -> Path:
     return folder
 
 
-# --- models, batches and steps -------------------------------------------------------------------------------
+# --- models, batches and steps ------------------------------------------------------------------------------
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,4 +1,5 @@
-"""cpu.py: attention against the formula under automatic differentiation, dropout against what its name promises.
+"""cpu.py: attention against the formula under automatic differentiation, dropout against what its name
+promises.
 
 Shapes: B sentences, T padded length, M tokens, N heads, D their width.
 """
@@ -12,7 +13,7 @@ from bert import MIN_WIDTH
 from kernels.cpu import CpuAttention, dropout, keep_mask
 from kernels.packing import Packing, Padding
 
-# --- attention -----------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
 N, D = 3, 5
 
@@ -102,7 +103,7 @@ def test_attention_in_other_types(dtype, tolerance):
     assert (qkv.grad.float() - exact.grad).norm() / exact.grad.norm() < tolerance
 
 
-# --- dropout -------------------------------------------------------------------------------------------------
+# --- dropout ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -1,4 +1,4 @@
-"""flat_memory.py: layouts worked by hand, task gradients against autograd, whole steps against plain training.
+"""flat_memory.py: views, task gradients against autograd, whole steps against plain training.
 
 Shapes: K tasks, P shared parameters, D of them in weights of linear layers, V words, H their width.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bert import BertModel
-from kernels.flat_memory import MATRIX, WORDS, FlatMemory, ParamRow, layer_group_name, make_layout
+from kernels.flat_memory import FlatMemory
 from kernels.fused import PLAIN, Kernels
 from kernels.packing import Packing
 from kernels.task_grads import embedding, layer_norm, linear
@@ -19,114 +19,7 @@ from tests.tiny import make_config, shared_grads
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # sums of the same numbers in another order
 
-# --- the layout, by hand -------------------------------------------------------------------------------------
-
-ENCODER_ROWS = [  # not in the order of the buffer
-    ParamRow("encoder.layer.0.dense.weight", (2, 3), True, MATRIX),
-    ParamRow("encoder.layer.0.dense.bias", (2,), False),
-    ParamRow("embeddings.position.weight", (4, 3), True),
-    ParamRow("embeddings.word.weight", (5, 3), True, WORDS),
-    ParamRow("embeddings.norm.weight", (3,), False),
-    ParamRow("encoder.layer.1.dense.weight", (4, 2), True, MATRIX),
-    ParamRow("encoder.layer.1.dense.bias", (4,), False),
-]
-HEAD_ROWS = {
-    "first": [ParamRow("bias", (2,), False), ParamRow("weight", (2, 3), True)],
-    "second": [ParamRow("weight", (1, 3), True)],
-}
-
-
-def test_layout_by_hand():
-    """15 words, 12 of a table, 6 + 8 of matrices, then 2 + 3 + 4 that do not decay; the heads have 6 + 2 and 3."""
-    layout = make_layout(ENCODER_ROWS, HEAD_ROWS)
-    assert list(layout.places.items()) == [
-        (("shared", "embeddings.word.weight"), slice(0, 15)),
-        (("shared", "embeddings.position.weight"), slice(15, 27)),
-        (("shared", "encoder.layer.0.dense.weight"), slice(27, 33)),
-        (("shared", "encoder.layer.1.dense.weight"), slice(33, 41)),
-        (("shared", "encoder.layer.0.dense.bias"), slice(41, 43)),
-        (("shared", "embeddings.norm.weight"), slice(43, 46)),
-        (("shared", "encoder.layer.1.dense.bias"), slice(46, 50)),
-        (("first", "weight"), slice(50, 56)),
-        (("first", "bias"), slice(56, 58)),
-        (("second", "weight"), slice(58, 61)),
-    ]
-    assert layout.blocks == {
-        ("shared", True): slice(0, 41),
-        ("shared", False): slice(41, 50),
-        ("first", True): slice(50, 56),
-        ("first", False): slice(56, 58),
-        ("second", True): slice(58, 61),
-        ("second", False): slice(61, 61),
-    }
-    assert (layout.num_shared, layout.num_matrix, layout.size) == (50, 14, 61)
-    assert layout.words == slice(0, 15) and layout.matrices == slice(27, 41)
-    assert layout.sections == [slice(0, 15), slice(15, 27), slice(27, 41), slice(41, 50)]
-    # Neighbours of a group are one range, but not across a section's border: words and table stay apart.
-    assert layout.layer_groups == {
-        "embeddings": [slice(0, 15), slice(15, 27), slice(43, 46)],
-        "layer.0": [slice(27, 33), slice(41, 43)],
-        "layer.1": [slice(33, 41), slice(46, 50)],
-    }
-
-
-def test_columns_of_the_task_gradients_by_hand():
-    layout = make_layout(ENCODER_ROWS, HEAD_ROWS)
-    found = {
-        where: (layout.is_matrix(slice(*where)), layout.columns(slice(*where)))
-        for where in ((0, 15), (15, 27), (27, 33), (33, 41), (41, 43), (46, 50))
-    }
-    assert found == {
-        (0, 15): (False, slice(0, 15)),
-        (15, 27): (False, slice(15, 27)),
-        (27, 33): (True, slice(0, 6)),
-        (33, 41): (True, slice(6, 14)),
-        (41, 43): (False, slice(27, 29)),  # 14 columns stand in the other matrix
-        (46, 50): (False, slice(32, 36)),
-    }
-
-
-@pytest.mark.parametrize("missing", ["word", "position", "weight", "bias", "everything"])
-def test_layout_without_a_kind(missing):
-    """What is frozen leaves no gap: the sections that remain cover the shared part."""
-    rows = [row for row in ENCODER_ROWS if missing != "everything" and missing not in row.name.split(".")]
-    layout = make_layout(rows, HEAD_ROWS)
-    edges = [0] + [section.stop for section in layout.sections]
-    assert edges[:-1] == [section.start for section in layout.sections]
-    assert edges[-1] == layout.num_shared == layout.size - 11
-    ranges = sorted((where.start, where.stop) for group in layout.layer_groups.values() for where in group)
-    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges)][: len(ranges)]
-
-
-def test_layer_group_names():
-    names = {
-        "embeddings.word_embeddings.weight": "embeddings",
-        "embeddings.LayerNorm.bias": "embeddings",
-        "encoder.layer.0.attention.self.query.weight": "layer.0",
-        "encoder.layer.10.output.dense.bias": "layer.10",
-        "pooler.dense.weight": "pooler",
-    }
-    assert {name: layer_group_name(name) for name in names} == names
-
-
-def test_layout_of_an_encoder():
-    """Query, key and value lie end to end, and what is no matrix of a linear layer is no MATRIX."""
-    config = make_config(13, hidden_size=6, num_attention_heads=2, intermediate_size=5)
-    bert = BertModel(config)
-    memory = FlatMemory(bert, {"a": nn.Linear(6, 1)})
-    layout = memory.layout
-    assert list(layout.layer_groups) == ["embeddings", "layer.0", "layer.1", "pooler"]
-    assert layout.num_matrix == 2 * (4 * 36 + 2 * 30) + 36 and layout.words == slice(0, 13 * 6)
-    attention = bert.encoder.layer[1].attention.self
-    for kind in ("weight", "bias"):
-        places = [
-            memory.ranges[id(getattr(each, kind))]
-            for each in (attention.query, attention.key, attention.value)
-        ]
-        assert places[0].stop == places[1].start and places[1].stop == places[2].start
-
-
-# --- a tiny model --------------------------------------------------------------------------------------------
+# --- a tiny model -------------------------------------------------------------------------------------------
 
 HEAD_OUTPUTS = {"first": 3, "second": 1}
 V, H = 11, 6
@@ -222,7 +115,24 @@ def fill_with_random(memory: FlatMemory, seed: int) -> torch.Tensor:
     return shared_grads(memory)
 
 
-# --- views ---------------------------------------------------------------------------------------------------
+# --- views --------------------------------------------------------------------------------------------------
+
+
+def test_layout_of_an_encoder():
+    """Query, key and value lie end to end, and what is no matrix of a linear layer is no MATRIX."""
+    config = make_config(13, hidden_size=6, num_attention_heads=2, intermediate_size=5)
+    bert = BertModel(config)
+    memory = FlatMemory(bert, {"a": nn.Linear(6, 1)})
+    layout = memory.layout
+    assert list(layout.layer_groups) == ["embeddings", "layer.0", "layer.1", "pooler"]
+    assert layout.num_matrix == 2 * (4 * 36 + 2 * 30) + 36 and layout.words == slice(0, 13 * 6)
+    attention = bert.encoder.layer[1].attention.self
+    for kind in ("weight", "bias"):
+        places = [
+            memory.ranges[id(getattr(each, kind))]
+            for each in (attention.query, attention.key, attention.value)
+        ]
+        assert places[0].stop == places[1].start and places[1].stop == places[2].start
 
 
 def test_parameters_become_views_with_their_values():
@@ -279,7 +189,7 @@ def test_a_model_that_has_left_the_memory_is_refused():
         memory.start_step()
 
 
-# --- gradients of a step -------------------------------------------------------------------------------------
+# --- gradients of a step ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
@@ -362,7 +272,7 @@ def test_absent_task_has_a_zero_row_and_leaves_others_alone():
     assert not memory.group_grams()[:, 0].any() and not memory.group_grams()[:, :, 0].any()
 
 
-# --- inner products and the combined gradient ----------------------------------------------------------------
+# --- inner products and the combined gradient ---------------------------------------------------------------
 
 
 def test_group_grams_are_those_of_their_parameters():
@@ -412,7 +322,7 @@ def test_kernels_are_used():
     assert calls == ["gram_matrix"] * (ranges - 1) + ["weighted_sum"] * (len(memory.layout.sections) - 1)
 
 
-# --- steps ---------------------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------------------
 
 
 def test_whole_step_equals_plain_training_with_summed_losses():
@@ -432,7 +342,8 @@ def test_whole_step_equals_plain_training_with_summed_losses():
         sum(plain_loss(plain, task, step) for task in HEAD_OUTPUTS).backward()
         reference.step()
     for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        # The sum of the two tasks is rounded in another order, and Adam divides small gradients by themselves.
+        # The sum of the two tasks is rounded in another order, and Adam divides small gradients by
+        # themselves.
         torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -474,7 +385,7 @@ def test_param_groups_carry_learning_rates_and_decay_matrices_only():
         assert p.unique().item() == pytest.approx(kept if is_matrix else 1.0, rel=1e-6), name  # float32
 
 
-# --- what is frozen, and what is refused ---------------------------------------------------------------------
+# --- what is frozen, and what is refused --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", ["words", "positions", "norm", "linear"])

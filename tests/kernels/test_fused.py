@@ -62,7 +62,7 @@ def check_kernels(kernels: Kernels, num_columns: int, dtype: torch.dtype, num_ta
         assert changed == [True, False, True, True]  # all but the gradient
 
 
-# --- the functions as they are -------------------------------------------------------------------------------
+# --- the functions as they are ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,7 +81,7 @@ def test_functions_by_hand():
     assert out.tolist() == [-14.0, -1.5, -1.5]
 
 
-# --- compiling -----------------------------------------------------------------------------------------------
+# --- compiling ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_failing_compiler_falls_back_with_one_warning(monkeypatch, capsys, error
     assert len(lines) == len(attempts) == 3 and all(f"({reason})" in line for line in lines)
 
 
-# --- whether to compile --------------------------------------------------------------------------------------
+# --- whether to compile -------------------------------------------------------------------------------------
 
 
 def make_program(folder, name: str) -> str:

@@ -1,4 +1,4 @@
-"""packing.py: batches laid end to end and brought back, worked by hand; wide and filled-up paddings against plain ones."""
+"""packing.py: batches laid end to end and brought back, worked by hand; wide and filled-up paddings."""
 
 import math
 

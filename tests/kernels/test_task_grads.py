@@ -19,7 +19,7 @@ from kernels.packing import Packing
 from kernels.task_grads import GradTarget, embedding, layer_norm, linear
 from tests.tiny import make_config, randomise
 
-# --- targets ---------------------------------------------------------------------------------------------------
+# --- targets ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,7 +38,7 @@ def test_target_is_overwritten_first_and_added_to_later(dtype):
     assert torch.equal(grads[0], torch.ones(2, 3, dtype=dtype)) and target.is_empty == [False, False]
 
 
-# --- single layers -------------------------------------------------------------------------------------------
+# --- single layers ------------------------------------------------------------------------------------------
 
 SIZES, TASKS = [5, 3, 7, 2], [2, 0, 2, 2]  # three tasks, the second without a batch
 NUM_TOKENS = sum(SIZES)
@@ -68,7 +68,7 @@ def random_input(
 
 
 def test_fused_layers_equal_separate_ones():
-    """Query, key and value in one product: values, gradient of the input, and each task's of every parameter."""
+    """Query, key and value in one product: values, the input's gradient, each task's of every parameter."""
     torch.manual_seed(0)
     layers = [nn.Linear(6, width) for width in (6, 6, 5)]
     weight = make_target(*(layer.weight for layer in layers))
@@ -109,7 +109,7 @@ def test_tasks_change_nothing_without_gradients_or_trainable_parameters(frozen):
 
 
 def test_linear_reads_the_copy_of_its_weights():
-    """The target says what is computed with, and in which type; gradients leave in the type of their place."""
+    """The target says what is computed with, in which type; gradients leave in the type of their place."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 5)
     weight, bias = make_target(layer.weight, dtype=torch.bfloat16), make_target(layer.bias)
@@ -210,7 +210,7 @@ def test_embedding_adds_to_the_rows_of_its_words(with_tasks):
     assert target.grads[1].isnan().all()
 
 
-# --- a whole encoder -----------------------------------------------------------------------------------------
+# --- a whole encoder ----------------------------------------------------------------------------------------
 
 
 # The batches of each pass of a step: task, number of sentences, positions.
@@ -304,7 +304,7 @@ def make_memory(bert: BertModel, **options) -> FlatMemory:
 
 
 def compare(bert, found, expected, passes, tolerance):
-    """Norm-wise per parameter and task: the error relative to the parameter's largest gradient over the tasks."""
+    """By parameter and task: the error relative to the parameter's largest gradient over the tasks."""
     present = {task for batches in passes for task, *_ in batches}
     assert found.keys() == expected.keys() == {n for n, p in bert.named_parameters() if p.requires_grad}
     for name, grads in found.items():
