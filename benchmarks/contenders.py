@@ -1,10 +1,10 @@
-"""The competitors of benchmark.py: our code and its peers, on the same model and the same examples.
+"""The competitors of benchmarks.speed: our code and its peers, on the same model and the same examples.
 
 The tables at the end say how each is built; to add one, add a row. PCGrad: https://arxiv.org/abs/2001.06782.
-Peers: Hugging Face `transformers`, and TorchJD, https://arxiv.org/abs/2406.16232 (requirements-bench.txt).
+Peers: Hugging Face `transformers`, and TorchJD, https://arxiv.org/abs/2406.16232 (requirements/bench.txt).
 
-Shapes: B examples, R sequences in a batch (R = 2 * B for pairs), T padded length, H hidden_size, K tasks, P shared
-parameters.
+Shapes: B examples, R sequences in a batch (R = 2 * B for pairs), T padded length, H hidden_size, K tasks, P
+shared parameters.
 """
 
 import importlib
@@ -53,7 +53,7 @@ CATEGORIES = {  # of a profile: what the names of its operations start with; the
 }
 
 
-# --- what is trained on ------------------------------------------------------------------------------------------
+# --- what is trained on -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ def make_pool(
     Raises:
         UserError: if a task has too few examples.
     """
-    size, parts, bucketed, shuffled = batch_size * num_batches, {}, {}, {}
+    size, chosen, bucketed, shuffled = batch_size * num_batches, {}, {}, {}
     for task in tasks:
         if len(data[task]) < size:
             raise UserError(
-                f"--num_batches {num_batches}: {task} has {len(data[task])} examples, too few for as many batches of"
-                f" --batch_size {batch_size}"
+                f"--num_batches {num_batches}: {task} has {len(data[task])} examples, too few for as many"
+                f" batches of --batch_size {batch_size}"
             )
-        part = parts[task] = data[task].sample(size, seed)
-        order = BatchOrder(part.lengths, batch_size, seed, task)
+        chosen[task] = data[task].sample(size, seed)
+        order = BatchOrder(chosen[task].lengths, batch_size, seed, task)
         bucketed[task] = [order[i] for i in range(num_batches)]
         rng = np.random.default_rng([seed, seed_of(task)])
         shuffled[task] = np.split(rng.permutation(size), num_batches)
@@ -129,7 +129,7 @@ def make_pool(
         name: [{task: batches[task][i] for task in tasks} for i in range(num_batches)]
         for name, batches in (("bucketed", bucketed), ("random", shuffled))
     }
-    return Pool(tasks, parts, orders, pad_token_id)
+    return Pool(tasks, chosen, orders, pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ class Setting:
     seed: int
 
 
-# --- contenders --------------------------------------------------------------------------------------------------
+# --- contenders ---------------------------------------------------------------------------------------------
 
 
 def import_peer(package: str):
     """Import a package that would take our `datasets.py` and `tokenizer.py` for packages it knows."""
-    here, path = ROOT, sys.path[:]
-    sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != here]
+    path = sys.path[:]
+    sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != ROOT]
     try:
         return importlib.import_module(package)
     finally:
@@ -167,7 +167,7 @@ def memory_mib(key: str) -> float:
 
 
 class Contender:
-    """Something that does numbered steps; what it `needs` is imported before its memory is first looked at."""
+    """Something that does numbered steps; what it `needs` is imported before its memory is measured."""
 
     needs: tuple[str, ...] = ()
 
@@ -261,7 +261,7 @@ class StepContender(Contender):
         }
 
     def profile(self, num_steps: int) -> dict[str, float]:
-        """Seconds a step in each of CATEGORIES, in the optimizer, in other operations, and outside of operations."""
+        """Seconds a step in each of CATEGORIES, in the optimizer, elsewhere in torch, and outside it."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             started = time.perf_counter()
             for i in range(num_steps):
@@ -275,7 +275,7 @@ class StepContender(Contender):
 
 
 def event_category(event) -> str:
-    """Where a profiled operation belongs: what runs within the optimizer's step is its own, the rest goes by name."""
+    """The category of a profiled operation: the optimizer's if it runs within its step, else by its name."""
     outer = event
     while outer is not None:
         if outer.name.startswith("Optimizer.step"):
@@ -289,7 +289,7 @@ def event_category(event) -> str:
 
 
 class Ours(StepContender):
-    """Our training step, as multitask_classifier.py runs it; what touches its interface is here and in OneRow."""
+    """Our training step, as multitask_classifier.py runs it; only it and OneRow know its interface."""
 
     def prepare(self, grad_method: str = "sum", compiled: bool = True):
         keep_freed_memory()
@@ -338,7 +338,7 @@ class OneRow(Ours):
 
 
 class HuggingFace(StepContender):
-    """Hugging Face's encoder under our heads, torch's fused AdamW, one backward pass from the sum of the losses."""
+    """Hugging Face's encoder under our heads, torch's fused AdamW, one backward pass for all losses."""
 
     needs = ("transformers",)
 
@@ -372,7 +372,7 @@ def use_hugging_face(model: MultitaskBERT, pretrained: str) -> MultitaskBERT:
 
 
 def textbook_pcgrad(task_grads: list[torch.Tensor], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Algorithm 1 of the PCGrad paper as written, on the gradient vectors themselves, K times (P,) -> (P,)."""
+    """Algorithm 1 of the PCGrad paper as written, on the gradient vectors: K times (P,) -> (P,)."""
     projected = [grad.clone() for grad in task_grads]
     for i, grad in enumerate(projected):
         for j in torch.randperm(len(task_grads), generator=generator).tolist():
@@ -392,7 +392,7 @@ def torchjd_pcgrad(task_grads: list[torch.Tensor]) -> torch.Tensor:
 class TextbookPCGrad(HuggingFace):
     """One backward pass for each task, concatenated gradient vectors, projections, and back into `.grad`.
 
-    Leaner than the usual public code, which also projects the heads' gradients and keeps all graphs until the end.
+    Leaner than the usual public code, which also projects the heads' gradients and keeps all graphs.
     """
 
     combine = staticmethod(textbook_pcgrad)
@@ -405,15 +405,18 @@ class TextbookPCGrad(HuggingFace):
             self.forward(task, batch)[1].backward()  # a head's own gradient stays where it is
             task_grads.append(torch.cat([param.grad.flatten() for param in self.shared]))
         combined = self.combine(task_grads)
-        parts = combined.split([param.numel() for param in self.shared])
-        for param, part in zip(self.shared, parts, strict=True):
-            param.grad = part.view_as(param)
+        pieces = combined.split([param.numel() for param in self.shared])
+        for param, piece in zip(self.shared, pieces, strict=True):
+            param.grad = piece.view_as(param)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 class TorchJDVectors(TextbookPCGrad):
-    """The same with TorchJD's aggregator. Not its documented way, but faster here: no task's graph sees another's zeros."""
+    """The textbook's way with TorchJD's aggregator.
+
+    Its documentation does not do so, but it is faster here: no task's graph sees another's zeros.
+    """
 
     needs = ("transformers", "torchjd")
     combine = staticmethod(torchjd_pcgrad)
@@ -554,7 +557,7 @@ class HuggingFaceEvaluation(Evaluation):
         return TASK_KINDS[self.pool.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
 
 
-# --- tables: name -> how to build it; in `step` and `evaluate` each row is built once for each precision ----------
+# --- tables: name -> how to build it; in `step` and `evaluate` each row is built once for each precision ----
 
 STEP = {
     "ours sum": partial(Ours, grad_method="sum"),
@@ -601,5 +604,5 @@ def installed(table: dict[str, partial]) -> tuple[dict[str, partial], dict[str, 
     for name, build in table.items():
         missing = [package for package in build.func.needs if importlib.util.find_spec(package) is None]
         if missing:
-            skipped[name] = f"{' and '.join(missing)} not installed (requirements-bench.txt)"
+            skipped[name] = f"{' and '.join(missing)} not installed (requirements/bench.txt)"
     return {name: build for name, build in table.items() if name not in skipped}, skipped

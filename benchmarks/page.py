@@ -1,49 +1,60 @@
-"""The page of benchmark.py: what each section measured, as tables, and whether the targets are met.
+"""The page of benchmarks.speed: what each section measured, as tables, and whether the targets are met.
 
-A round is one pass over the same steps by every contender. Numbers are medians over rounds, with the lower and upper
-quartile in brackets; a ratio is taken within each round, before the median.
+A round is one pass over the same steps by every contender. Numbers are medians over rounds, with the lower
+and upper quartile in brackets; a ratio is taken within each round, before the median.
 """
 
 import shlex
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from reporting.report import Code, Heading, Paragraph, TableBlock, markdown_page, percent
 from support.files import write_text
 
 BY_HAND = "<!-- written by hand below -->"
-INTRODUCTION = (
-    "Written by benchmark.py from speed.json; only what stands below the last line of this part is kept. Contenders"
-    " take turns, each in a process of its own, in an order drawn anew for each step, one at a time. A round is one pass"
-    " over the same steps, after a warm-up in which every contender meets every batch. Numbers are medians over rounds,"
-    " with the quartiles in brackets; ratios are taken within each round."
-)
+INTRODUCTION = """
+Written by `python -m benchmarks.speed` from speed.json; only what follows the last line of this part is kept.
+Contenders take turns, each in a process of its own, in an order drawn anew for each step, one at a time. A
+round is one pass over the same steps, after a warm-up in which every contender meets every batch. Numbers are
+medians over rounds, with the quartiles in brackets; ratios are taken within each round.
+"""
 
 
-def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
+def paragraph(text: str) -> str:
+    """One line of Markdown, however the text was broken into lines here."""
+    return " ".join(text.split())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
+
+
+def spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
     """Median and quartiles."""
     low, middle, high = np.percentile(np.asarray(values) * scale, (25, 50, 75))
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-# --- targets -----------------------------------------------------------------------------------------------------
-# A measure takes {section: what it measured} and returns one value per round; None: not measured.
+# --- targets ------------------------------------------------------------------------------------------------
+
+# Takes {section: what it measured} and returns one value per round; None: not measured.
+Measure = Callable[[dict], list[float] | None]
 
 
 @dataclass(frozen=True)
 class Target:
     text: str
-    measure: Callable[[dict], list[float] | None]
-    goal: float | None  # None: reported only
-    at_most: bool = True
+    measure: Measure
+    goal: str | None = None  # "at most NUMBER" or "at least NUMBER"; None: reported only
     digits: int = 2
 
 
 def fastest(measured: dict, section: str, start: str) -> list[float] | None:
-    """Seconds of the fastest contender whose name starts so; `{precision}` stands for the precision asked for."""
+    """Seconds of the fastest contender whose name starts so; `{precision}` stands for that asked for."""
     if section not in measured:
         return None
     start = start.format(precision=measured[section]["precision"])
@@ -51,7 +62,7 @@ def fastest(measured: dict, section: str, start: str) -> list[float] | None:
     return min(rows, key=np.median) if rows else None
 
 
-def time_ratio(section: str, a: str, b: str) -> Callable[[dict], list[float] | None]:
+def time_ratio(section: str, a: str, b: str) -> Measure:
     """Time of a over time of b, which on the same examples is the throughput of b over that of a."""
 
     def measure(measured):
@@ -61,7 +72,9 @@ def time_ratio(section: str, a: str, b: str) -> Callable[[dict], list[float] | N
     return measure
 
 
-def roofline_share(name: str, limits: str = "limits") -> Callable[[dict], list[float] | None]:
+def roofline_share(name: str, limits: str = "limits") -> Measure:
+    """Percent of the roofline that a contender reaches."""
+
     def measure(measured):
         seconds, found = fastest(measured, "roofline", name), measured.get("roofline")
         if seconds is None:
@@ -75,7 +88,7 @@ def later_starts(measured: dict) -> list[float] | None:
     return measured["start"]["seconds"][1:] if "start" in measured else None
 
 
-def extra_memory(a: str, b: str, in_buffers: bool) -> Callable[[dict], list[float] | None]:
+def extra_memory(a: str, b: str, in_buffers: bool) -> Measure:
     """Peak memory of a less that of b: MiB, or in buffers of P float32."""
 
     def measure(measured):
@@ -89,210 +102,179 @@ def extra_memory(a: str, b: str, in_buffers: bool) -> Callable[[dict], list[floa
 
 
 OURS, SUM, ONE_ROW = "ours pcgrad {precision}", "ours sum {precision}", "ours sum, one row {precision}"
+TEXTBOOK, TORCHJD = "Hugging Face + textbook", "Hugging Face + TorchJD"
+HF_SUM = "Hugging Face sum, random batches"
 TARGETS = [
-    Target("step with pcgrad, over sum", time_ratio("step", OURS, SUM), 1.05, digits=3),
-    Target("step with pcgrad, over sum in one row", time_ratio("step", OURS, ONE_ROW), 1.05, digits=3),
+    Target("step with pcgrad, over sum", time_ratio("step", OURS, SUM), "at most 1.05", 3),
+    Target("step with pcgrad, over sum in one row", time_ratio("step", OURS, ONE_ROW), "at most 1.05", 3),
     Target(
         "throughput of ours pcgrad, over Hugging Face + textbook PCGrad in its faster precision",
-        time_ratio("step", "Hugging Face + textbook", OURS),
-        5.0,
-        at_most=False,
+        *(time_ratio("step", TEXTBOOK, OURS), "at least 5"),
     ),
     Target(
         "throughput of ours pcgrad, over Hugging Face + TorchJD mtl_backward in its faster precision",
-        time_ratio("step", "Hugging Face + TorchJD mtl_backward", OURS),
-        5.0,
-        at_most=False,
+        *(time_ratio("step", f"{TORCHJD} mtl_backward", OURS), "at least 5"),
     ),
     Target(
         "throughput of ours pcgrad, over the fastest use of TorchJD",
-        time_ratio("step", "Hugging Face + TorchJD", OURS),
-        5.0,
-        at_most=False,
+        *(time_ratio("step", TORCHJD, OURS), "at least 5"),
     ),
     Target(
         "throughput of ours sum, over Hugging Face sum in the same precision on random batches",
-        time_ratio("step", "Hugging Face sum, random batches {precision}", SUM),
-        1.8,
-        at_most=False,
+        *(time_ratio("step", f"{HF_SUM} {{precision}}", SUM), "at least 1.8"),
     ),
     Target(
         "the same, Hugging Face with the allocator setting that ours makes",
-        time_ratio("step", "Hugging Face sum, random batches, freed memory kept {precision}", SUM),
-        1.8,
-        at_most=False,
+        *(time_ratio("step", f"{HF_SUM}, freed memory kept {{precision}}", SUM), "at least 1.8"),
     ),
-    Target("bert-base size: step with pcgrad, over sum", time_ratio("base", OURS, SUM), 1.05, digits=3),
+    Target("bert-base size: step with pcgrad, over sum", time_ratio("base", OURS, SUM), "at most 1.05", 3),
     Target(
         "bert-base size: step with pcgrad, over sum in one row",
-        time_ratio("base", OURS, ONE_ROW),
-        1.05,
-        digits=3,
+        *(time_ratio("base", OURS, ONE_ROW), "at most 1.05", 3),
     ),
     Target(
-        "bert-base size: throughput of ours pcgrad, over Hugging Face + textbook PCGrad in the same precision",
-        time_ratio("base", "Hugging Face + textbook", OURS),
-        5.0,
-        at_most=False,
+        "bert-base size: throughput of ours pcgrad,"
+        " over Hugging Face + textbook PCGrad in the same precision",
+        *(time_ratio("base", TEXTBOOK, OURS), "at least 5"),
     ),
-    Target("ours sum, % of the roofline", roofline_share(SUM), 70.0, at_most=False, digits=0),
-    Target("ours pcgrad, % of the roofline", roofline_share(OURS), 70.0, at_most=False, digits=0),
+    Target("ours sum, % of the roofline", roofline_share(SUM), "at least 70", 0),
+    Target("ours pcgrad, % of the roofline", roofline_share(OURS), "at least 70", 0),
     Target(
         "ours pcgrad, % of the roofline with the matrix rate of all layers in turn",
-        roofline_share(OURS, "limits_in_turn"),
-        70.0,
-        at_most=False,
-        digits=0,
+        *(roofline_share(OURS, "limits_in_turn"), "at least 70", 0),
     ),
-    Target("our AdamW, over torch's fused", time_ratio("optimizer", "ours", "torch.optim.AdamW, fused"), 1.0),
+    Target(
+        "our AdamW, over torch's fused",
+        *(time_ratio("optimizer", "ours", "torch.optim.AdamW, fused"), "at most 1"),
+    ),
     Target(
         "evaluation, throughput over Hugging Face's",
-        time_ratio("evaluate", "Hugging Face", "ours"),
-        4.0,
-        at_most=False,
+        *(time_ratio("evaluate", "Hugging Face", "ours"), "at least 4"),
     ),
-    Target("seconds from start to the first step, not the first time", later_starts, 5.0, digits=1),
-    Target("peak memory, pcgrad less sum, MiB", extra_memory(OURS, SUM, False), None, digits=1),
-    Target("the same in gradient buffers (P float32)", extra_memory(OURS, SUM, True), None),
-    Target(
-        "peak memory, pcgrad less sum in one row, MiB", extra_memory(OURS, ONE_ROW, False), None, digits=1
-    ),
-    Target("the same in gradient buffers (P float32)", extra_memory(OURS, ONE_ROW, True), None),
+    Target("seconds from start to the first step, not the first time", later_starts, "at most 5", 1),
+    Target("peak memory, pcgrad less sum, MiB", extra_memory(OURS, SUM, False), digits=1),
+    Target("the same in gradient buffers (P float32)", extra_memory(OURS, SUM, True)),
+    Target("peak memory, pcgrad less sum in one row, MiB", extra_memory(OURS, ONE_ROW, False), digits=1),
+    Target("the same in gradient buffers (P float32)", extra_memory(OURS, ONE_ROW, True)),
 ]
 
 
 def target_row(target: Target, measured: dict) -> list[str]:
-    values = target.measure(measured)
-    goal = "-" if target.goal is None else f"{'at most' if target.at_most else 'at least'} {target.goal:g}"
+    values, verdict = target.measure(measured), "-"
     if values is None:
-        return [target.text, "not measured", goal, "-"]
-    value = float(np.median(values))
-    if target.goal is None:
-        verdict = "-"
-    else:
-        verdict = "met" if (value <= target.goal if target.at_most else value >= target.goal) else "missed"
-    return [target.text, spread(values, target.digits), goal, verdict]
+        return [target.text, "not measured", target.goal or "-", "-"]
+    if target.goal:
+        kind, _, limit = target.goal.rpartition(" ")
+        value = float(np.median(values))
+        is_met = value <= float(limit) if kind == "at most" else value >= float(limit)
+        verdict = "met" if is_met else "missed"
+    return [target.text, spread(values, target.digits), target.goal or "-", verdict]
 
 
-# --- sections: what was measured -> blocks -----------------------------------------------------------------------
+# --- sections: what was measured -> blocks of Markdown ------------------------------------------------------
 
 
-def skipped_blocks(found: dict) -> list:
-    return [Paragraph(f"Not measured: {name}: {reason}.") for name, reason in found["skipped"].items()]
+def skipped_blocks(found: dict) -> list[str]:
+    return [f"Not measured: {name}: {reason}." for name, reason in found["skipped"].items()]
 
 
-def show_step(found: dict) -> list:
+def show_step(found: dict) -> list[str]:
     tokens, num_steps, buffer = found["tokens"], found["num_steps"], found["sizes"]["shared"] * 4 / 2**20
     rows = []
     for name, seconds in found["seconds"].items():
-        rate = [tokens / value for value in seconds]
-        memory = found["memory"][name]
-        cells = [
-            spread(seconds, 1, 1000 / num_steps),
-            spread(rate, 0),
-            f"{memory:.0f}",
-            f"{memory / buffer:.1f}",
-        ]
-        rows.append([name, *cells])
+        memory, rate = found["memory"][name], [tokens / value for value in seconds]
+        times = [spread(seconds, 1, 1000 / num_steps), spread(rate, 0)]
+        rows.append([name, *times, f"{memory:.0f}", f"{memory / buffer:.1f}"])
     losses = ", ".join(f"{task} {loss:.4f}" for task, loss in found["losses"].items())
     padding = ", ".join(f"{order} {1 - tokens / places:.0%}" for order, places in found["places"].items())
     profile = found["profile"]
     total = sum(profile.values())
+    introduction = f"""
+        {num_steps} steps of {tokens / num_steps:.0f} real word pieces. All contenders train on the same
+        examples; of the places in padded batches, padding takes: {padding}. Before the timing, in float32 and
+        without dropout, all gave the same task losses within {found["tolerance"]:g} ({losses}). Batches are
+        made before the timing, and nobody clips gradients. The two precisions are timed one after the other,
+        the contenders of one precision in turns. Peak memory: resident, less what the process held before it
+        built anything; a gradient buffer is P
+        float32, P the encoder's parameters."""
+    where = f"Where a step of ours pcgrad {found['precision']} goes"
+    where += " (torch.profiler, which slows down small operations):"
+    header = [
+        "contender",
+        "ms a step",
+        "real word pieces a second",
+        "peak memory, MiB",
+        "in gradient buffers",
+    ]
+    shares = [
+        [name, f"{value * 1000:.1f}", f"{100 * value / total:.0f} %"] for name, value in profile.items()
+    ]
     return [
-        Paragraph(
-            f"{num_steps} steps of {tokens / num_steps:.0f} real word pieces. All contenders train on the same examples;"
-            f" of the places in padded batches, padding takes: {padding}. Before the timing, in float32 and without"
-            f" dropout, all gave the same task losses within {found['tolerance']:g} ({losses}). Batches are made before"
-            " the timing, and nobody clips gradients. The two precisions are timed one after the other, the"
-            " contenders of one precision in turns. Peak memory: resident, less what the process held"
-            " before it built anything; a gradient buffer is P float32, P the encoder's parameters."
-        ),
-        TableBlock(
-            [
-                "contender",
-                "ms a step",
-                "real word pieces a second",
-                "peak memory, MiB",
-                "in gradient buffers",
-            ],
-            rows,
-        ),
+        paragraph(introduction),
+        table(header, rows),
         *skipped_blocks(found),
-        Paragraph(
-            f"Where a step of ours pcgrad {found['precision']} goes (torch.profiler, which slows down small operations):"
-        ),
-        TableBlock(
-            ["operations", "ms a step", "share"],
-            [[name, f"{value * 1000:.1f}", percent(value / total)] for name, value in profile.items()],
-        ),
+        where,
+        table(["operations", "ms a step", "share"], shares),
     ]
 
 
-def show_updates(found: dict) -> list:
-    first = next(iter(found["seconds"]))
-    ours, num_steps = found["seconds"][first], found["num_steps"]
-    rows = []
+def show_updates(found: dict) -> list[str]:
+    ours, rows = next(iter(found["seconds"].values())), []
     for name, seconds in found["seconds"].items():
         ratio = [a / b for a, b in zip(ours, seconds, strict=True)]
-        rows.append([name, spread(seconds, 2, 1000 / num_steps), spread(ratio, 2)])
-    return [TableBlock(["contender", "ms", "time of ours over it"], rows), *skipped_blocks(found)]
+        rows.append([name, spread(seconds, 2, 1000 / found["num_steps"]), spread(ratio, 2)])
+    return [table(["contender", "ms", "time of ours over it"], rows), *skipped_blocks(found)]
 
 
-def show_evaluation(found: dict) -> list:
-    examples = sum(found["examples"].values())
+def show_evaluation(found: dict) -> list[str]:
+    examples, tasks = sum(found["examples"].values()), list(found["examples"])
     rows = [
         [name, spread(seconds, 1), spread([examples / value for value in seconds], 0)]
         for name, seconds in found["seconds"].items()
     ]
-    tasks = list(found["examples"])
     agreement = [
         [name, which, *(f"{value:.6g}" for value in values.values())]
         for name, runs in found["agreement"].items()
         for which, values in runs.items()
     ]
     return [
-        TableBlock(["contender", "seconds", "examples a second"], rows),
+        table(["contender", "seconds", "examples a second"], rows),
         *skipped_blocks(found),
-        Paragraph("Agreement with ours: share of equal classes, or the largest difference of a number."),
-        TableBlock(["contender", "predictions", *tasks], agreement),
+        "Agreement with ours: share of equal classes, or the largest difference of a number.",
+        table(["contender", "predictions", *tasks], agreement),
     ]
 
 
-def show_start(found: dict) -> list:
+def show_start(found: dict) -> list[str]:
     first, *later = found["seconds"]
     rows = [["first time", f"{first:.1f}"], ["again", spread(later, 1)]]
-    return [TableBlock(["start of the command to the end of its first step", "seconds"], rows)]
+    return [table(["start of the command to the end of its first step", "seconds"], rows)]
 
 
-def show_scaling(found: dict) -> list:
+def show_scaling(found: dict) -> list[str]:
     blocks = []
-    for title, part in (("tasks", found["by_tasks"]), ("word pieces a sentence", found["by_length"])):
+    for title, cases in (("tasks", found["by_tasks"]), ("word pieces a sentence", found["by_length"])):
         rows = []
-        for value, measured in part.items():
+        for value, measured in cases.items():
             first = next(iter(measured["seconds"].values()))
             for name, seconds in measured["seconds"].items():
+                times = [
+                    spread(seconds, 1, 1000 / found["num_steps"]),
+                    spread(seconds, 1, 1e6 / measured["tokens"]),
+                ]
                 ratio = [a / b for a, b in zip(seconds, first, strict=True)]
-                per_step, per_token = 1000 / found["num_steps"], 1e6 / measured["tokens"]
-                rows.append(
-                    [
-                        value,
-                        name,
-                        spread(seconds, 1, per_step),
-                        spread(seconds, 1, per_token),
-                        spread(ratio, 3),
-                    ]
-                )
+                rows.append([value, name, *times, spread(ratio, 3)])
         header = [title, "contender", "ms a step", "ms per 1000 real word pieces", "over the first"]
-        blocks.append(TableBlock(header, rows))
+        blocks.append(table(header, rows))
     rows = [
         [share, str(measured["examples"]), *(f"{value:.1f}" for value in measured["seconds"])]
         for share, measured in found["by_data"].items()
     ]
     header = ["share of the training data", "rows", "seconds to the first step, first time", "again"]
-    return [*blocks, TableBlock(header, rows)]
+    return [*blocks, table(header, rows)]
 
 
-def show_roofline(found: dict) -> list:
+def show_roofline(found: dict) -> list[str]:
     rates = [
         [precision, shape, f"{rate / 1e9:.0f}"]
         for precision, shapes in found["rates"].items()
@@ -307,31 +289,30 @@ def show_roofline(found: dict) -> list:
             share = [100 * limit * found["num_steps"] / value for value in seconds]
             cells += [f"{limit * 1000:.1f}", spread(share, 0)]
         rows.append([name, *cells])
+    introduction = f"""
+        A step takes {found["flops"] / 1e9:.1f} billion operations in linear layers and attention products,
+        counted on real word pieces, and the optimizer must move each parameter, gradient and moment once
+        ({found["memory_seconds"] * 1000:.1f} ms at {found["bandwidth"] / 1e9:.1f} GB/s, measured in place on
+        a large tensor). The limit is the operations at the best rate below, plus that. That rate is of one
+        product again and again, its operands in the cache. The second limit takes the rate of all linear
+        layers of the encoder in turn,
+        forward and backward, each with its own operands: {in_turn} GFLOP/s."""
+    header = [
+        "contender",
+        "ms a step",
+        "limit, ms",
+        "share reached, %",
+        "second limit, ms",
+        "share reached, %",
+    ]
     return [
-        Paragraph(
-            f"A step takes {found['flops'] / 1e9:.1f} billion operations in linear layers and attention products, counted"
-            " on real word pieces, and the optimizer must move each parameter, gradient and moment once"
-            f" ({found['memory_seconds'] * 1000:.1f} ms at {found['bandwidth'] / 1e9:.1f} GB/s, measured in place on a"
-            " large tensor). The limit is the operations at the best rate below, plus that. That rate is of one product"
-            " again and again, its operands in the cache. The second limit takes the rate of all linear layers of the"
-            f" encoder in turn, forward and backward, each with its own operands: {in_turn} GFLOP/s."
-        ),
-        TableBlock(
-            [
-                "contender",
-                "ms a step",
-                "limit, ms",
-                "share reached, %",
-                "second limit, ms",
-                "share reached, %",
-            ],
-            rows,
-        ),
-        TableBlock(["precision", "rows x inputs x outputs", "GFLOP/s"], rates),
+        paragraph(introduction),
+        table(header, rows),
+        table(["precision", "rows x inputs x outputs", "GFLOP/s"], rates),
     ]
 
 
-SHOW: dict[str, tuple[str, Callable[[dict], list]]] = {
+SHOW: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "step": ("Training step", show_step),
     "base": ("Training step at bert-base size, random weights", show_step),
     "optimizer": ("Optimizer", show_updates),
@@ -345,24 +326,22 @@ SHOW: dict[str, tuple[str, Callable[[dict], list]]] = {
 
 def make_page(measured: dict) -> str:
     """The page, without what is written by hand."""
-    blocks = [Heading("Speed, measured", level=1), Paragraph(INTRODUCTION)]
+    blocks = ["# Speed, measured", paragraph(INTRODUCTION)]
     for section, (title, show) in SHOW.items():
         if section in measured:
             found = measured[section]
             facts = found["machine"] | {name: found[name] for name in ("torch", "precision", "pretrained")}
             facts |= {"batch size": found["batch_size"], "longest sequence": found["max_length"]}
-            blocks += [
-                Heading(title),
-                Code(shlex.join(found["command"])),
-                Paragraph(", ".join(f"{name} {value}" for name, value in facts.items())),
-                *show(found),
-            ]
+            command = textwrap.indent(shlex.join(found["command"]), "    ")
+            about = ", ".join(f"{name} {value}" for name, value in facts.items())
+            blocks += [f"## {title}", command, about, *show(found)]
     rows = [target_row(target, measured) for target in TARGETS]
-    return markdown_page([*blocks, Heading("Targets"), TableBlock(["", "measured", "target", ""], rows)])
+    blocks += ["## Targets", table(["", "measured", "target", ""], rows)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def write_page(path: Path, measured: dict) -> None:
-    """Write the page and keep what stands below the line BY_HAND in the one that is there."""
+    """Write the page; what follows the line BY_HAND in the present one is kept."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     _, _, by_hand = text.partition(BY_HAND)
     write_text(path, f"{make_page(measured)}\n{BY_HAND}{by_hand or chr(10)}")

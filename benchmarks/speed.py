@@ -1,10 +1,10 @@
 """Measure our speed against its peers and against the machine, and write the page results/speed.md.
 
-    python benchmark.py --data_dir data                      # all sections, about two hours on two cores
-    python benchmark.py step --data_dir data/sample --repeats 2 --num_batches 4
+    python -m benchmarks.speed --data_dir data               # all sections, about two hours on two cores
+    python -m benchmarks.speed step --data_dir data/sample --repeats 2 --num_batches 4
 
-Each section's measurements go to speed.json, replaced when the section is run again; the page is made from that file.
-The contenders are in contenders.py, how they take turns in race.py, the page and its targets in benchmark_page.py.
+A section's measurements go to speed.json, replaced when the section is run again; the page is made from it.
+The contenders are in contenders.py, how they take turns in workers.py, the page and its targets in page.py.
 
 Shapes: K tasks, T word pieces of a sentence, H hidden_size, I intermediate_size, P shared parameters.
 """
@@ -53,8 +53,8 @@ from support.files import ROOT, read_json, write_text
 from tokenizer import BertTokenizer
 from training.flags import COUNT, PRECISIONS
 
-# Of a task loss, in float32: sums in another order differ by some 1e-6 of a loss near 1, while another mask, pooling,
-# activation or weight changes it by more than 1e-3.
+# Of a task loss, in float32: sums in another order differ by some 1e-6 of a loss near 1, while another mask,
+# pooling, activation or weight changes it by more than 1e-3.
 LOSS_TOLERANCE = 1e-4
 PROFILE_STEPS = 5
 EVALUATION_ROUNDS = 2  # at most; one takes minutes
@@ -62,13 +62,10 @@ AGREEMENT_EXAMPLES = 500  # per task, for predictions in float32
 FRACTIONS = (0.25, 0.5, 1.0)  # of the training data
 LENGTHS = (16, 32, 64, 128)  # word pieces
 NUM_TASKS = range(2, 9)
-ROOFLINE_ROWS = (
-    *("ours sum", "ours pcgrad", "Hugging Face sum, random batches", "Hugging Face sum, our batches"),
-)
-BASE_ROWS = (
-    *("ours sum", "ours pcgrad", "ours sum, one row"),
-    *("Hugging Face sum, random batches", "Hugging Face + textbook PCGrad"),
-)
+OURS, RANDOM = ("ours sum", "ours pcgrad"), "Hugging Face sum, random batches"
+ROOFLINE_ROWS = (*OURS, RANDOM, "Hugging Face sum, our batches")
+BASE_ROWS = (*OURS, "ours sum, one row", RANDOM, "Hugging Face + textbook PCGrad")
+BASE_CONFIG = BertConfig()  # of the section `base`; the vocabulary is that of --pretrained
 MATRIX_REPEATS, MEMORY_ELEMENTS, MEMORY_REPEATS = 20, 2**26, 10
 
 
@@ -127,7 +124,7 @@ def present(table: dict[str, partial]) -> tuple[dict[str, partial], dict[str, st
     return table, skipped
 
 
-# --- sections: Bench -> what was measured, as JSON ---------------------------------------------------------------
+# --- sections: Bench -> what was measured, as JSON ----------------------------------------------------------
 
 
 def measure_step(
@@ -136,7 +133,7 @@ def measure_step(
     precisions: list[str] | None = None,
     pretrained: str | None = None,
 ) -> dict:
-    """Training steps of every contender, on the same examples; one heat for each precision, or memory would not do."""
+    """Training steps of every contender on the same examples; one heat per precision, to fit in memory."""
     pool = bench.pool
     setting = replace(bench.setting(pool), pretrained=pretrained or bench.args.pretrained)
     found = {"seconds": {}, "memory": {}, "skipped": {}}
@@ -163,7 +160,7 @@ def measure_step(
 def measure_base(bench: Bench) -> dict:
     """Training steps at bert-base size, with random weights, which take as long as trained ones."""
     with tempfile.TemporaryDirectory() as folder:
-        BertModel(BertConfig(vocab_size=bench.config.vocab_size)).save_pretrained(folder)
+        BertModel(replace(BASE_CONFIG, vocab_size=bench.config.vocab_size)).save_pretrained(folder)
         bench.tokenizer.save_pretrained(folder)
         rows = {name: STEP[name] for name in BASE_ROWS}
         found = measure_step(bench, rows, [bench.args.precision], folder)
@@ -181,7 +178,7 @@ def measure_updates(bench: Bench, rows: dict[str, partial]) -> dict:
 def measure_evaluation(bench: Bench) -> dict:
     """All dev examples; then, whether the contenders predict the same."""
     args, data = bench.args, bench.read("dev")
-    data = {task: part.sample(args.eval_max_examples, args.seed) for task, part in data.items()}
+    data = {task: rows.sample(args.eval_max_examples, args.seed) for task, rows in data.items()}
     table, skipped = present(with_precisions(EVALUATE, [args.precision]))
     with start_workers(
         table, bench.setting(Pool(bench.tasks, data, {}, bench.tokenizer.pad_token_id))
@@ -203,7 +200,7 @@ def measure_evaluation(bench: Bench) -> dict:
         for name in table
         if name != ours
     }
-    examples = {task: len(part) for task, part in data.items()}
+    examples = {task: len(rows) for task, rows in data.items()}
     return {"examples": examples, "seconds": seconds, "agreement": agreement, "skipped": skipped}
 
 
@@ -218,7 +215,7 @@ def agree(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tasks: dict[str, T
 
 
 def measure_start(bench: Bench) -> dict:
-    """From the start of the command to its first step; the first run also fills the cache, if there is one."""
+    """From the start of the command to its first step; the first run also fills the cache of tokens."""
     runs = min(3, bench.args.repeats)
     return {"seconds": [first_step_seconds(bench.args, bench.args.data_dir) for _ in range(1 + runs)]}
 
@@ -253,7 +250,7 @@ def first_step_seconds(args: argparse.Namespace, data_dir: str | Path) -> float:
 
 def measure_scaling(bench: Bench) -> dict:
     """How a step grows with tasks and with length, and start-up with the amount of data."""
-    table = {name: STEP[name] for name in ("ours sum", "ours pcgrad")}
+    table = {name: STEP[name] for name in OURS}
     table = with_precisions(table, [bench.args.precision])
 
     def steps(title: str, pool: Pool) -> dict:
@@ -270,12 +267,12 @@ def measure_scaling(bench: Bench) -> dict:
         by_tasks[str(count)] = steps(f"{count} tasks", bench.make_pool(tasks, data))
     for length in LENGTHS:
         if length <= bench.config.max_position_embeddings:
-            data = {task: exact_length(part, length) for task, part in bench.pool.data.items()}
+            data = {task: exact_length(rows, length) for task, rows in bench.pool.data.items()}
             by_length[str(length)] = steps(f"length {length}", bench.make_pool(bench.tasks, data))
     for fraction in FRACTIONS:
         print(f"  {fraction:g} of the data", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            examples = sum(copy_part(bench, task, folder, fraction) for task in bench.tasks)
+            examples = sum(copy_fraction(bench, task, folder, fraction) for task in bench.tasks)
             seconds = [first_step_seconds(bench.args, folder) for _ in range(2)]
         by_data[f"{fraction:g}"] = {"examples": examples, "seconds": seconds}
     return {
@@ -301,8 +298,8 @@ def exact_length(data: TaskData, length: int) -> TaskData:
     return TaskData(data.rows, tokens, np.arange(num_sequences).reshape(data.index.shape))
 
 
-def copy_part(bench: Bench, task: str, folder: str, fraction: float) -> int:
-    """Write the first rows of a task's training file and all of its dev file to a folder; returns the rows written."""
+def copy_fraction(bench: Bench, task: str, folder: str, fraction: float) -> int:
+    """Copy the first rows of a task's training file, and its dev file; returns the rows copied."""
     spec, source = bench.tasks[task], Path(bench.args.data_dir)
     with open(source / spec.files["train"], encoding="utf-8-sig", newline="") as file:
         header, *rows = csv.reader(file, delimiter="\t")
@@ -313,15 +310,15 @@ def copy_part(bench: Bench, task: str, folder: str, fraction: float) -> int:
     return len(rows)
 
 
-# --- roofline: what the machine could do -------------------------------------------------------------------------
+# --- roofline: what the machine could do --------------------------------------------------------------------
 
 
 def step_flops(config: BertConfig, lengths: np.ndarray) -> int:
     """Floating-point operations that a training step on sentences of these lengths cannot do without.
 
-    Linear layers: 2 a weight and word piece forward, twice that backward. Attention: two products of 2 * T * T * H in
-    each layer and sentence, scores and context, twice that backward. Embeddings, element-wise work and the heads,
-    which see one vector a sentence, are left out.
+    Linear layers: 2 per weight and word piece forward, twice that backward. Attention: two products of
+    2 * T * T * H in each layer and sentence, scores and context, twice that backward. Embeddings, elementwise
+    work and the heads, which see one vector a sentence, are left out.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     weights = layers * (4 * hidden**2 + 2 * hidden * config.intermediate_size)
@@ -330,14 +327,14 @@ def step_flops(config: BertConfig, lengths: np.ndarray) -> int:
 
 
 def optimizer_bytes(num_params: int) -> int:
-    """What AdamW must move: parameter, gradient and two moments in, parameter and two moments out, float32."""
+    """What AdamW must move, float32: parameter, gradient, two moments in; parameter, two moments out."""
     return 7 * 4 * num_params
 
 
 def median_seconds(work: Callable, repeats: int, device: str) -> float:
     """Of one call of `work`, after three that do not count."""
     seconds = []
-    for i in range(3 + repeats):
+    for _ in range(3 + repeats):
         started = time.perf_counter()
         work()
         if torch.device(device).type == "cuda":
@@ -348,14 +345,13 @@ def median_seconds(work: Callable, repeats: int, device: str) -> float:
 
 @torch.no_grad()
 def matrix_rates(bench: Bench, precision: str) -> dict[str, float]:
-    """Shape -> operations a second in a linear layer of the model, on the rows of one task's batch and of all."""
+    """Shape -> operations a second in a linear layer of the model, on one task's batch and on all."""
     hidden, inner, device = bench.config.hidden_size, bench.config.intermediate_size, bench.args.device
-    lengths = [
-        lengths.sum() for i in range(bench.pool.num_steps) for lengths in bench.pool.lengths("bucketed", i)
-    ]
-    rows_of_task = int(np.median(lengths))
+    steps = range(bench.pool.num_steps)
+    num_tokens = [lengths.sum() for i in steps for lengths in bench.pool.lengths("bucketed", i)]
+    per_task = int(np.median(num_tokens))
     dtype, rates = torch.bfloat16 if precision == "bf16" else torch.float32, {}
-    for rows in (rows_of_task, rows_of_task * len(bench.tasks)):
+    for rows in (per_task, per_task * len(bench.tasks)):
         for inputs, outputs in ((hidden, hidden), (hidden, inner), (inner, hidden)):
             x = torch.randn(rows, inputs, device=device, dtype=dtype)
             weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
@@ -368,7 +364,7 @@ def matrix_rates(bench: Bench, precision: str) -> dict[str, float]:
 def rate_in_turn(bench: Bench, precision: str) -> float:
     """Operations a second in the linear layers of a whole encoder, forward and backward, one after the other.
 
-    Each product has its own operands, as in a training step, so that they are not in the cache from the call before.
+    Each product has its own operands, as in a training step, so that the call before has not cached them.
     """
     hidden, inner, device = bench.config.hidden_size, bench.config.intermediate_size, bench.args.device
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -430,7 +426,7 @@ SECTIONS: dict[str, Callable[[Bench], dict]] = {
 }
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def section_name(text: str) -> str:
@@ -445,51 +441,31 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="benchmarks.speed",
         description="Measure our speed against its peers and against the machine; write results/speed.md.",
         allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    sections = f"out of {', '.join(SECTIONS)}"
     parser.add_argument(
-        "sections",
-        nargs="*",
-        type=section_name,
-        metavar="SECTION",
-        help=f"out of {', '.join(SECTIONS)} (default: all)",
+        "sections", nargs="*", type=section_name, default=list(SECTIONS), metavar="SECTION", help=sections
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)"
-    )
-    data.add_argument("--max_length", type=number(int, 3), default=128, help="word pieces (default: 128)")
-    data.add_argument("--batch_size", type=COUNT, default=16, help="examples per task and step (default: 16)")
-    data.add_argument(
-        "--num_batches",
-        type=COUNT,
-        default=12,
-        help="different steps, each timed in every round (default: 12)",
-    )
-    data.add_argument(
-        "--eval_max_examples", type=COUNT, help="dev examples per task in evaluate (default: all)"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--pretrained",
-        default=OFFLINE_ENCODER,
-        metavar="NAME|DIR",
-        help=f"encoder, as in multitask_classifier.py (default: {OFFLINE_ENCODER})",
-    )
-    model.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of matrix products, measured beside fp32. auto: bf16 where the processor is fast at it (default: auto)",
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    machine.add_argument("--num_threads", type=COUNT, help="of each contender (default: torch's choice)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--repeats", type=COUNT, default=5, help="timed rounds (default: 5)")
-    output.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=11711, help="(default: 11711)")
-    output.add_argument("--results_dir", default="results", metavar="DIR", help="(default: results)")
+    data = parser.add_argument_group("data").add_argument
+    data("--data_dir", default="data", metavar="DIR", help="folder with the data files")
+    data("--max_length", type=number(int, 3), default=128, help="word pieces")
+    data("--batch_size", type=COUNT, default=16, help="examples per task and step")
+    data("--num_batches", type=COUNT, default=12, help="different steps, each timed in every round")
+    data("--eval_max_examples", type=COUNT, help="dev examples per task in evaluate; None means all")
+    model = parser.add_argument_group("model").add_argument
+    encoder = "encoder, as in multitask_classifier.py"
+    model("--pretrained", default=OFFLINE_ENCODER, metavar="NAME|DIR", help=encoder)
+    precision = "of matrix products, measured beside fp32; auto: bf16 where the processor is fast at it"
+    model("--precision", choices=PRECISIONS, default="auto", help=precision)
+    machine = parser.add_argument_group("machine").add_argument
+    machine("--device", default="auto", help="auto, cpu, cuda, ...")
+    machine("--num_threads", type=COUNT, help="of each contender; None means torch's choice")
+    output = parser.add_argument_group("output").add_argument
+    output("--repeats", type=COUNT, default=5, help="timed rounds")
+    output("--seed", type=number(int, 0, 2**32 - 1), default=11711, help="of examples, dropout and turns")
+    output("--results_dir", default="results", metavar="DIR", help="where speed.md and speed.json go")
     args = parser.parse_args(argv)
-    args.sections = args.sections or list(SECTIONS)
     device = resolve_device(args.device)
     args.device = str(device)
     if args.precision == "auto":
@@ -498,7 +474,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def work(argv: list[str] | None) -> None:
+def run(argv: list[str] | None) -> None:
     args = get_args(argv)
     torch.set_num_threads(args.num_threads)
     bench, path = Bench(args), Path(args.results_dir) / "speed.json"
@@ -519,7 +495,7 @@ def work(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("benchmarks.speed", partial(work, argv))
+    return run_script("benchmarks.speed", partial(run, argv))
 
 
 if __name__ == "__main__":

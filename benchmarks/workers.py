@@ -1,14 +1,14 @@
-"""Contenders in processes of their own, that take turns: the engine under benchmark.py.
+"""Contenders in processes of their own that take turns: the engine under benchmarks.speed.
 
-A worker process builds one contender, so that its memory and its threads are its own, and then does one thing at a
-time, when told to.
+A worker process builds one contender, so that its memory and its threads are its own, and then does one thing
+at a time, when told to.
 """
 
 import multiprocessing
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -54,10 +54,8 @@ class Worker:
         Raises:
             UserError: naming the contender, if it failed or its process died.
         """
-        try:
+        with suppress(OSError):  # its process has ended; `receive` says so
             self.pipe.send((method, args))
-        except OSError:  # its process has ended; `receive` says so
-            pass
         return self.receive()
 
     def receive(self):
@@ -71,10 +69,8 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):  # it has ended already
             self.pipe.send(None)
-        except OSError:  # it has ended already
-            pass
         self.pipe.close()
         self.process.join()
 
@@ -95,8 +91,8 @@ def start_workers(table: dict[str, Callable], setting):
 def race(workers: dict[str, Worker], *, rounds: int, num_steps: int, seed: int) -> dict[str, list[float]]:
     """Seconds of each contender's rounds, after a warm-up with every step.
 
-    A round is one pass over the steps. At each step the contenders take turns, in an order that is drawn anew, so
-    that what slows the machine down for a while meets all of them.
+    A round is one pass over the steps. At each step the contenders take turns, in an order that is drawn
+    anew, so that what slows the machine down for a while meets all of them.
     """
     for worker in workers.values():
         worker.call("warm_up")
@@ -115,7 +111,7 @@ def check_losses(workers: dict[str, Worker], tolerance: float) -> dict[str, floa
     """Make sure that all contenders compute the same task losses before any of them is timed.
 
     Raises:
-        UserError: naming the contender and both values, if one differs from the first by more than `tolerance`.
+        UserError: naming the contender and both values, if one is more than `tolerance` from the first.
     """
     reference = None
     for name, worker in workers.items():
@@ -125,7 +121,7 @@ def check_losses(workers: dict[str, Worker], tolerance: float) -> dict[str, floa
             expected = reference[1][task]
             if not abs(value - expected) <= tolerance:  # nan is no agreement
                 raise UserError(
-                    f"{name}: its {task} loss is {value:.6f}, that of {reference[0]} {expected:.6f}, on the same batch,"
-                    f" in float32 without dropout; expected at most {tolerance:g} apart"
+                    f"{name}: its {task} loss is {value:.6f}, that of {reference[0]} {expected:.6f}, on the"
+                    f" same batch, in float32 without dropout; expected at most {tolerance:g} apart"
                 )
     return reference[1]

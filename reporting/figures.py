@@ -1,8 +1,8 @@
-"""Figures of runs and of the results table: plain data in, a matplotlib Figure out; no files, no screen, no state.
+"""Figures of runs and of the results table: plain data in, a matplotlib Figure out; no files, no screen.
 
-Colours are safe for colour-blind readers (Okabe and Ito for tasks, Paul Tol for pairs of tasks and rows of the table).
-A task has the same colour and place everywhere, the plain mean is black, and grey is for what is not ours: the
-poster's numbers, chance. `metrics` are the lines of a run's `metrics.jsonl`.
+Colours are safe for colour-blind readers (Okabe and Ito for tasks, Paul Tol for pairs of tasks and for rows
+of the table). A task has the same colour and place everywhere, the plain mean is black, and grey is for what
+is not ours: the poster's numbers, chance. `metrics` are the lines of a run's `metrics.jsonl`.
 """
 
 import textwrap
@@ -13,24 +13,20 @@ from matplotlib.figure import Figure
 
 from config import TASKS
 from evaluation import TASK_KINDS, pearson, spearman
+from reporting.poster import SCORES
 
 TASK_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4F24", "#B8A100")
 LINE_COLORS = ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#AA4499")
 LINE_STYLES = ("-", "--", ":", "-.")
 MEAN_COLOR = "black"
 POSTER_COLOR = "#888888"
-SCORES = {
-    "sst": "sentiment accuracy",
-    "para": "paraphrase accuracy",
-    "sts": "similarity Pearson r",
-    "mean": "plain mean",
-}
+PANELS = ("sst", "para", "sts", "mean")  # the scores that get a panel each, in this order
 MAX_COLUMNS = 4  # panels side by side
 HEAT_COLUMNS = 25  # stretches of a run that a heat map tells apart
 BIN_WIDTH = 0.5  # of true similarity, in plot_regression
 
 
-# --- what the figures share --------------------------------------------------------------------------------------
+# --- what the figures share -------------------------------------------------------------------------------
 
 
 def make_figure(num_rows: int, num_columns: int, width: float, height: float, **settings):
@@ -48,6 +44,11 @@ def task_color(task: str) -> str:
     return MEAN_COLOR if task == "mean" else TASK_COLORS[list(TASKS).index(task) % len(TASK_COLORS)]
 
 
+def score_title(score: str) -> str:
+    """A score's name and, for a task, what is measured: "sentiment (accuracy)"."""
+    return SCORES[score] + (f" ({TASK_KINDS[TASKS[score].kind].main_score})" if score in TASKS else "")
+
+
 def line_style(number: int) -> dict:
     """Colour and dashes of the pair or row with this number; all 28 pairs of 8 tasks look different."""
     dashes = LINE_STYLES[number // len(LINE_COLORS) % len(LINE_STYLES)]
@@ -55,35 +56,35 @@ def line_style(number: int) -> dict:
 
 
 def pair_style(pair: str) -> dict:
-    """Colour, dashes and label of a pair such as "sst-para", whichever of the two tasks the run names first."""
+    """Colour, dashes and label of a pair such as "sst-para"; the order of the two tasks does not matter."""
     first, second = sorted(pair.split("-"), key=list(TASKS).index)
     i, j = list(TASKS).index(first), list(TASKS).index(second)
-    # This way of counting leaves the numbers of pairs as they are when TASKS gets another row.
+    # Counted this way, the numbers of existing pairs stay the same when TASKS gets another row.
     return line_style(j * (j - 1) // 2 + i) | {"label": f"{first} and {second}"}
 
 
 def names_in(metrics: list[dict], key: str) -> list[str]:
-    """What the lines have under `key`, each once."""
+    """The names that the lines have under `key`, each once."""
     return list(dict.fromkeys(name for line in metrics for name in line.get(key, ())))
 
 
 def series(metrics: list[dict], key: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `line[key][name]`, over the lines that have it."""
+    """Steps and values of `line[key][name]`, from the lines that have it."""
     lines = [line for line in metrics if name in line.get(key, ())]
     return [line["step"] for line in lines], [line[key][name] for line in lines]
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Running mean over about a twentieth of the values, over fewer at both ends."""
+    """Running mean over about a twentieth of the values, and over fewer at both ends."""
     window = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def draw_mean(axis, seeds: list[tuple[Sequence, Sequence]], **style) -> None:
-    """Draw the mean over seeds as a line, their least and greatest as a band.
+    """Draw the mean over seeds as a line, and a band from the least to the greatest.
 
     Args:
-        seeds: (positions, values) of each; at a position that only some seeds have, those count.
+        seeds: (positions, values) of each; at a position that only some seeds have, the others do not count.
     """
     values = {}
     for xs, ys in seeds:
@@ -99,9 +100,8 @@ def draw_mean(axis, seeds: list[tuple[Sequence, Sequence]], **style) -> None:
 def legend_outside(axis, num_columns: int = 1) -> None:
     """Legend to the right of a panel, if it has anything to name."""
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(
-            loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", ncols=num_columns
-        )
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        axis.legend(**place, frameon=False, fontsize="small", ncols=num_columns)
 
 
 def shared_legend(figure, axes, place: str, num_columns: int = 1) -> None:
@@ -110,21 +110,15 @@ def shared_legend(figure, axes, place: str, num_columns: int = 1) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc=f"outside {place}",
-        ncols=min(len(handles), num_columns),
-        frameon=False,
-        fontsize="small",
-    )
+    layout = {"loc": f"outside {place}", "ncols": min(len(handles), num_columns)}
+    figure.legend(handles.values(), handles.keys(), **layout, frameon=False, fontsize="small")
 
 
-# --- one run -----------------------------------------------------------------------------------------------------
+# --- one run ----------------------------------------------------------------------------------------------
 
 
 def plot_curves(metrics: list[dict]) -> Figure | None:
-    """Training loss, dev scores, cosine between task gradients and learning rate; None if nothing was logged."""
+    """Training loss, dev scores, cosine between task gradients, learning rate; None if nothing was logged."""
     logged = [line for line in metrics if "loss" in line]
     evaluated = [line["dev"] | {"step": line["step"]} for line in metrics if "dev" in line]
     if not logged:
@@ -156,14 +150,8 @@ def plot_curves(metrics: list[dict]) -> Figure | None:
     scores.set_title("dev scores")
     steps = [line["step"] for line in logged]
     for key, name, dashes in (("lr", "encoder", "-"), ("head_lr", "heads", "--")):
-        rates.plot(
-            steps,
-            [line[key] for line in logged],
-            color=MEAN_COLOR,
-            linestyle=dashes,
-            linewidth=1.5,
-            label=name,
-        )
+        values = [line[key] for line in logged]
+        rates.plot(steps, values, color=MEAN_COLOR, linestyle=dashes, linewidth=1.5, label=name)
     rates.set_yscale("log")
     rates.set_title("learning rate")
     for axis in axes.flat:
@@ -175,38 +163,40 @@ def plot_curves(metrics: list[dict]) -> Figure | None:
 
 
 def plot_layer_conflict_over_time(metrics: list[dict]) -> Figure | None:
-    """For each pair of tasks a heat map: which parts of the encoder are in conflict, and when; None for an old run."""
+    """A heat map per pair of tasks: which layer groups are in conflict, and when; None for an old run."""
     lines = [line for line in metrics if line.get("layer_conflict")]
-    parts = names_in(lines, "layer_conflict")
-    pairs = list(
-        dict.fromkeys(pair for line in lines for part in parts for pair in line["layer_conflict"][part])
-    )
+    groups = names_in(lines, "layer_conflict")
+    pairs = names_in([line["layer_conflict"] for line in lines], groups[0]) if groups else []
     if not pairs:
         return None
     num_columns = min(3, len(pairs))
-    figure, axes = make_figure(
-        -(-len(pairs) // num_columns), num_columns, width=4, height=0.2 * len(parts) + 1.4, sharey=True
-    )
+    num_rows, height = -(-len(pairs) // num_columns), 0.2 * len(groups) + 1.4
+    figure, axes = make_figure(num_rows, num_columns, width=4, height=height, sharey=True)
     for axis in axes.flat[len(pairs) :]:
         axis.set_visible(False)
     for axis, pair in zip(axes.flat, pairs, strict=False):
-        present = [line for line in lines if pair in line["layer_conflict"][parts[0]]]
-        stretches = np.array_split(np.arange(len(present)), min(HEAT_COLUMNS, len(present)))
-        shares = np.array([[line["layer_conflict"][part][pair] for line in present] for part in parts])
-        shares = np.stack([shares[:, stretch].mean(1) for stretch in stretches], axis=1)
-        # A line of the log is about the steps up to its own.
-        edges = [0, *(present[stretch[-1]]["step"] for stretch in stretches)]
-        heat = axis.pcolormesh(edges, np.arange(len(parts) + 1) - 0.5, shares, cmap="PuOr_r", vmin=0, vmax=1)
+        edges, shares = heat_map(lines, groups, pair)
+        heat = axis.pcolormesh(edges, np.arange(len(groups) + 1) - 0.5, shares, cmap="PuOr_r", vmin=0, vmax=1)
         axis.set_title(pair_style(pair)["label"], fontsize="medium")
-        axis.set_yticks(range(len(parts)), parts, fontsize="small")
+        axis.set_yticks(range(len(groups)), groups, fontsize="small")
         axis.set_xlabel("step")
         axis.grid(False)
     figure.colorbar(heat, ax=axes, label="share of steps in conflict", fraction=0.03, pad=0.01)
     return figure
 
 
+def heat_map(lines: list[dict], groups: list[str], pair: str) -> tuple[list[int], np.ndarray]:
+    """How often a pair is in conflict: limits of HEAT_COLUMNS stretches or fewer, (groups, stretches)."""
+    present = [line for line in lines if pair in line["layer_conflict"][groups[0]]]
+    shares = np.array([[line["layer_conflict"][group][pair] for line in present] for group in groups])
+    stretches = np.array_split(np.arange(len(present)), min(HEAT_COLUMNS, len(present)))
+    # A line of the log is about the steps up to its own.
+    edges = [0, *(present[stretch[-1]]["step"] for stretch in stretches)]
+    return edges, np.stack([shares[:, stretch].mean(1) for stretch in stretches], axis=1)
+
+
 def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequence[str]) -> Figure:
-    """Confusion matrix of a classification task: counts, percentages of each true class, accuracy in the title.
+    """Confusion matrix: counts and percentages of each true class; accuracy in the title.
 
     Args:
         predictions, labels: (N,) class numbers, positions in `class_names`.
@@ -219,62 +209,51 @@ def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequenc
     axis = axes[0, 0]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in np.ndindex(counts.shape):
-        text = f"{counts[i, j]}\n{100 * shares[i, j]:.0f} %"
-        axis.text(
-            j,
-            i,
-            text,
-            ha="center",
-            va="center",
-            fontsize="small",
-            color="white" if shares[i, j] > 0.5 else "black",
+        text, color = (
+            f"{counts[i, j]}\n{100 * shares[i, j]:.0f} %",
+            "white" if shares[i, j] > 0.5 else "black",
         )
+        axis.text(j, i, text, ha="center", va="center", fontsize="small", color=color)
     names = [name.replace(" ", "\n") for name in class_names]
     axis.set_xticks(range(len(names)), names)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true (percentages: of this row)")
     axis.grid(False)
-    axis.set_title(
-        f"accuracy {np.trace(counts) / counts.sum():.3f}, {counts.sum()} examples", fontsize="medium"
-    )
+    accuracy = np.trace(counts) / counts.sum()
+    axis.set_title(f"accuracy {accuracy:.3f}, {counts.sum()} examples", fontsize="medium")
     return figure
 
 
 def plot_regression(
     predictions: Sequence, labels: Sequence, label_range: tuple[float, float], task: str = "sts"
 ) -> Figure:
-    """Predicted against true values: every example, the mean of each half point of truth, the diagonal."""
+    """Predicted against true values: every example, the mean for each half point of truth, the diagonal."""
     predictions, labels = np.asarray(predictions, dtype=float), np.asarray(labels, dtype=float)
     figure, axes = make_figure(1, 1, width=5.6, height=4.8)
     axis = axes[0, 0]
-    axis.plot(
-        label_range, label_range, color=POSTER_COLOR, linestyle="--", linewidth=1, label="as it should be"
-    )
+    grey = {"color": POSTER_COLOR, "linestyle": "--", "linewidth": 1}
+    axis.plot(label_range, label_range, **grey, label="perfect predictions")
     opacity = min(0.6, max(0.15, 200 / len(labels)))
     axis.scatter(labels, predictions, s=12, color=task_color(task), alpha=opacity, linewidths=0)
     bins = np.round(labels / BIN_WIDTH) * BIN_WIDTH
     centres = np.unique(bins)
     means = [predictions[bins == centre].mean() for centre in centres]
-    axis.plot(
-        centres, means, marker="o", markersize=5, color=MEAN_COLOR, label=f"mean per {BIN_WIDTH:g} of truth"
-    )
+    label = f"mean per {BIN_WIDTH:g} of truth"
+    axis.plot(centres, means, marker="o", markersize=5, color=MEAN_COLOR, label=label)
     axis.set_xlabel("true")
     axis.set_ylabel("predicted")
     axis.legend(loc="upper left", frameon=False, fontsize="small")
-    axis.set_title(
-        f"Pearson r {pearson(predictions, labels):.3f}, Spearman rho {spearman(predictions, labels):.3f},"
-        f" {len(labels)} examples",
-        fontsize="medium",
-    )
+    r, rho = pearson(predictions, labels), spearman(predictions, labels)
+    axis.set_title(f"Pearson r {r:.3f}, Spearman rho {rho:.3f}, {len(labels)} examples", fontsize="medium")
     return figure
 
 
-# --- conflict, one or several rows of the table -----------------------------------------------------------------
+# --- conflict in one or several rows of the table ---------------------------------------------------------
 
 
 def plot_pairs(runs: dict, draw, x_label: str) -> Figure | None:
-    """Two panels for each row, mean cosine above share of steps in conflict, at most MAX_COLUMNS rows side by side.
+    """Two panels per row, mean cosine above share of steps in conflict; at most MAX_COLUMNS rows abreast.
 
     Args:
         runs: title -> metrics of each seed.
@@ -306,11 +285,9 @@ def plot_pairs(runs: dict, draw, x_label: str) -> Figure | None:
             cosines.tick_params(labelleft=False)
             shares.tick_params(labelleft=False)
     shown = [axis for axis in axes[::2].flat if axis.get_visible()]
-    low, high = (
-        pick(limit) for pick, limit in zip((min, max), zip(*(a.get_ylim() for a in shown)), strict=True)
-    )
+    lows, highs = zip(*(axis.get_ylim() for axis in shown), strict=True)
     for axis in shown:
-        axis.set_ylim(low, high)
+        axis.set_ylim(min(lows), max(highs))
     shared_legend(figure, axes, "lower center", min(8, 4 * num_columns))
     return figure
 
@@ -323,9 +300,7 @@ def plot_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
     Args:
         runs: row title -> `metrics` of each seed; rows with a single task are left out.
     """
-    runs = {
-        title: seeds for title, seeds in runs.items() if any(names_in(lines, "cosine") for lines in seeds)
-    }
+    runs = {row: seeds for row, seeds in runs.items() if any(names_in(lines, "cosine") for lines in seeds)}
 
     def draw(seeds, axis, key):
         for pair in names_in([line for lines in seeds for line in lines], "cosine"):
@@ -340,55 +315,47 @@ def plot_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
 
 
 def plot_layer_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
-    """The same for each part of the encoder, averaged over the steps; None if no run was logged with its layers."""
-    key_of = {"cosine": "layer_cosine", "conflict": "layer_conflict"}
-    runs = {
-        title: seeds
-        for title, seeds in runs.items()
-        if any(layer_means(lines, "layer_cosine") for lines in seeds)
-    }
+    """Conflict by layer group, averaged over the steps; None if no run was logged with its layers."""
+    runs = {row: seeds for row, seeds in runs.items() if any(layer_means(s, "layer_cosine") for s in seeds)}
 
     def draw(seeds, axis, key):
-        parts = names_in([line for lines in seeds for line in lines], key_of[key])
-        means = [layer_means(lines, key_of[key]) for lines in seeds]
+        groups = names_in([line for lines in seeds for line in lines], f"layer_{key}")
+        means = [layer_means(lines, f"layer_{key}") for lines in seeds]
         for pair in dict.fromkeys(pair for seed in means for pair in seed):
-            curves = [
-                ([parts.index(part) for part in seed[pair]], list(seed[pair].values()))
-                for seed in means
-                if pair in seed
-            ]
+            found = [seed[pair] for seed in means if pair in seed]
+            curves = [([groups.index(group) for group in seed], list(seed.values())) for seed in found]
             draw_mean(axis, curves, marker=".", **pair_style(pair))
-        axis.set_xticks(
-            range(len(parts)), [part.replace("layer.", "").replace("embeddings", "e") for part in parts]
-        )
+        names = [group.replace("layer.", "").replace("embeddings", "e") for group in groups]
+        axis.set_xticks(range(len(groups)), names)
 
     figure = plot_pairs(runs, draw, "e: embeddings, numbers: layers") if runs else None
     if figure:
-        figure.suptitle("Conflict between task gradients by part of the encoder")
+        figure.suptitle("Conflict between task gradients by layer")
     return figure
 
 
 def layer_means(metrics: list[dict], key: str) -> dict[str, dict[str, float]]:
-    """Mean over a run's lines: pair -> part of the encoder -> value."""
+    """Mean over a run's lines: pair -> layer group -> value."""
     values = {}
     for line in metrics:
-        for part, pairs in line.get(key, {}).items():
+        for group, pairs in line.get(key, {}).items():
             for pair, value in pairs.items():
-                values.setdefault(pair, {}).setdefault(part, []).append(value)
+                values.setdefault(pair, {}).setdefault(group, []).append(value)
     return {
-        pair: {part: float(np.mean(found)) for part, found in parts.items()} for pair, parts in values.items()
+        pair: {group: float(np.mean(found)) for group, found in groups.items()}
+        for pair, groups in values.items()
     }
 
 
-# --- the results table -------------------------------------------------------------------------------------------
+# --- the results table ------------------------------------------------------------------------------------
 
 
 def plot_scores(rows: list[dict]) -> Figure | None:
     """The results table as a picture: a panel per score, a line per row, our mean beside the poster's number.
 
     Args:
-        rows: {"title": str, "poster": {score: number}, "measured": {score: (mean, low, high)}}, scores being those
-            of SCORES; any entry may be missing or None, and low and high too (one seed).
+        rows: {"title": str, "poster": {score: number}, "measured": {score: (mean, low, high)}}, scores being
+            those of PANELS; any entry may be missing or None, and low and high too (one seed).
     """
 
     def entries(key, score):
@@ -396,38 +363,27 @@ def plot_scores(rows: list[dict]) -> Figure | None:
         found = [(number, (row.get(key) or {}).get(score)) for number, row in enumerate(rows)]
         return [(number, entry) for number, entry in found if entry is not None]
 
-    shown = [score for score in SCORES if entries("poster", score) or entries("measured", score)]
+    def draw_markers(axis, values, places, **style):
+        axis.plot(values, places, linestyle="none", markersize=5, **style)
+
+    shown = [score for score in PANELS if entries("poster", score) or entries("measured", score)]
     if not shown:
         return None
-    figure, axes = make_figure(
-        1, len(shown), width=2.6 + 3 / len(shown), height=0.36 * len(rows) + 1.5, sharey=True
-    )
+    width, height = 2.6 + 3 / len(shown), 0.36 * len(rows) + 1.5
+    figure, axes = make_figure(1, len(shown), width, height, sharey=True)
     for axis, score in zip(axes[0], shown, strict=True):
         color = task_color(score)
         poster, measured = entries("poster", score), entries("measured", score)
-        # Ours a little above the row's line, the poster's a little below: neither hides the other.
-        axis.plot(
-            [value for _, value in poster],
-            [number + 0.14 for number, _ in poster],
-            linestyle="none",
-            marker="D",
-            markersize=5,
-            color=POSTER_COLOR,
-            label="poster",
-        )
-        for number, (_, low, high) in measured:
+        # Ours a little above the row's line, the poster's a little below, so that neither hides the other.
+        poster_places, places = [n + 0.14 for n, _ in poster], [n - 0.14 for n, _ in measured]
+        grey = {"marker": "D", "color": POSTER_COLOR, "label": "poster"}
+        draw_markers(axis, [value for _, value in poster], poster_places, **grey)
+        for place, (_, (_, low, high)) in zip(places, measured, strict=True):
             if low is not None and high is not None:
-                axis.plot([low, high], [number - 0.14] * 2, color=color, linewidth=2, solid_capstyle="butt")
-        axis.plot(
-            [entry[0] for _, entry in measured],
-            [number - 0.14 for number, _ in measured],
-            linestyle="none",
-            marker="o",
-            markersize=5,
-            color=color,
-            label="measured, with its 95 % interval",
-        )
-        axis.set_title(SCORES[score], fontsize="medium")
+                axis.plot([low, high], [place] * 2, color=color, linewidth=2, solid_capstyle="butt")
+        means, label = [mean for _, (mean, _, _) in measured], "measured, with its 95 % interval"
+        draw_markers(axis, means, places, marker="o", color=color, label=label)
+        axis.set_title(score_title(score), fontsize="medium")
         axis.margins(x=0.08)
     axes[0, 0].set_yticks(range(len(rows)), [textwrap.fill(row["title"], 32) for row in rows])
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
@@ -436,22 +392,19 @@ def plot_scores(rows: list[dict]) -> Figure | None:
 
 
 def plot_learning_curves(curves: dict[str, list[list[tuple[int, dict]]]]) -> Figure | None:
-    """Dev scores over the steps, a panel per score, a line per row: mean over seeds, band from least to greatest.
+    """Dev scores over the steps, a panel per score, a line per row: mean and range over seeds.
 
     Args:
-        curves: row title -> for each seed, (step, {score: number}) of each evaluation, scores being those of SCORES;
-            a row keeps its colour whether others have a score or not.
+        curves: row title -> for each seed, (step, {score: number}) of each evaluation, scores being those of
+            PANELS; a row keeps its colour whether others have a score or not.
     """
 
-    def series_of(seed, score):
-        points = [(step, scores[score]) for step, scores in seed if scores.get(score) is not None]
-        return [step for step, _ in points], [value for _, value in points]
+    def curves_of(seeds, score):
+        """(steps, values) of each seed that has the score."""
+        points = [[(step, s[score]) for step, s in seed if s.get(score) is not None] for seed in seeds]
+        return [tuple(zip(*found, strict=True)) for found in points if found]
 
-    shown = [
-        score
-        for score in SCORES
-        if any(series_of(seed, score)[0] for seeds in curves.values() for seed in seeds)
-    ]
+    shown = [score for score in PANELS if any(curves_of(seeds, score) for seeds in curves.values())]
     if not shown:
         return None
     num_columns = min(2, len(shown))
@@ -460,11 +413,10 @@ def plot_learning_curves(curves: dict[str, list[list[tuple[int, dict]]]]) -> Fig
         axis.set_visible(False)
     for axis, score in zip(axes.flat, shown, strict=False):
         for number, (title, seeds) in enumerate(curves.items()):
-            found = [series_of(seed, score) for seed in seeds]
-            found = [(steps, values) for steps, values in found if steps]
+            found = curves_of(seeds, score)
             if found:
                 draw_mean(axis, found, marker=".", markersize=4, label=title, **line_style(number))
-        axis.set_title(SCORES[score], fontsize="medium")
+        axis.set_title(score_title(score), fontsize="medium")
         axis.set_xlabel("step")
     shared_legend(figure, axes, "right upper")
     return figure

@@ -1,7 +1,8 @@
-"""Run many commands, each with a run folder of its own: several at a time, finished ones skipped, stopped ones resumed.
+"""Run many commands, each filling a run folder: several at a time, finished ones skipped, stopped resumed.
 
-Whoever works on a run folder holds a lock on it, the command itself included. So two of these, started on the same
-folders, share the work, and one that is started after the other was killed waits for the commands it left behind.
+A job is locked while anyone works on it, the command itself included. So two runners, started on the same
+folders, share the work, and one that is started after another was killed waits for the commands that it left
+behind.
 """
 
 import fcntl
@@ -28,11 +29,11 @@ class Stage:
     """One command of a job and the run folder that it fills.
 
     Args:
-        command: starts the run, or continues it where `resume` is None.
+        command: starts the run; where `resume` is None, it also continues it.
         is_finished: looks into the folder.
         resume: continues a run that was started.
-        num_steps: of the run, for the progress line; its `metrics.jsonl` says how many are done.
-        discard: checkpoint inside the run's folder that nobody needs once it is finished.
+        num_steps: of the run, for the progress bar; its `metrics.jsonl` says how many are done.
+        discard: a checkpoint inside the run's folder that is not needed once the job is finished.
     """
 
     folder: Path
@@ -52,13 +53,13 @@ class Stage:
         try:
             lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             return min(self.num_steps, json.loads(lines[-1])["step"])
-        except (OSError, ValueError, LookupError, TypeError):  # not there yet, or half a line
+        except (OSError, ValueError, LookupError, TypeError):  # missing, or cut off in mid-line
             return 0
 
 
 @dataclass
 class Job:
-    """Stages that run one after the other; log and lock lie beside the last one's folder, under the job's name."""
+    """Stages that run one after the other; log and lock are named after the job, beside the last folder."""
 
     name: str
     stages: list[Stage]
@@ -80,7 +81,11 @@ class Job:
         return sum(stage.steps_done() for stage in self.stages)
 
     def take_lock(self) -> bool:
-        """Whether nobody else works on the job; if so, nobody else will until `give_back_lock`."""
+        """Lock the job until `give_back_lock`; False if someone else works on it.
+
+        Not a `filelock`: that keeps its file descriptor to itself, and here the command has to inherit it, so
+        that the lock stays until the last of the two ends.
+        """
         path = self.log.with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -96,7 +101,7 @@ class Job:
         self.lock = None
 
     def start(self, environment: dict[str, str]) -> None:
-        """Start the next stage. It inherits the lock, and no signal from the terminal: we pass those on once."""
+        """Start the next stage. It inherits the lock, but no signals from the terminal: we pass them on."""
         self.started = self.stage
         command = self.started.next_command()
         with open(self.log, "a", encoding="utf-8") as log:
@@ -112,7 +117,7 @@ class Job:
             )
 
     def find_failure(self) -> str | None:
-        """Why the command that has ended did not finish its stage; None if it did."""
+        """Why the command that has ended did not finish its stage; None if it did finish."""
         code = self.process.returncode
         if code == 0 and self.stage is not self.started:
             return None
@@ -122,67 +127,58 @@ class Job:
         return f"{lines[-1] if lines else ''} ({why}; {self.log})"
 
 
+def child_environment(num_threads: int | None) -> dict[str, str]:
+    # `python -m training.pretrain_mlm` has to find the project from whatever folder we were started in.
+    # Setting the path instead of the folder leaves relative paths in the command as they are.
+    search_path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
+    return {"PYTHONPATH": os.pathsep.join(search_path)} | threads
+
+
 def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> list[Job]:
-    """Run jobs until all are finished or have failed; SIGINT and SIGTERM let the running ones save, then end us.
+    """Run jobs until each is finished or has failed; on SIGINT or SIGTERM the running ones save, then we end.
 
     Args:
         at_once: how many run at a time.
-        num_threads: of each command's tensor operations; None leaves it to them.
+        num_threads: of each command's tensor operations; None leaves it to the commands.
 
     Returns:
         the jobs that failed, each with its `failure`.
     """
-    # `python -m training.pretrain_mlm` has to find us from whatever folder we were called in.
-    search_path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    environment = {"PYTHONPATH": os.pathsep.join(search_path)}
-    if num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(num_threads)
     waiting, running, failed, received = list(jobs), [], [], []
 
     def receive(number, frame):
         received.append(number)
-        for job in running if len(received) > 1 else ():  # the second time without waiting for what they save
+        for job in running if len(received) > 1 else ():  # the second time, do not wait for them to save
             if job.process is not None:
                 job.process.kill()
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    total, done = sum(stage.num_steps for job in jobs for stage in job.stages), 0
+    total = sum(stage.num_steps for job in jobs for stage in job.stages)
     bar = tqdm(total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.05)
     bar.update(sum(job.steps_done() for job in jobs))
-    bar.unpause()  # what earlier calls have done says nothing of today's speed
+    bar.unpause()  # what earlier calls have done says nothing about today's speed
     try:
         while (waiting or running) and not received:
-            done_before = done
-            for job in [job for job in waiting if len(running) < at_once]:
+            for job in list(waiting):
                 if len(running) < at_once and job.take_lock():
                     waiting.remove(job)
                     running.append(job)
-            for job in list(running):
-                if job.process is not None and job.process.poll() is None:
-                    continue
-                if job.process is not None:
-                    job.failure = job.find_failure()
-                if job.stage is not None and job.failure is None:
-                    job.start(environment)
-                    continue
+            ended = [job for job in list(running) if not keep_going(job, child_environment(num_threads))]
+            for job in ended:
                 running.remove(job)
-                for stage in job.stages if job.failure is None else ():
-                    if stage.discard:
-                        remove_checkpoints(stage.folder / stage.discard)
                 job.give_back_lock()
                 if job.failure:
                     failed.append(job)
-                done += 1
-                left = f"{len(running) + len(waiting)} to go"
                 if job.process is not None:
-                    tqdm.write(
-                        f"{job.name}: {'failed: ' + job.failure if job.failure else 'finished'}; {left}"
-                    )
+                    outcome = f"failed: {job.failure}" if job.failure else "finished"
+                    tqdm.write(f"{job.name}: {outcome}; {len(running) + len(waiting)} to go")
             bar.n = sum(job.steps_done() for job in jobs)
             names = ", ".join(job.name for job in running)
             elsewhere = f"; {len(waiting)} run elsewhere" if waiting and not running else ""
+            done = len(jobs) - len(waiting) - len(running)
             bar.set_postfix_str(f"{done}/{len(jobs)} runs; {names}{elsewhere}")
-            if done == done_before:  # else the next one need not wait
+            if not ended:  # otherwise the next job need not wait
                 time.sleep(POLL_SECONDS)
     finally:
         for job in running:
@@ -199,3 +195,18 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
         print(f"stopped by a signal; {len(running)} runs were stopped, the same command goes on from there")
         sys.exit(128 + received[0])
     return failed
+
+
+def keep_going(job: Job, environment: dict[str, str]) -> bool:
+    """Start a job's next stage if none is running; False if the job is finished or has failed."""
+    if job.process is not None:
+        if job.process.poll() is None:
+            return True
+        job.failure = job.find_failure()
+    if job.failure is None and job.stage is not None:
+        job.start(environment)
+        return True
+    for stage in job.stages if job.failure is None else ():
+        if stage.discard:
+            remove_checkpoints(stage.folder / stage.discard)
+    return False

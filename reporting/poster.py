@@ -1,10 +1,20 @@
-"""The poster's results table as data: each row's recipe and numbers, and each claim as a difference between rows.
+"""The poster's results table as data: each row's recipe and numbers, each claim as a difference of rows.
 
-"Fine-tuning minBERT for Various Downstream Tasks", Stanford CS224N. Its scores are accuracy for sentiment (SST-5) and
-paraphrase (Quora) and Pearson's r for similarity (SemEval STS), on dev; its overall is their plain mean.
+"Fine-tuning minBERT for Various Downstream Tasks", Stanford CS224N. Its scores are accuracy for sentiment
+(SST-5) and paraphrase (Quora) and Pearson's r for similarity (SemEval STS), on dev; its overall is their
+plain mean.
 """
 
 from dataclasses import dataclass
+
+# The names of the scores, a task's or an overall, in tables and figures.
+SCORES = {
+    "mean": "overall",
+    "mean_2024": "overall 2024",
+    "sst": "sentiment",
+    "para": "paraphrase",
+    "sts": "similarity",
+}
 
 
 @dataclass(frozen=True)
@@ -12,11 +22,11 @@ class TableRow:
     """A recipe of the table.
 
     Args:
-        flags: of multitask_classifier.py, on top of what all rows share.
-        poster: its dev scores for sentiment, paraphrase, similarity; None where it has no such row.
-        versus: the row that this one changes something of; the table shows the difference.
+        flags: for multitask_classifier.py, on top of what all rows share.
+        poster: the poster's dev scores for sentiment, paraphrase, similarity; None where it has no such row.
+        versus: the row that this one is a change of; the table shows the difference.
         group: "poster", "future" (the poster's future steps) or "control".
-        pretrain: pre-train the encoder further on the tasks' text first, with pretrain_mlm.py.
+        pretrain: first pre-train the encoder further on the tasks' text.
     """
 
     title: str
@@ -81,7 +91,7 @@ class Claim:
     Args:
         terms: (factor, row, score); a score is a task or an overall.
         direction: 1 if the sum should be above `margin`, -1 if below.
-        claimed: the sum on the poster's own numbers; None: worked out from its rows.
+        claimed: the sum on the poster's own numbers; None: computed from its rows.
     """
 
     number: str
@@ -93,7 +103,7 @@ class Claim:
 
 
 def difference(a: str, b: str, *scores: str) -> tuple[tuple[float, str, str], ...]:
-    """Row a less row b, in the mean of some scores."""
+    """Row a minus row b, in the mean of some scores."""
     return tuple((sign / len(scores), row, score) for sign, row in ((1, a), (-1, b)) for score in scores)
 
 
@@ -137,8 +147,8 @@ CLAIMS = (
             *difference("baseline", "surgery_diff", "sts"),
         ),
         -1,
-        claimed=0.04
-        - (0.655 - 0.274 - 0.04),  # 0.04 of the way from 0.274 to 0.655, against all the rest of it
+        # 0.04 of the way from 0.274 to 0.655, against all the rest of it
+        claimed=0.04 - (0.655 - 0.274 - 0.04),
     ),
     Claim(
         "6", "two dense layers do worse than one: overall", difference("diff_2_layers", "diff", "mean"), -1

@@ -1,13 +1,13 @@
-"""Reading what a run wrote, for reports and tables: settings, log and scores, each value where it is expected.
+"""Reading what a run wrote: settings, log and scores, each checked against the types below.
 
-Forms are written down as data: a type, `Keys`, a dictionary of known keys, or `Each`, one whose values are all alike.
+Only what is read here is declared; other keys are left alone, since a newer version may have written them.
 """
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
 from pathlib import Path
+from typing import Literal, Required, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from config import TASKS
 from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
@@ -15,129 +15,126 @@ from support.errors import UserError, one_line, quote
 from support.files import read_bytes, read_json
 from training.run_folder import ARGS_FILE, MAX_LOG_BYTES, read_args_file
 
-
-@dataclass(frozen=True)
-class Each:
-    """A dictionary: any of `names` (None: whatever it likes) -> a value of a form."""
-
-    form: object
-    names: Collection[str] | None = None
+Task = Literal[tuple(TASKS)]
+Pair = Literal[tuple("-".join(pair) for pair in permutations(TASKS, 2))]
+ByTask, ByPair = dict[Task, float], dict[Pair, float]
+Summary = TypedDict("Summary", {"tasks": dict[Task, dict[str, float]]} | dict.fromkeys(OVERALLS, float))
 
 
-@dataclass(frozen=True)
-class Keys:
-    """A dictionary with a form for each known key; the `needed` ones have to be there, others may be."""
-
-    forms: Mapping[str, object]
-    needed: Collection[str] = ()
+class Scores(TypedDict):
+    step: int
+    dev: Summary
 
 
-PAIRS = {"-".join(pair) for pair in permutations(TASKS, 2)}
-BY_TASK, BY_PAIR = Each(float, TASKS), Each(float, PAIRS)
-SUMMARY = Keys({"tasks": Each(Each(float), TASKS)} | dict.fromkeys(OVERALLS, float), ("tasks", *OVERALLS))
-SCORES = Keys({"step": int, "dev": SUMMARY}, ("step", "dev"))
-LINE = Keys(
-    {
-        "step": int,
-        "tokens": int,
-        "dev": SUMMARY,
-        **dict.fromkeys(("lr", "head_lr", "grad_norm", "tokens_per_second", "score"), float),
-        **dict.fromkeys(("loss", "task_grad_norm", "grad_weight"), BY_TASK),
-        **dict.fromkeys(("cosine", "conflict"), BY_PAIR),
-        **dict.fromkeys(("layer_cosine", "layer_conflict"), Each(BY_PAIR)),
-    },
-    ("step",),
-)
-SETTINGS = Keys(
-    {"prediction_style": str, "precision": str, "pretrained": str},
-    ("prediction_style", "precision", "pretrained", "extra_data"),
-)
-FACTS = Keys(
-    {
-        "args": SETTINGS,
-        "data": Keys({"train": Each(str), "dev": Each(str)}, ("train", "dev")),
-        "versions": Each(str),
-    },
-    ("args", "data", "versions"),
-)
-EXPECTED = {int: "a whole number", float: "a number", str: "text"}
+class LogLine(TypedDict, total=False):
+    """A line of the log: a stretch of training, or an evaluation, which has `dev` and `score`."""
+
+    step: Required[int]
+    tokens: int
+    lr: float
+    head_lr: float
+    grad_norm: float
+    tokens_per_second: float
+    loss: ByTask
+    task_grad_norm: ByTask
+    grad_weight: ByTask
+    cosine: ByPair
+    conflict: ByPair
+    layer_cosine: dict[str, ByPair]
+    layer_conflict: dict[str, ByPair]
+    dev: Summary
+    score: float
 
 
-def find_misfit(value, form, where: str = "it") -> str | None:
-    """What is not of a form, in a few words; None if all is. Float also takes whole numbers."""
-    if isinstance(form, type):
-        fits = isinstance(value, int | float if form is float else form) and not isinstance(value, bool)
-        return None if fits else f"{where} is {quote(str(value))}; expected {EXPECTED[form]}"
-    if not isinstance(value, dict):
-        return f"{where} is {quote(str(value))}; expected names and values"
-    for name in form.needed if isinstance(form, Keys) else ():
-        if name not in value:
-            return f"{where} lacks {name}"
-    for name, inner in value.items():
-        if isinstance(form, Keys):
-            inner_form = form.forms.get(name)
-        elif form.names is None or name in form.names:
-            inner_form = form.form
-        else:
-            return f"{where} has {quote(name)}, which is not known"
-        misfit = inner_form and find_misfit(inner, inner_form, one_line(name, 60))
-        if misfit:
-            return misfit
-    for task, scores in value["tasks"].items() if form is SUMMARY else ():
-        if TASK_KINDS[TASKS[task].kind].main_score not in scores:
-            return f"{task} lacks {TASK_KINDS[TASKS[task].kind].main_score}"
-    return None
+class Settings(TypedDict):
+    prediction_style: Literal[tuple(PREDICTION_STYLES)]
+    precision: str
+    pretrained: str
+    extra_data: dict
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`; one that was cut off at the end when the run was killed is left out.
+class Fingerprints(TypedDict):
+    train: dict[str, str]
+    dev: dict[str, str]
+
+
+class Facts(TypedDict):
+    args: Settings
+    data: Fingerprints
+    versions: dict[str, str]
+
+
+EXPECTED = {int: "a whole number", float: "a number", str: "text", dict: "names and values"}
+hints_of = cache(get_type_hints)
+
+
+def check(value, kind, name: str = "it") -> None:
+    """Check a value from a JSON file against a type; a whole number passes for a float.
 
     Raises:
-        UserError: if there are none, or one is not what a run writes.
+        UserError: saying what is wrong with which part of it.
+    """
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"{one_line(name, 60)} has {quote(value)}, which is not known")
+        return
+    plain = kind if kind in EXPECTED else dict
+    if isinstance(value, bool) or not isinstance(value, int | float if plain is float else plain):
+        raise UserError(f"{one_line(name, 60)} is {quote(str(value))}; expected {EXPECTED[plain]}")
+    if kind in EXPECTED:
+        return
+    if is_typeddict(kind):
+        for key, inner_kind in hints_of(kind).items():
+            if key in value:
+                check(value[key], inner_kind, key)
+            elif key in kind.__required_keys__:
+                raise UserError(f"{name} lacks {key}")
+    else:
+        key_kind, inner_kind = get_args(kind)
+        for key, inner in value.items():
+            check(key, key_kind, name)
+            check(inner, inner_kind, key)
+    if kind is Summary:
+        for task, scores in value["tasks"].items():
+            if TASK_KINDS[TASKS[task].kind].main_score not in scores:
+                raise UserError(f"{task} lacks {TASK_KINDS[TASKS[task].kind].main_score}")
+    if kind is LogLine and "dev" in value and "score" not in value:
+        raise UserError("it has dev and lacks score")
+
+
+def read_metrics(run_dir: Path) -> list[LogLine]:
+    """The lines of a run's `metrics.jsonl`; a last one that was cut off when the run was killed is left out.
+
+    Raises:
+        UserError: if the file is missing, or a line is not what a run writes.
     """
     path = Path(run_dir) / "metrics.jsonl"
     text = read_bytes(path, MAX_LOG_BYTES).decode("utf-8", "replace")
-    metrics = []
-    lines = text.splitlines()
+    metrics, lines = [], text.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            misfit = find_misfit(values, LINE)
-            if misfit is None and "dev" in values and "score" not in values:
-                misfit = "it has dev and lacks score"
-        except (ValueError, RecursionError) as error:
-            misfit = f"not JSON ({one_line(error)})"
-        if misfit is None:
+            check(values, LogLine)
             metrics.append(values)
-        elif number < len(lines) or text.endswith("\n"):
-            raise UserError(f"{path}:{number}: not a line of a run's log: {misfit}")
+        except (ValueError, RecursionError) as error:
+            if number < len(lines) or text.endswith("\n"):
+                raise UserError(f"{path}:{number}: not a line of a run's log: {one_line(error)}") from None
     return metrics
 
 
-def read_scores(run_dir: Path) -> dict:
-    """A finished run's `scores.json`.
+def read_scores(run_dir: Path) -> Scores:
+    """A finished run's `scores.json`, or a UserError if it is missing or damaged."""
+    return check_file(Path(run_dir) / "scores.json", read_json(Path(run_dir) / "scores.json"), Scores)
 
-    Raises:
-        UserError: if it is missing, or not what a run writes.
-    """
-    path = Path(run_dir) / "scores.json"
-    values = read_json(path)
-    misfit = find_misfit(values, SCORES)
-    if misfit:
-        raise UserError(f"{path}: damaged, or from another version: {misfit}")
+
+def read_facts(run_dir: Path) -> Facts:
+    """What a finished run's `args.json` says about it, or a UserError if it is missing or damaged."""
+    return check_file(run_dir / ARGS_FILE, read_args_file(run_dir), Facts)
+
+
+def check_file(path: Path, values: dict, kind) -> dict:
+    try:
+        check(values, kind)
+    except UserError as error:
+        raise UserError(f"{path}: damaged, or from another version: {error}") from None
     return values
-
-
-def read_facts(run_dir: Path) -> dict:
-    """What a finished run's `args.json` says of it.
-
-    Raises:
-        UserError: if it is missing, or not what a run writes.
-    """
-    facts = read_args_file(run_dir)
-    misfit = find_misfit(facts, FACTS)
-    if misfit is None and facts["args"]["prediction_style"] not in PREDICTION_STYLES:
-        misfit = f"prediction_style is {quote(facts['args']['prediction_style'])}"
-    if misfit:
-        raise UserError(f"{run_dir / ARGS_FILE}: damaged, or from another version: {misfit}")
-    return facts

@@ -2,72 +2,45 @@
 
 import csv
 import io
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
-from evaluation import OVERALLS, prediction_name, select_score
-from reporting import figures
-from reporting.poster import CLAIMS, POSTER_TEST, ROWS, Claim
-from reporting.report import (
-    CLASS_NAMES,
-    Code,
-    Heading,
-    Paragraph,
-    Picture,
-    TableBlock,
-    markdown_page,
-    training_seconds,
-)
-from reporting.significance import Interval, mean_and_sd, verdict
+from evaluation import prediction_name, select_score
+from reporting import figures, pages
+from reporting.poster import CLAIMS, POSTER_TEST, ROWS, SCORES, Claim
+from reporting.report import list_values, training_seconds
+from reporting.significance import Interval, mean_and_sd, verdict, with_overalls
 from reporting.table_statistics import Table
 from support.files import whole_file, write_text
 
-SCORES = {
-    "mean": "overall",
-    "mean_2024": "overall 2024",
-    "sst": "sentiment",
-    "para": "paraphrase",
-    "sts": "similarity",
-}
-# Rows whose conflicts are drawn: with surgery off and on, and where tasks meet more or other data.
+# Rows whose conflicts are drawn: without surgery, with it, and where tasks meet additional data.
 CONFLICT_ROWS = ("diff", "surgery_diff", "surgery_diff_extra")
-
-SMALL_SHARE = 0.25  # of a claimed effect; less than that is another finding
-CONTAMINATED = (
-    "It saw Quora and NLI pairs in its own training: its paraphrase and similarity scores are not comparable to"
-    " bert-base's, which the poster used."
-)
-SCORES_TEXT = (
-    "Dev scores, mean ± standard deviation over seeds, beside the poster's, which gives neither seeds nor spread."
-    " Sentiment and paraphrase are accuracy, similarity is Pearson's r; overall is their plain mean, overall 2024 has"
-    " similarity as (r + 1) / 2. A run's best checkpoint is chosen by three evaluations on a part of dev, then scored on all of"
-    " it. Minutes are those of training steps, without evaluation and without further pre-training."
-)
-CLAIMS_TEXT = (
-    "In points (hundredths): what the poster's own numbers say, what was measured, and the verdict. Confirmed: the whole 95 %"
-    " interval lies on the claimed side, whatever the size. Refuted: it lies on the other side, or it holds both signs and"
-    " is surely short of a quarter of the claimed size. Undecided: neither. Intervals are paired bootstraps over dev"
-    " examples and seeds (significance.py), over the seeds that all rows of a claim have. With few seeds they are somewhat too"
-    " narrow: in simulations where seeds differ more than examples do, three seeds cover 83 % instead of 95 %."
-)
+SMALL_SHARE = 0.25  # of a claimed effect: a smaller one is not the claimed one
 TEX_ESCAPES = str.maketrans(
     {character: "\\" + character for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
+PICTURES = {
+    "scores.png": "Scores of each row with their intervals, and the poster's.",
+    "learning_curves.png": "Dev scores during training, on the part of dev that the runs looked at.",
+    "conflict.png": "Conflict between task gradients over the run.",
+    "layer_conflict.png": "Conflict between task gradients by layer.",
+    "confusion.png": "Sentiment: the best seed of the row with the best overall.",
+    "similarity.png": "Similarity: the same run.",
+}
+TEST_FILES = [f"predictions/{prediction_name(task, 'test', 'starter')}" for task in DEFAULT_TASKS]
 
 
 def poster_scores(row: str) -> dict[str, float]:
     """The poster's numbers of a row, its overall included; empty if it has no such row."""
-    return with_mean(ROWS[row].poster)
+    return named_scores(ROWS[row].poster or ())
 
 
-def with_mean(numbers) -> dict[str, float]:
-    found = {task: n for task, n in zip(DEFAULT_TASKS, numbers or (), strict=False) if n is not None}
-    if len(found) < len(DEFAULT_TASKS):
-        return found
-    kinds = {task: (TASKS[task].kind, number) for task, number in found.items()}
-    return found | {name: overall.score(kinds) for name, overall in OVERALLS.items()}
+def named_scores(numbers: Sequence[float | None]) -> dict[str, float]:
+    """Numbers in the order of DEFAULT_TASKS by name, with their overalls if there are several."""
+    found = {task: n for task, n in zip(DEFAULT_TASKS, numbers, strict=False) if n is not None}
+    return with_overalls(found, TASKS)
 
 
 def claimed_value(claim: Claim) -> float:
@@ -85,110 +58,119 @@ def judge(claim: Claim, table: Table) -> tuple[Interval | None, str]:
     if len(table.shared_seeds({row for _, row, _ in claim.terms})) < 2:
         return interval, "one seed only"
     word = verdict(interval, claim.direction, claim.margin)
-    # An effect that may be of either sign, but is surely less than a quarter of the claimed one, is not the claimed one.
-    # A claim with a margin says nothing of an effect's size, only that it stays within bounds.
+    # An effect that may have either sign, but is certainly less than a quarter of the claimed one, is not the
+    # claimed one. A claim with a margin says nothing about an effect's size, only that it stays within
+    # bounds.
     least = SMALL_SHARE * claimed_value(claim)
     if word == "undecided" and not claim.margin and verdict(interval, claim.direction, least) == "refuted":
         word = "refuted"
     return interval, word
 
 
-# --- text --------------------------------------------------------------------------------------------------------
+# --- numbers and tables as text ---------------------------------------------------------------------------
 
 
-def show_mean(values: list[float]) -> str:
+def format_mean(values: list[float]) -> str:
     if not values:
         return "-"
     mean, sd = mean_and_sd(values)
     return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {sd:.3f}"
 
 
-def show_interval(interval: Interval | None) -> str:
+def format_interval(interval: Interval | None) -> str:
     """A difference in points, with its interval."""
     if interval is None:
         return "-"
     return f"{100 * interval.estimate:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 
-def show_seeds(table: Table, rows) -> str:
+def format_seeds(table: Table, rows) -> str:
     """The seeds that a comparison of rows rests on."""
     return " ".join(map(str, table.shared_seeds(rows))) or "-"
 
 
-def scores_block(table: Table) -> TableBlock:
+def row_difference(table: Table, a: str, b: str, score: str) -> Interval | None:
+    return table.combine(((1.0, a, score), (-1.0, b, score)))
+
+
+def scores_table(table: Table) -> pages.Table:
+    def poster_cells(scores):
+        return [f"{scores[score]:.3f}" if score in scores else "-" for score in ("mean", *DEFAULT_TASKS)]
+
     lines = []
     for row, runs in table.runs.items():
         minutes = sum(training_seconds(run.metrics) for run in runs.values()) / len(runs) / 60
-        measured = [show_mean(table.values(row, score)) for score in SCORES]
-        lines.append(
-            [ROWS[row].title, *measured, str(len(runs)), f"{minutes:.1f}", *poster_cells(poster_scores(row))]
-        )
+        measured = [format_mean(table.values(row, score)) for score in SCORES]
+        poster = poster_cells(poster_scores(row))
+        lines.append([ROWS[row].title, *measured, str(len(runs)), f"{minutes:.1f}", *poster])
     unknown = ["-"] * (len(SCORES) + 2)
-    lines.append(["Test set (labels held out)", *unknown, *poster_cells(with_mean(POSTER_TEST))])
+    lines.append(["Test set (labels held out)", *unknown, *poster_cells(named_scores(POSTER_TEST))])
     poster_header = [f"poster {name}" for name in ("overall", "sent.", "para.", "sim.")]
-    return TableBlock(["technique", *SCORES.values(), "seeds", "minutes a run", *poster_header], lines)
+    return pages.Table(["technique", *SCORES.values(), "seeds", "minutes a run", *poster_header], lines)
 
 
-def poster_cells(scores: dict[str, float]) -> list[str]:
-    return [f"{scores[score]:.3f}" if score in scores else "-" for score in ("mean", *DEFAULT_TASKS)]
-
-
-def claims_block(table: Table) -> TableBlock:
+def claims_table(table: Table) -> pages.Table:
     lines = []
     for claim in CLAIMS:
         interval, word = judge(claim, table)
         claimed = claimed_value(claim)
         inside = "-" if interval is None else "yes" if interval.low <= claimed <= interval.high else "no"
-        seeds = show_seeds(table, {row for _, row, _ in claim.terms})
-        size = f"{100 * claimed:+.1f}"
-        lines.append([claim.number, claim.text, size, show_interval(interval), word, inside, seeds])
+        seeds = format_seeds(table, {row for _, row, _ in claim.terms})
+        measured = [format_interval(interval), word, inside, seeds]
+        lines.append([claim.number, claim.text, f"{100 * claimed:+.1f}", *measured])
     header = ["", "claim", "claimed", "measured (95 % interval)", "verdict", "claimed size in it", "seeds"]
-    return TableBlock(header, lines)
+    return pages.Table(header, lines)
 
 
-def claims_text(table: Table) -> str:
-    """The claims as lines of a terminal."""
+def format_claims(table: Table) -> str:
+    """The claims as lines for a terminal."""
     lines = []
     for claim in CLAIMS:
         interval, word = judge(claim, table)
-        sizes = f"claimed {100 * claimed_value(claim):+5.1f}, measured {show_interval(interval)}"
+        sizes = f"claimed {100 * claimed_value(claim):+5.1f}, measured {format_interval(interval)}"
         lines.append(f"claim {claim.number:2s} {word:12s} {sizes}: {claim.text}")
     return "\n".join(lines)
 
 
-def differences_block(table: Table) -> TableBlock:
-    """Each row against the one that it changes something of."""
+def differences_table(table: Table) -> pages.Table:
+    """Each row against the one that it is a change of."""
     lines = []
     for row in table.runs:
         other = ROWS[row].versus
         if other in table.runs:
-            seeds = show_seeds(table, {row, other})
-            shown = [
-                show_interval(table.combine(((1.0, row, score), (-1.0, other, score)))) for score in SCORES
-            ]
-            lines.append([f"{ROWS[row].title} - {ROWS[other].title}", *shown, seeds])
-    return TableBlock(["difference, points (95 % interval)", *SCORES.values(), "seeds"], lines)
+            shown = [format_interval(row_difference(table, row, other, score)) for score in SCORES]
+            titles = f"{ROWS[row].title} - {ROWS[other].title}"
+            lines.append([titles, *shown, format_seeds(table, {row, other})])
+    return pages.Table(["difference, points (95 % interval)", *SCORES.values(), "seeds"], lines)
 
 
-def compare_text(table: Table, a: str, b: str) -> str:
-    """The difference of two rows, a line per score."""
-    lines = [f"{ROWS[a].title} - {ROWS[b].title}, in points, seeds {show_seeds(table, (a, b))}"]
+def format_comparison(table: Table, a: str, b: str) -> str:
+    """The difference between two rows, a line per score."""
+    lines = [f"{ROWS[a].title} - {ROWS[b].title}, in points, seeds {format_seeds(table, (a, b))}"]
     for score, name in SCORES.items():
-        interval = table.combine(((1.0, a, score), (-1.0, b, score)))
+        interval = row_difference(table, a, b, score)
         if interval is not None:
             word = "above 0" if interval.low > 0 else "below 0" if interval.high < 0 else "could be 0"
-            lines.append(f"  {name:13s} {show_interval(interval)}  {word}")
+            lines.append(f"  {name:13s} {format_interval(interval)}  {word}")
     return "\n".join(lines)
 
 
-def describe_runs(table: Table, command: list[str]) -> list:
-    """Where the numbers come from: time, machines, versions, data, commands."""
-    runs = [run for found in table.runs.values() for run in found.values()]
+# --- the files --------------------------------------------------------------------------------------------
+
+
+def make_page(table: Table, command: list[str], test_folder: Path | None, pictures: Sequence[str]) -> str:
+    """The table as a page of Markdown.
+
+    Args:
+        command: the `sys.argv` that made it.
+        test_folder: the run that has predicted the test set, if any.
+        pictures: names out of PICTURES.
+    """
 
     def distinct(facts):
-        texts = {", ".join(f"{name} {value}" for name, value in found.items()) for found in facts}
-        return "; ".join(sorted(texts - {""}))
+        return "; ".join(sorted({list_values(found) for found in facts} - {""}))
 
+    runs = [run for found in table.runs.values() for run in found.values()]
     hours = sum(training_seconds(run.metrics) for run in runs) / 3600
     facts = [
         ["runs", f"{len(runs)}, {hours:.1f} hours of training steps in all"],
@@ -197,43 +179,27 @@ def describe_runs(table: Table, command: list[str]) -> list:
         ["versions", distinct(run.facts["versions"] for run in runs)],
         ["dev data, fingerprints", distinct(run.facts["data"]["dev"] for run in runs)],
     ]
-    started = (next(iter(found.values())).facts["commands"][0] for found in table.runs.values())
-    commands = [command, *(["python", Path(argv[0]).name, *argv[1:]] for argv in started)]
-    return [
-        TableBlock(["", ""], facts),
-        Paragraph("The table, then the first run of each row:"),
-        Code("\n".join(map(shlex.join, commands))),
-    ]
-
-
-def make_page(table: Table, command: list[str], test_folder: Path | None, pictures: list[str]) -> str:
-    """The table as a page of Markdown."""
+    started = [next(iter(found.values())).facts["commands"][0] for found in table.runs.values()]
     # Rows with further pre-training start from a folder of their own, made from the same encoder.
     rows = [row for row in table.runs if not ROWS[row].pretrain] or list(table.runs)
     encoders = sorted({run.facts["args"]["pretrained"] for row in rows for run in table.runs[row].values()})
-    note = f" {CONTAMINATED}" if OFFLINE_ENCODER in encoders else ""
-    test = "no run has predicted it yet."
+    test_set = "no run has predicted it yet."
     if test_folder is not None:
         row, seed = table.best_run
-        test = f"the predictions of the best seed of the best row on dev ({row}, seed {seed}) are in predictions/."
-    blocks = [
-        Heading("The poster's table, measured", level=1),
-        Paragraph(f"Encoder: {', '.join(encoders)}.{note}"),
-        Paragraph(SCORES_TEXT),
-        scores_block(table),
-        Paragraph(f"Test set: {test}"),
-        Heading("Its claims"),
-        Paragraph(CLAIMS_TEXT),
-        claims_block(table),
-        Heading("What each change changes"),
-        differences_block(table),
-        Heading("How it was made"),
-        *describe_runs(table, command),
-        Heading("Pictures"),
-    ]
-    for name in pictures:
-        blocks += [Paragraph(PICTURES[name]), Picture(name, PICTURES[name], b"")]
-    return markdown_page(blocks)
+        best = f"the best seed of the best row on dev ({row}, seed {seed})"
+        test_set = f"the predictions of {best} are in predictions/."
+    return pages.render_markdown(
+        "table.md.jinja",
+        encoders=", ".join(encoders),
+        saw_other_data=OFFLINE_ENCODER in encoders,
+        test_set=test_set,
+        scores=scores_table(table),
+        claims=claims_table(table),
+        differences=differences_table(table),
+        facts=pages.Table(["", ""], facts),
+        commands="\n".join(map(pages.command_line, [command, *started])),
+        pictures={name: PICTURES[name] for name in pictures},
+    )
 
 
 def rows_csv(table: Table) -> str:
@@ -246,11 +212,8 @@ def rows_csv(table: Table) -> str:
         for score in SCORES:
             values, interval = table.values(row, score), table.interval(row, score)
             mean, sd = mean_and_sd(values) if values else ("", "")
-            cells += [
-                mean,
-                sd if len(values) > 1 else "",
-                *((interval.low, interval.high) if interval else ("", "")),
-            ]
+            cells += [mean, sd if len(values) > 1 else ""]
+            cells += [interval.low, interval.high] if interval else ["", ""]
             cells.append(poster_scores(row).get(score, ""))
         lines.append(cells)
     return csv_text([header, *lines])
@@ -261,14 +224,8 @@ def runs_csv(table: Table) -> str:
     lines = [["row", "seed", *SCORES, "training_seconds"]]
     for row, runs in table.runs.items():
         for seed, run in runs.items():
-            lines.append(
-                [
-                    row,
-                    seed,
-                    *(run.scores.get(score, "") for score in SCORES),
-                    round(training_seconds(run.metrics)),
-                ]
-            )
+            scores = [run.scores.get(score, "") for score in SCORES]
+            lines.append([row, seed, *scores, round(training_seconds(run.metrics))])
     return csv_text(lines)
 
 
@@ -282,7 +239,7 @@ def table_tex(table: Table) -> str:
     """A LaTeX table (needs booktabs)."""
 
     def cell(values):
-        return show_mean(values).replace("-", "$-$").replace("±", r"$\pm$") if values else "--"
+        return format_mean(values).replace("-", "$-$").replace("±", r"$\pm$") if values else "--"
 
     lines = [
         r"\begin{tabular}{lcccc}",
@@ -291,58 +248,39 @@ def table_tex(table: Table) -> str:
         r"\midrule",
     ]
     for row in table.runs:
-        title = ROWS[row].title.translate(TEX_ESCAPES)
         cells = [cell(table.values(row, score)) for score in ("mean", *DEFAULT_TASKS)]
-        lines.append(" & ".join([title, *cells]) + r" \\")
+        lines.append(" & ".join([ROWS[row].title.translate(TEX_ESCAPES), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
-
-
 def draw_figures(table: Table) -> dict[str, object]:
-    """File name -> figure, for those that there is something to draw of."""
-    rows = [
-        {
-            "title": ROWS[row].title,
-            "poster": poster_scores(row),
-            "measured": {
-                score: (interval.estimate, interval.low, interval.high)
-                for score in ("mean", *DEFAULT_TASKS)
-                if (interval := table.interval(row, score)) is not None
-            },
-        }
-        for row in table.runs
-    ]
-    curves = {
-        ROWS[row].title: [
-            [(line["step"], dev_scores(line["dev"])) for line in run.metrics if "dev" in line]
-            for run in runs.values()
+    """File name -> figure, for those that there is something to draw for."""
+    rows = []
+    for row in table.runs:
+        found = {score: table.interval(row, score) for score in figures.PANELS}
+        measured = {score: (i.estimate, i.low, i.high) for score, i in found.items() if i is not None}
+        rows.append({"title": ROWS[row].title, "poster": poster_scores(row), "measured": measured})
+    curves, conflicts = {}, {}
+    for row, runs in table.runs.items():
+        logs = [run.metrics for run in runs.values()]
+        curves[ROWS[row].title] = [
+            [(line["step"], dev_scores(line["dev"])) for line in metrics if "dev" in line] for metrics in logs
         ]
-        for row, runs in table.runs.items()
-    }
-    conflicts = {
-        ROWS[row].title: [run.metrics for run in table.runs[row].values()]
-        for row in CONFLICT_ROWS
-        if row in table.runs
-    }
+        if row in CONFLICT_ROWS:
+            conflicts[ROWS[row].title] = logs
     drawn = {
         "scores.png": figures.plot_scores(rows),
         "learning_curves.png": figures.plot_learning_curves(curves),
-        "conflict.png": figures.plot_conflict(conflicts) if conflicts else None,
-        "layer_conflict.png": figures.plot_layer_conflict(conflicts) if conflicts else None,
+        "conflict.png": figures.plot_conflict(conflicts),
+        "layer_conflict.png": figures.plot_layer_conflict(conflicts),
     }
-    if table.best_run is not None:
-        row, seed = table.best_run
-        predictions, labels = table.runs[row][seed].predictions, table.dev_data
-        if "sst" in predictions:
-            drawn["confusion.png"] = figures.plot_confusion(
-                predictions["sst"], labels["sst"].labels, CLASS_NAMES["sst"]
-            )
-        if "sts" in predictions:
-            drawn["similarity.png"] = figures.plot_regression(
-                predictions["sts"], labels["sts"].labels, TASKS["sts"].label_range
-            )
+    predictions = table.runs[table.best_run[0]][table.best_run[1]].predictions if table.best_run else {}
+    if "sst" in predictions:
+        labels = table.dev_data["sst"].labels
+        drawn["confusion.png"] = figures.plot_confusion(predictions["sst"], labels, TASKS["sst"].class_names)
+    if "sts" in predictions:
+        labels, scale = table.dev_data["sts"].labels, TASKS["sts"].label_range
+        drawn["similarity.png"] = figures.plot_regression(predictions["sts"], labels, scale)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -351,20 +289,10 @@ def dev_scores(summary: dict) -> dict[str, float]:
     return scores | ({"mean": summary["mean"]} if len(scores) > 1 else {})
 
 
-PICTURES = {
-    "scores.png": "Scores of each row with their intervals, and the poster's.",
-    "learning_curves.png": "Dev scores during training, on the part of dev that the runs looked at.",
-    "conflict.png": "Conflict between task gradients over the run.",
-    "layer_conflict.png": "The same for each part of the encoder.",
-    "confusion.png": "Sentiment: the best seed of the row with the best overall.",
-    "similarity.png": "Similarity: the same run.",
-}
-
-
 def write_results(
     table: Table, results_dir: Path, command: list[str], test_folder: Path | None
 ) -> list[Path]:
-    """Write all files of a table; returns their paths."""
+    """Write all files of a table, remove those of an earlier one, return the paths; see `make_page`."""
     drawn = draw_figures(table)
     texts = {
         "table.md": make_page(table, command, test_folder, list(drawn)),
@@ -372,21 +300,15 @@ def write_results(
         "runs.csv": runs_csv(table),
         "table.tex": table_tex(table),
     }
-    for name, content in texts.items():
+    predicted = TEST_FILES if test_folder else []
+    texts_of_run = {name: (test_folder / name).read_text(encoding="utf-8") for name in predicted}
+    for name, content in (texts | texts_of_run).items():
         write_text(results_dir / name, content)
     for name, figure in drawn.items():
         with whole_file(results_dir / name) as temporary:
             figure.savefig(temporary, format="png", dpi=110)
-    predicted = [f"predictions/{prediction_name(task, 'test', 'starter')}" for task in DEFAULT_TASKS]
-    predicted = predicted if test_folder else []
-    for name in predicted:
-        write_text(results_dir / name, (test_folder / name).read_text(encoding="utf-8"))
     written = [results_dir / name for name in (*texts, *drawn, *predicted)]
-    earlier = [
-        *PICTURES,
-        *(f"predictions/{prediction_name(task, 'test', 'starter')}" for task in DEFAULT_TASKS),
-    ]
-    for path in (results_dir / name for name in earlier):
+    for path in (results_dir / name for name in (*PICTURES, *TEST_FILES)):
         if path not in written:
-            path.unlink(missing_ok=True)  # of another table
+            path.unlink(missing_ok=True)
     return written

@@ -11,10 +11,10 @@ import numpy as np
 
 from config import TASKS
 from datasets import Rows, read_rows
-from evaluation import OVERALLS, TASK_KINDS, prediction_name, read_predictions, select_score
+from evaluation import TASK_KINDS, prediction_name, read_predictions, select_score
 from reporting.read_run import read_facts, read_metrics, read_scores
 from reporting.report import SCORE_TOLERANCE
-from reporting.significance import Interval, resampled_means, to_interval
+from reporting.significance import Interval, resampled_means, to_interval, with_overalls
 from support.errors import UserError
 
 
@@ -30,7 +30,7 @@ class FinishedRun:
 
 
 class DevData:
-    """Dev rows of each task, read when they are first asked for."""
+    """Dev rows of each task, read when they are first needed."""
 
     def __init__(self, data_dir: str):
         self.data_dir = data_dir
@@ -47,7 +47,7 @@ def read_finished_run(folder: Path, dev_data: DevData) -> FinishedRun:
     """Read the scores, dev predictions and log of a run.
 
     Raises:
-        UserError: if something is missing or damaged, or scores, predictions and dev data do not belong together.
+        UserError: if something is missing or damaged, or if scores, predictions and dev data do not match.
     """
     summary, facts = read_scores(folder), read_facts(folder)
     stored = {task: select_score(summary["dev"], task, TASKS) for task in summary["dev"]["tasks"]}
@@ -61,15 +61,12 @@ def read_finished_run(folder: Path, dev_data: DevData) -> FinishedRun:
             raise UserError(f"{path}: its ids are not those of {rows.path}; give the --data_dir of that run")
         predictions[task] = np.array(list(found.values()))
         scores[task] = kind.scores(predictions[task], rows.labels)[kind.main_score]
-        if not abs(scores[task] - before) <= SCORE_TOLERANCE:  # said so that nan is refused, too
+        if not abs(scores[task] - before) <= SCORE_TOLERANCE:  # in this form nan is refused, too
             raise UserError(
                 f"{path}: gives {task} {scores[task]:.6f} on {rows.path}, scores.json says {before:.6f};"
                 " predictions or data are not those of that run"
             )
-    if len(scores) > 1:
-        pairs = {task: (TASKS[task].kind, score) for task, score in scores.items()}
-        scores |= {name: overall.score(pairs) for name, overall in OVERALLS.items()}
-    return FinishedRun(folder, scores, predictions, read_metrics(folder), facts)
+    return FinishedRun(folder, with_overalls(scores, TASKS), predictions, read_metrics(folder), facts)
 
 
 @dataclass
@@ -92,15 +89,13 @@ class Table:
         return [run.scores[score] for run in self.runs.get(row, {}).values() if score in run.scores]
 
     def resamples(self, row: str, seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """See `significance.resampled_means`; worked out once."""
+        """What `significance.resampled_means` gives, computed once."""
         if (row, seeds) not in self._resamples:
             runs = [self.runs[row][seed] for seed in seeds]
-            predictions = {
-                task: np.stack([run.predictions[task] for run in runs]) for task in runs[0].predictions
-            }
-            labels = {task: self.dev_data[task].labels for task in predictions}
-            means = resampled_means(predictions, labels, TASKS, self.num_resamples)
-            self._resamples[row, seeds] = means
+            tasks = runs[0].predictions
+            predictions = {task: np.stack([run.predictions[task] for run in runs]) for task in tasks}
+            labels = {task: self.dev_data[task].labels for task in tasks}
+            self._resamples[row, seeds] = resampled_means(predictions, labels, TASKS, self.num_resamples)
         return self._resamples[row, seeds]
 
     def interval(self, row: str, score: str) -> Interval | None:
@@ -108,23 +103,19 @@ class Table:
         return self.combine([(1.0, row, score)])
 
     def combine(self, terms) -> Interval | None:
-        """A sum of factor * score of a row, over the seeds that all its rows have; None if there are none.
-
-        Args:
-            terms: (factor, row, score) of each.
-        """
+        """A sum of terms (factor, row, score) over the seeds that all rows have; None if there are none."""
         seeds = self.shared_seeds({row for _, row, _ in terms})
         if not seeds or not all(self.values(row, score) for _, row, score in terms):
             return None
         return to_interval(sum(factor * self.resamples(row, seeds)[score] for factor, row, score in terms))
 
     def shared_seeds(self, rows) -> tuple[int, ...]:
-        """Seeds that all of some rows were run with."""
+        """The seeds that all of some rows were run with."""
         return tuple(sorted(set.intersection(*(set(self.runs.get(row, {})) for row in rows))))
 
     @cached_property
     def best_run(self) -> tuple[str, int] | None:
-        """Row and seed of the run that is to predict the test set: the best seed of the row with the best overall."""
+        """Row and seed of the run that predicts the test set: the best seed of the best row on average."""
         means = {row: np.mean(self.values(row, "mean")) for row in self.runs if self.values(row, "mean")}
         if not means:
             return None

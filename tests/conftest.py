@@ -1,11 +1,46 @@
-"""What several test files share."""
+"""What all tests share: one thread, no network, nothing of the user's, and a process for Hugging Face."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
-import torch
+
+# Here, before anything imports torch: tiny models run faster on one thread, and where other work keeps the cores busy,
+# threads that spin while they wait for each other make a test ten times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+# No test, and no process that one starts, sees the user's settings, caches or home.
+for name in (
+    "PYTHONIOENCODING",
+    "PYTHONPATH",
+    "PYTHONSAFEPATH",
+    "HF_HOME",
+    "HF_TOKEN",
+    "XDG_CACHE_HOME",
+    "CXX",
+):
+    os.environ.pop(name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    home = tempfile.TemporaryDirectory(prefix="home-of-tests-")
+    os.environ |= {"HOME": home.name, "MPLCONFIGDIR": home.name}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """A test that reaches for another machine fails at once, with or without a network."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"):
+            return connect(self, address)
+        raise OSError(f"a test wants to reach {address}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +52,10 @@ def run_transformers():
     """
 
     def run(code, folder):
-        kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        # One thread: the models are tiny, and threads that wait for each other take longer.
-        own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=folder,
-            env=kept | own,
+            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
             capture_output=True,
             text=True,
             timeout=300,
@@ -34,18 +66,11 @@ def run_transformers():
     return run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny models run faster on one thread, and far faster where other work keeps the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def in_double(monkeypatch):
     """Float64 where the code says float32, so that a tolerance can be tight for small and large gradients alike."""
+    import torch
+
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, with made-up predictions, so that their scores can be worked out by hand."""
+"""Run folders as training leaves them, with made-up predictions whose scores can be computed by hand."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,14 @@ from datasets import Rows, read_rows
 from evaluation import TASK_KINDS, format_predictions, prediction_name, summarise
 from reporting.table_statistics import DevData, Table, read_finished_run
 
-SCRIPT = "/home/someone/code/multitask_classifier.py"  # a run's args.json has the path that it was started by
+SCRIPT = "/home/someone/code/multitask_classifier.py"  # args.json holds the path by which the run was started
 PAIRS = {"sst-para": -0.125, "sst-sts": 0.25, "para-sts": 0.0625}
 LINE = {
+    "lr": 1e-5,
+    "head_lr": 1e-3,
+    "loss": dict.fromkeys(DEFAULT_TASKS, 1.5),
+    "grad_weight": {"sst": 1.125, "para": 1.0, "sts": 1.25},
+    "task_grad_norm": dict.fromkeys(DEFAULT_TASKS, 2.5),
     "cosine": PAIRS,
     "conflict": {"sst-para": 0.75, "sst-sts": 0.25, "para-sts": 0.5},
     "layer_cosine": {"embeddings": PAIRS, "layer.0": PAIRS},
@@ -21,7 +26,7 @@ LINE = {
 
 
 def make_predictions(task: str, rows: Rows, num_wrong: int, seed: int = 0) -> np.ndarray:
-    """The labels, but for `num_wrong` rows from row number `seed` on: another class, the other end of the scale."""
+    """The labels, except in `num_wrong` rows from row `seed` on: the next class, or the scale reversed."""
     predictions, high = rows.labels.copy(), TASKS[task].label_range[1]
     wrong = (seed + np.arange(num_wrong)) % len(predictions)
     if TASK_KINDS[TASKS[task].kind].is_discrete:
@@ -39,7 +44,7 @@ def make_run(
     style: str = "starter",
     pretrained: str = "tiny",
 ) -> Path:
-    """Write a finished run of the tasks in `num_wrong`; 6 + 2 seconds of training."""
+    """Write a finished run of the tasks in `num_wrong`, with 6 + 2 seconds of training."""
     (folder / "predictions").mkdir(parents=True)
     scores = {}
     for task, number in num_wrong.items():

@@ -1,15 +1,15 @@
-"""A fault campaign: runs are killed at random moments and resumed, broken files are read, and nothing may go wrong.
+"""A fault campaign: runs are killed and resumed, broken files are read, and nothing may go wrong.
 
-    python -m tests.campaign.faults                       # everything: kills, matrix, fuzz; writes results/faults.md
+    python -m tests.campaign.faults                     # everything, about an hour; writes results/faults.md
     python -m tests.campaign.faults kills --kills 50 --seed 1
 
-- kills: small runs are killed at random moments (by signals, inside a save, by a power cut), resumed, perhaps killed again,
-  until they end; then every bit has to be that of a run nobody disturbed.
-- matrix: the same for every combination of sampler, gradient method, schedule, head and precision, killed once.
+- kills: small runs are killed at random moments (by signals, inside a save, by a power cut), resumed,
+  perhaps killed again, until they end; then every bit has to be that of a run nobody disturbed.
+- matrix: the same, killed once, for every combination of sampler, gradient method, schedule, head, precision.
 - fuzz: broken files of every type that we read, and broken command lines; see fuzz.py.
 
-Exit code: 0, or 1 if anything was wrong. What a run is killed by and what a file is broken by depend on --seed and the
-case's number only; where in its work a signal meets a run also depends on the machine.
+Exit code: 0, or 1 if anything was wrong. What a run is killed by and what a file is broken by depend only on
+--seed and the case's number; where in its work a signal meets a run also depends on the machine.
 """
 
 import argparse
@@ -18,17 +18,16 @@ import io
 import itertools
 import json
 import os
-import platform
 import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,9 +38,6 @@ if __name__ == "__main__":  # before torch is imported
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
-import safetensors
-import tokenizers
 import torch
 
 import multitask_classifier
@@ -55,7 +51,6 @@ from support.device import describe_machine
 from support.files import ROOT, write_text
 from tests.campaign.forks import (
     DOING,
-    Cell,
     Died,
     Ended,
     Strike,
@@ -72,21 +67,23 @@ from tests.campaign.forks import (
     watch,
 )
 from tests.tiny import make_data, make_encoder
-from training.run_folder import ARGS_FILE
+from training.run_folder import ARGS_FILE, describe_code, describe_versions
 
 NUM_SETTINGS = 10  # different runs to kill
 PLOT_SHARE = 0.05  # of the runs that also draw their curves, which takes a second
-# Seconds, which forks need not spend.
-LATE_IMPORTS = ("figures", "scipy.stats", "sklearn.metrics", "torch._dynamo")
-KINDS = (
-    "SIGKILL at a random time",
-    "SIGKILL at a file operation",
-    "power cut at a file operation",
-    "SIGTERM",
-    "SIGTERM twice",
-    "SIGINT",
-    "damaged last/",
-)
+# Imported once, for all forks: it takes seconds.
+LATE_IMPORTS = ("reporting.figures", "scipy.stats", "sklearn.metrics", "torch._dynamo")
+# Kind of kill -> how the process may end: its exit code, or minus the signal.
+KINDS = {
+    "SIGKILL at a random time": (-9,),
+    "SIGKILL at a file operation": (-9,),
+    "power cut at a file operation": (-9,),
+    "SIGTERM": (143, -15),
+    "SIGTERM twice": (143, -15),
+    "SIGINT": (130, -2),
+    "damaged last/": (-9,),
+}
+SIGNALS = {"SIGKILL at a random time": signal.SIGKILL, "SIGINT": signal.SIGINT}
 FACTORS = {
     "sampler": tuple(SAMPLERS),
     "grad_method": tuple(GRAD_METHODS),
@@ -96,7 +93,7 @@ FACTORS = {
 }
 
 
-# --- runs --------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -107,7 +104,7 @@ class Setting:
     max_steps: int
     keep_last: int = 2
     seconds: float = 0.0
-    operations: int = 0
+    num_operations: int = 0
     result: dict[str, object] = field(default_factory=dict)  # empty if it failed
     wrong: list[str] = field(default_factory=list)
 
@@ -117,7 +114,7 @@ class Bench:
     """What all cases share: an encoder, data, and a folder to work in.
 
     Args:
-            keep: where folders and files of failed cases go; None: nowhere.
+        keep: where folders and files of failed cases go; None: nowhere.
         steps: least and greatest length of the runs that are killed.
     """
 
@@ -145,72 +142,60 @@ class Bench:
             for task in TASKS
             for split in ("dev", "test")
         }
-        self.cell = Cell()  # each job gets its own, see `own`
-        self.owner = os.getpid()
 
     def read(self, task: str, split: str):
         return read_rows(self.folder / "data" / TASKS[task].files[split], TASKS[task], split)
 
-    def own(self) -> Path:
-        """A folder of this process alone; its cell is renewed, too."""
-        folder = self.folder / f"job{os.getpid()}"
-        if self.owner != os.getpid():
-            self.cell, self.owner = Cell(), os.getpid()
-            folder.mkdir()
-        folder.mkdir(exist_ok=True)
-        return folder
-
     def flags(
-        self, max_steps: int, eval_every: int, head: str, sts_head: str | None = None, **settings
+        self, max_steps: int, eval_every: int, head: str, sts_head: str | None = None, **others
     ) -> list[str]:
-        settings |= {"para_head": head, "sts_head": sts_head or head, "max_steps": max_steps}
-        settings |= {"eval_every": eval_every, "pretrained": self.folder / "encoder", "compile": "off"}
-        settings |= {"data_dir": self.folder / "data", "batch_size": 4, "device": "cpu", "log_every": 2}
-        settings |= {"lr": 0.003, "head_lr": 0.01}
-        return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+        flags = {
+            "para_head": head,
+            "sts_head": sts_head or head,
+            "max_steps": max_steps,
+            "eval_every": eval_every,
+        }
+        flags |= {"pretrained": self.folder / "encoder", "data_dir": self.folder / "data", "device": "cpu"}
+        flags |= {"batch_size": 4, "log_every": 2, "lr": 0.003, "head_lr": 0.01, "compile": "off"}
+        return [str(word) for name, value in (flags | others).items() for word in (f"--{name}", value)]
 
-    def run(self, argv: list[str], output: Path, *, strike=None, strike_at=None, plot=False, **options):
-        """One run in a child; `cell` tells what it was doing."""
-        self.cell.clear()
+    def run(
+        self, argv: list[str], output: Path, *, strike=None, strike_at=None, plot=False, **options
+    ) -> Ended:
+        """One run in a child."""
 
-        def work():
-            watch(self.cell, strike_at, plot)
-            count_operations(self.cell, output, strike)
+        def work(cell):
+            watch(cell, strike_at, plot)
+            count_operations(cell, output, strike or Strike())
             argv_of_run = [*argv, "--output_dir", str(output)]
             sys.argv = ["multitask_classifier.py", *argv_of_run]
             return multitask_classifier.main(argv_of_run)
 
-        return run_forked(work, self.own(), **options)
+        return run_forked(work, output.parent, **options)
 
     def keep_folder(self, folder: Path, name: str) -> None:
         if self.keep and folder.exists():
-            shutil.rmtree(self.keep / name, ignore_errors=True)
-            shutil.copytree(folder, self.keep / name)
+            shutil.copytree(folder, self.keep / name, dirs_exist_ok=True)
 
 
 def draw_settings(bench: Bench, number: int) -> Setting:
     rng = random.Random(f"{bench.seed} setting {number}")
     choices = {name: rng.choice(values) for name, values in FACTORS.items()}
     choices |= {"sts_head": rng.choice(FACTORS["head"]), "grad_accum": rng.choice((1, 2))}
-    choices["seed"] = rng.randrange(1000)
+    choices |= {"seed": rng.randrange(1000), "keep_last": rng.choice((1, 2, 3))}
     max_steps, eval_every = rng.randint(*bench.steps), rng.randint(2, 3)
-    setting = Setting([], max_steps)
-    setting.keep_last = choices["keep_last"] = rng.choice((1, 2, 3))
-    setting.flags = bench.flags(max_steps, eval_every, **choices)
-    return setting
+    return Setting(bench.flags(max_steps, eval_every, **choices), max_steps, choices["keep_last"])
 
 
-def run_undisturbed(bench: Bench, setting: Setting) -> Setting:
+def run_undisturbed(bench: Bench, setting: Setting, folder: Path) -> Setting:
     """Fill in what an undisturbed run leaves, and how long it takes."""
-    folder = bench.own() / "whole"
-    ended = bench.run(setting.flags, folder)
-    setting.seconds, setting.operations = ended.seconds, bench.cell["operations"]
-    if ended.code == 0:
-        setting.result = comparable(folder)
-        setting.wrong += find_problems(folder, bench.num_rows)
+    ended = bench.run(setting.flags, folder / "whole")
+    setting.seconds, setting.num_operations = ended.seconds, ended.cell.num_operations
+    if ended.status == 0:
+        setting.result = comparable(folder / "whole")
+        setting.wrong += find_problems(folder / "whole", bench.num_rows)
     else:
         setting.wrong.append(f"undisturbed run: {ended}")
-    shutil.rmtree(folder, ignore_errors=True)
     return setting
 
 
@@ -219,7 +204,7 @@ def next_command(setting: Setting, folder: Path) -> list[str]:
     return ["--resume"] if (folder / ARGS_FILE).exists() else setting.flags
 
 
-# --- kills -------------------------------------------------------------------------------------------------------
+# --- kills --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -232,17 +217,14 @@ class Killed:
 
 def draw_kill(kind: str, rng: random.Random, setting: Setting, left: float) -> dict:
     """Options of `Bench.run` for a kill of some kind, as long as there is `left` of the run, as a share."""
-    at = rng.uniform(0, setting.seconds * left)
-    strike = Strike(
-        rng.randint(1, max(1, int(setting.operations * left))), rng.choice(("before", "middle", "after"))
-    )
-    if kind == "damaged last/":
-        strike.number += int(setting.operations * left / 3)
-    number = {"SIGKILL at a random time": signal.SIGKILL, "SIGINT": signal.SIGINT}.get(kind, signal.SIGTERM)
+    at, operations = rng.uniform(0, setting.seconds * left), int(setting.num_operations * left)
+    strike = Strike(rng.randint(1, max(1, operations)), rng.choice(("before", "middle", "after")))
     if kind == "SIGTERM twice":
-        return {"blows": [(at, number), (at + rng.uniform(0, 0.02), number)]}
-    if kind.startswith("SIG") and "operation" not in kind:
-        return {"blows": [(at, number)]}
+        return {"blows": [(at, signal.SIGTERM), (at + rng.uniform(0, 0.02), signal.SIGTERM)]}
+    if "operation" not in kind and kind != "damaged last/":
+        return {"blows": [(at, SIGNALS.get(kind, signal.SIGTERM))]}
+    if kind == "damaged last/":  # late enough for a checkpoint to be there
+        strike.number += operations // 3
     strike.power_cut = kind.startswith("power")
     return {"strike": strike}
 
@@ -250,17 +232,15 @@ def draw_kill(kind: str, rng: random.Random, setting: Setting, left: float) -> d
 def check_end(kind: str, ended: Ended) -> list[str]:
     """What is wrong with how a killed run ended."""
     wrong = []
-    expected = {"SIGTERM": (143, -15), "SIGTERM twice": (143, -15), "SIGINT": (130, -2)}.get(kind, (-9,))
-    status = ended.code if ended.code is not None else -ended.signal
-    if status not in expected:
-        wrong.append(f"ended with {ended}, expected {' or '.join(map(str, expected))}")
+    if ended.status not in KINDS[kind]:
+        wrong.append(f"ended with {ended}, expected {' or '.join(map(str, KINDS[kind]))}")
     if "Traceback" in ended.err:
         wrong.append(f"traceback: {ended}")
     return wrong
 
 
 def damage_file(path: Path, rng: random.Random) -> None:
-    """Flip a bit, cut a file short, overwrite a part of it with zeros, or remove it."""
+    """Flip a bit, cut a file short, invert some bytes of it, or remove it."""
     content = bytearray(path.read_bytes())
     how, at = rng.randrange(4), rng.randrange(len(content))
     if how == 0:
@@ -274,13 +254,11 @@ def damage_file(path: Path, rng: random.Random) -> None:
         path.unlink()
 
 
-def damage_last(
-    bench: Bench, setting: Setting, folder: Path, rng: random.Random
-) -> tuple[list[str], int | None]:
-    """Damage the newest checkpoint, or all, and see that the next run goes on from one before it, or refuses.
+def damage_last(bench: Bench, folder: Path, rng: random.Random) -> tuple[list[str], int | None]:
+    """Damage the newest checkpoint, or all, and see that the next run resumes from one before it, or refuses.
 
     Returns:
-        what was wrong, and the step from which the run has to go on at least; None where it cannot.
+        what was wrong, and the step from which the run has to resume at least; None where it cannot.
     """
     found = checkpoints(folder)
     spared = [path for path in found[1:] if is_sealed(path)] if rng.random() < 0.75 else []
@@ -288,33 +266,30 @@ def damage_last(
         damage_file(rng.choice(sorted(path.iterdir())), rng)
     if spared:
         return [], json.loads((spared[0] / "state.json").read_text())["step"]
-    before = snapshot(folder)
+    before, wrong = snapshot(folder), []
     ended = bench.run(["--resume"], folder)
-    wrong = []
-    if ended.code != 2 or ended.err.count("\n") != 1:
+    if ended.status != 2 or ended.err.count("\n") != 1:
         wrong.append(f"all checkpoints damaged: ended with {ended}, expected one line and exit code 2")
     if snapshot(folder) != before:
         wrong.append("all checkpoints damaged: the run changed its folder")
     return wrong, None
 
 
-def kill_case(bench: Bench, number: int) -> Killed:
+def kill_case(bench: Bench, number: int, folder: Path) -> Killed:
     """Start a run, kill it, go on, maybe kill it again, and compare what it leaves in the end."""
     rng = random.Random(f"{bench.seed} kills {number}")
-    setting = rng.choice(bench.settings)
-    planned = [KINDS[number % len(KINDS)]]
+    setting, kinds = rng.choice(bench.settings), list(KINDS)
+    planned = [kinds[number % len(kinds)]]
     while len(planned) < 4 and rng.random() < 0.4:
-        planned.append(rng.choice(KINDS))
-    folder = bench.own() / f"run{number}"
-    for _ in range(10):  # a signal that comes too late kills nothing
-        shutil.rmtree(folder, ignore_errors=True)
-        killed = kill_until_done(bench, setting, folder, planned, rng)
+        planned.append(rng.choice(kinds))
+    for attempt in range(10):  # a signal that comes too late kills nothing
+        run = folder / f"run{attempt}"
+        killed = kill_until_done(bench, setting, run, planned, rng)
         if killed.kills or killed.wrong:
             break
     if killed.wrong:
-        bench.keep_folder(folder, f"kills-{number}")
+        bench.keep_folder(run, f"kills-{number}")
         killed.wrong = [f"{text} | {killed.kills}, {shlex.join(setting.flags)}" for text in killed.wrong]
-    shutil.rmtree(folder, ignore_errors=True)
     return killed
 
 
@@ -322,7 +297,7 @@ def kill_until_done(
     bench: Bench, setting: Setting, folder: Path, planned: list[str], rng: random.Random
 ) -> Killed:
     """Run with the planned kills, in order, then without, until the run ends or something is wrong."""
-    killed, cell, saved, damaged, ever_damaged = Killed(), bench.cell, 0, False, False
+    killed, saved, damaged, ever_damaged = Killed(), 0, False, False
     for kind in [*planned, None]:
         argv = next_command(setting, folder)
         if saved and "--resume" not in argv:
@@ -330,11 +305,12 @@ def kill_until_done(
         left = max(0.2, 1 - saved / setting.max_steps)
         options = draw_kill(kind, rng, setting, left) if kind else {}
         ended = bench.run(argv, folder, plot=rng.random() < PLOT_SHARE, **options)
-        if 0 <= cell["started_at"] < saved:
-            killed.wrong.append(f"went on at step {cell['started_at']}, though step {saved} was saved")
-        if cell["started_at"] > 0 and damaged and "warning" not in ended.out:
+        cell = ended.cell
+        if 0 <= cell.started_at < saved:
+            killed.wrong.append(f"went on at step {cell.started_at}, though step {saved} was saved")
+        if cell.started_at > 0 and damaged and "warning" not in ended.out:
             killed.wrong.append("went on from an older checkpoint without a warning")
-        if ended.code == 0:
+        if ended.status == 0:
             killed.wrong += find_differences(folder, setting.result)
             killed.wrong += find_problems(folder, bench.num_rows, ever_damaged)
             left_over = [number for number in older(folder) if number >= setting.keep_last]
@@ -346,62 +322,47 @@ def kill_until_done(
         killed.kills.append((kind, cell.what()))
         killed.wrong += check_end(kind, ended)
         killed.wrong += find_problems(folder, bench.num_rows, ever_damaged)
-        saved, damaged = max(saved, cell["started_at"], cell["saved_step"]), False
+        saved, damaged = max(saved, cell.started_at, cell.saved_step), False
         stopped = re.search(r"stopped by a signal at step (\d+)", ended.out)
         if stopped and int(stopped[1]) != saved:
             killed.wrong.append(f"stopped at step {stopped[1]}, but step {saved} was saved")
         if kind == "damaged last/" and checkpoints(folder):
-            wrong, saved = damage_last(bench, setting, folder, rng)
+            wrong, saved = damage_last(bench, folder, rng)
             killed.wrong += wrong
             damaged = ever_damaged = True
         if killed.wrong or saved is None:
             return killed
 
 
-# --- matrix ------------------------------------------------------------------------------------------------------
+# --- matrix -------------------------------------------------------------------------------------------------
 
 
 def all_rows() -> list[dict[str, str]]:
     return [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
 
 
-def pairwise_rows() -> list[dict[str, str]]:
-    """25 rows in which each value of each factor meets each value of each other factor."""
-    # (i + f * j) mod 5 for factor f: a Latin square of prime order, so any two factors go through all 25 pairs.
+def matrix_case(bench: Bench, rows: list[dict[str, str]], number: int, folder: Path) -> list[str]:
+    """Run a row to its end; again, but stopped in some step and resumed; the bits have to be the same."""
+    rng, max_steps = random.Random(f"{bench.seed} matrix {number}"), 4
+    setting = Setting(bench.flags(max_steps, 2, **rows[number], seed=rng.randrange(1000)), max_steps)
+    strike_at = rng.randrange(max_steps), rng.choice((signal.SIGTERM, signal.SIGKILL))
+    wrong, run = run_undisturbed(bench, setting, folder).wrong, folder / "stopped"
+    if setting.result:
+        ended = bench.run(setting.flags, run, strike_at=strike_at)
+        if ended.status not in (143, -9):
+            wrong.append(f"stopped in step {strike_at}: {ended}")
+        ended = bench.run(next_command(setting, run), run)
+        wrong += (
+            find_differences(run, setting.result) if ended.status == 0 else [f"after {strike_at}: {ended}"]
+        )
+    if wrong:
+        bench.keep_folder(run, f"matrix-{number}")
     return [
-        {
-            name: values[(i + factor * j) % 5 % len(values)]
-            for factor, (name, values) in enumerate(FACTORS.items())
-        }
-        for i in range(5)
-        for j in range(5)
+        f"{shlex.join(f'{key}={value}' for key, value in rows[number].items())}: {text}" for text in wrong
     ]
 
 
-def matrix_case(bench: Bench, rows: list[dict[str, str]], number: int) -> list[str]:
-    """Run a row to its end; run it again, stopped in some step, and resume it; the bits have to be the same."""
-    rng = random.Random(f"{bench.seed} matrix {number}")
-    max_steps = 4
-    setting = Setting(bench.flags(max_steps, 2, **rows[number], seed=rng.randrange(1000)), max_steps)
-    name = shlex.join(f"{key}={value}" for key, value in rows[number].items())
-    folder = bench.own() / f"row{number}"
-    strike_at = rng.randrange(max_steps), rng.choice((signal.SIGTERM, signal.SIGKILL))
-    wrong = run_undisturbed(bench, setting).wrong
-    if setting.result:
-        ended = bench.run(setting.flags, folder, strike_at=strike_at)
-        if (ended.code, ended.signal) not in ((143, None), (None, 9)):
-            wrong.append(f"stopped in step {strike_at}: {ended}")
-        ended = bench.run(next_command(setting, folder), folder)
-        wrong += (
-            find_differences(folder, setting.result) if ended.code == 0 else [f"after {strike_at}: {ended}"]
-        )
-    if wrong:
-        bench.keep_folder(folder, f"matrix-{number}")
-    shutil.rmtree(folder, ignore_errors=True)
-    return [f"{name}: {text}" for text in wrong]
-
-
-# --- the campaign ------------------------------------------------------------------------------------------------
+# --- the campaign -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -416,7 +377,7 @@ class Outcome:
     seconds: float = 0.0
 
     def wrong_by_place(self) -> dict[str, int]:
-        """The first text of each place (what stands before a bar), and how often there was something wrong there."""
+        """The first text of each place (before a bar), and how often there was something wrong there."""
         counts, first = Counter(), {}
         for text in self.wrong:
             place = text.partition(": ")[2].partition(" | ")[0]
@@ -428,79 +389,79 @@ class Outcome:
         return f"{self.name}: {self.num_cases} cases, {self.num_wrong} wrong, {self.seconds:.0f} s"
 
 
-def go_through(outcome: Outcome, work, cases, jobs: int, take) -> Outcome:
-    """Work on all cases, hand each result to `take`, which returns what was wrong with it, and show how far it is."""
+def go_through(
+    outcome: Outcome, bench: Bench, work: Callable, num_cases: int, jobs: int, take: Callable
+) -> Outcome:
+    """Work on all cases, hand each result to `take`, which returns what was wrong, and show progress."""
     started = shown = time.monotonic()
-    cases = list(cases)
-    for case, result in in_parallel(work, cases, jobs):
-        outcome.num_cases += 1
+    for number, (case, result) in enumerate(in_parallel(work, num_cases, jobs, bench.folder), 1):
         wrong = [str(result)] if isinstance(result, Died) else take(result)
+        outcome.num_cases += 1
         outcome.num_wrong += bool(wrong)
         outcome.wrong += [f"{outcome.name} {case}: {text}" for text in wrong]
-        outcome.seconds = time.monotonic() - started
-        last = outcome.num_cases == len(cases)
-        if last or time.monotonic() - shown > (0.5 if sys.stdout.isatty() else 15):
-            shown = time.monotonic()
-            left = outcome.seconds / outcome.num_cases * (len(cases) - outcome.num_cases)
-            line = f"{outcome.name}: {outcome.num_cases}/{len(cases)}, {outcome.num_wrong} wrong, {left:.0f} s left"
-            print(line, end="\r" if sys.stdout.isatty() and not last else "\n", flush=True)
+        now = time.monotonic()
+        if number == num_cases or now - shown > 15:
+            shown, left = now, (now - started) / number * (num_cases - number)
+            print(
+                f"{outcome.name}: {number}/{num_cases}, {outcome.num_wrong} wrong, {left:.0f} s left",
+                flush=True,
+            )
+    outcome.seconds += time.monotonic() - started
     return outcome
 
 
-def table(counts: dict[tuple[str, str], int], corner: str) -> list[str]:
-    """Counts by row and column as Markdown."""
-    rows, columns = (list(dict.fromkeys(key[side] for key in sorted(counts))) for side in (0, 1))
-    if corner == "kill":
-        rows, columns = (
-            [name for name in names if name in found] for names, found in ((KINDS, rows), (DOING, columns))
-        )
+def table(corner: str, counts: dict[tuple[str, str], int], rows, columns) -> list[str]:
+    """Counts by row and column as Markdown; what was never counted is left out."""
+    rows, columns = (
+        [name for name in names if any(name in key for key in counts)] for names in (rows, columns)
+    )
     lines = [f"| {corner} | {' | '.join(columns)} | all |", "| --- |" + " ---: |" * (len(columns) + 1)]
-    for row in rows:
-        cells = [counts.get((row, column), 0) for column in columns]
+    for row in [*rows, "all"]:
+        cells = [
+            sum(counts.get((name, column), 0) for name in ([row] if row in rows else rows))
+            for column in columns
+        ]
         lines.append(f"| {row} | {' | '.join(map(str, cells))} | {sum(cells)} |")
-    totals = [sum(counts.get((row, column), 0) for row in rows) for column in columns]
-    return [*lines, f"| all | {' | '.join(map(str, totals))} | {sum(totals)} |"]
+    return lines
 
 
 def run_kills(bench: Bench, num_runs: int, jobs: int, num_settings: int = NUM_SETTINGS) -> Outcome:
     drawn = [draw_settings(bench, number) for number in range(num_settings)]
-    whole = Outcome("undisturbed runs")
+    outcome, counts, chains = Outcome("kills"), Counter(), Counter()
     bench.settings = []
 
     def take_setting(setting):
         bench.settings += [setting] if setting.result else []
         return [f"{text} ({shlex.join(setting.flags)})" for text in setting.wrong]
 
-    go_through(
-        whole, lambda number: run_undisturbed(bench, drawn[number]), range(num_settings), jobs, take_setting
-    )
-    bench.settings.sort(key=lambda setting: setting.flags)
-    counts, chains = Counter(), Counter()
-
     def take(killed):
         counts.update(killed.kills)
         chains[len(killed.kills)] += 1
         return killed.wrong
 
-    outcome = go_through(Outcome("kills"), partial(kill_case, bench), range(num_runs), jobs, take)
-    outcome.wrong[:0] = whole.wrong
-    outcome.num_cases, outcome.num_wrong = (
-        outcome.num_cases + whole.num_cases,
-        outcome.num_wrong + whole.num_wrong,
+    go_through(
+        outcome,
+        bench,
+        lambda n, folder: run_undisturbed(bench, drawn[n], folder),
+        num_settings,
+        jobs,
+        take_setting,
     )
+    bench.settings.sort(key=lambda setting: setting.flags)
+    go_through(outcome, bench, partial(kill_case, bench), num_runs, jobs, take)
     outcome.lines = [
         f"{num_runs} runs of {len(bench.settings)} settings were killed {sum(counts.values())} times: "
         + ", ".join(f"{runs} runs {times} times" for times, runs in sorted(chains.items()))
         + ". By kind of kill and by what the run was doing:",
         "",
-        *table(counts, "kill"),
+        *table("kill", counts, KINDS, DOING),
     ]
     return outcome
 
 
 def run_matrix(bench: Bench, rows: list[dict[str, str]], jobs: int) -> Outcome:
     work = partial(matrix_case, bench, rows)
-    outcome = go_through(Outcome("matrix"), work, range(len(rows)), jobs, lambda wrong: wrong)
+    outcome = go_through(Outcome("matrix"), bench, work, len(rows), jobs, lambda wrong: wrong)
     sizes = " x ".join(f"{len(values)} {name}s" for name, values in FACTORS.items())
     outcome.lines = [
         f"{len(rows)} rows ({sizes}), each run to its end, and stopped in some step and resumed."
@@ -509,48 +470,35 @@ def run_matrix(bench: Bench, rows: list[dict[str, str]], jobs: int) -> Outcome:
 
 
 def run_fuzz(bench: Bench, num_cases: int, jobs: int, fuzzer=None) -> Outcome:
-    from tests.campaign.fuzz import Fuzzer  # late: Hypothesis is needed for this section only
+    from tests.campaign.fuzz import Fuzzer  # it imports this file
 
-    counts = Counter()
+    counts, fuzzer = Counter(), fuzzer or Fuzzer(bench)
 
     def take(result):
-        counts[result.file_type, "refused" if result.refused else "read"] += 1
+        counts[result.target, "refused" if result.refused else "read"] += 1
         return result.wrong
 
-    fuzzer = fuzzer or Fuzzer(bench)
-    outcome = go_through(Outcome("fuzz"), fuzzer.case, range(num_cases), jobs, take)
-    outcome.lines = [f"{num_cases} broken inputs, by what was done with them:", "", *table(counts, "input")]
+    outcome = go_through(Outcome("fuzz"), bench, fuzzer.case, num_cases, jobs, take)
+    rows = sorted({target for target, _ in counts})
+    outcome.lines = [f"{num_cases} broken inputs, by what was done with them:", ""]
+    outcome.lines += table("input", counts, rows, ("read", "refused"))
     return outcome
-
-
-def describe_code() -> str:
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return f"{git('rev-parse', '--short', 'HEAD') or 'no repository'}{changed}"
 
 
 def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) -> str:
     """The page of a campaign; paths of this machine are left out."""
-    modules = (np, safetensors, tokenizers, torch)
-    versions = {"Python": platform.python_version()} | {
-        module.__name__: module.__version__ for module in modules
-    }
-    facts = describe_machine("cpu")
-    machine = f"{facts['processor']}, {facts['cores']} cores, 1 thread a run"
-    num_wrong = sum(outcome.num_wrong for outcome in outcomes)
+    machine, code = describe_machine("cpu"), describe_code() or {"commit": "unknown", "changed": []}
+    facts = [f"Code {code['commit'][:7]}{' with changes' if code['changed'] else ''}"]
+    facts += [f"{name} {value}" for name, value in describe_versions().items()]
+    facts += [f"{machine['processor']}, {machine['cores']} cores, 1 thread a run", sys.platform]
+    num_wrong, num_cases = (sum(getattr(o, name) for o in outcomes) for name in ("num_wrong", "num_cases"))
     lines = [
         "# Faults",
         "",
-        f"Made by `{shlex.join(['python', '-m', 'tests.campaign.faults', *argv])}`; what it does stands at its head.",
-        f"**{num_wrong} of {sum(outcome.num_cases for outcome in outcomes)} cases were wrong.**",
+        f"Made by `{shlex.join(['python', '-m', 'tests.campaign.faults', *argv])}`; its docstring says how.",
+        f"**{num_wrong} of {num_cases} cases were wrong.**",
         "",
-        "; ".join(
-            [f"Code {describe_code()}", *(f"{name} {value}" for name, value in versions.items()), machine]
-        )
-        + f"; {platform.system()}; {sum(outcome.seconds for outcome in outcomes) / 60:.0f} minutes.",
+        f"{'; '.join(facts)}; {sum(outcome.seconds for outcome in outcomes) / 60:.0f} minutes.",
     ]
     for outcome in outcomes:
         lines += ["", f"## {outcome.name}", "", f"{outcome.summary()}.", "", *outcome.lines]
@@ -569,31 +517,32 @@ def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) ->
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="faults.py", description="Kill runs, break files; nothing may go wrong."
+        prog="python -m tests.campaign.faults",
+        description="Kill runs, break files; nothing may go wrong.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help="kills, matrix, fuzz (default: all)")
+    sections = ["kills", "matrix", "fuzz"]
     parser.add_argument(
-        "--kills", type=int, default=200, help="runs to kill, each at least once (default: 200)"
+        "sections", nargs="*", default=sections, metavar="SECTION", help="kills, matrix, fuzz"
     )
-    parser.add_argument("--cases", type=int, default=10_000, help="broken inputs (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--kills", type=int, default=200, help="runs to kill, each at least once")
+    parser.add_argument("--cases", type=int, default=10_000, help="broken inputs")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument(
-        "--output", type=Path, help="page to write (default: results/faults.md if all is run)"
+        "--output", type=Path, help="page to write; a whole campaign writes results/faults.md"
     )
     parser.add_argument("--keep_failures", type=Path, metavar="DIR", help="where files of failed cases go")
     args = parser.parse_args(argv)
-    unknown = set(args.sections) - {"kills", "matrix", "fuzz"}
-    if unknown:
-        parser.error(f"section {min(unknown)!r}; expected some of kills, matrix, fuzz")
-    args.sections = args.sections or ["kills", "matrix", "fuzz"]
-    if args.output is None and len(args.sections) == 3 and args.kills >= 200 and args.cases >= 10_000:
+    if unknown := set(args.sections) - set(sections):
+        parser.error(f"section {min(unknown)!r}; expected some of {', '.join(sections)}")
+    if args.output is None and args.sections == sections and args.kills >= 200 and args.cases >= 10_000:
         args.output = ROOT / "results" / "faults.md"
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = get_args(argv)
+    args, outcomes = get_args(argv), []
     torch.set_num_threads(1)
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
@@ -608,7 +557,6 @@ def main(argv: list[str] | None = None) -> int:
             "matrix": lambda: run_matrix(bench, all_rows(), args.jobs),
             "fuzz": lambda: run_fuzz(bench, args.cases, args.jobs),
         }
-        outcomes = []
         for name in args.sections:
             outcomes.append(sections[name]())
             print(outcomes[-1].summary(), flush=True)
@@ -616,12 +564,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {count} x {text}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    typed = [
-        name if name.startswith("-") else Path(name).name for name in (sys.argv[1:] if argv is None else argv)
-    ]
     if args.output:
+        typed = sys.argv[1:] if argv is None else argv
         hide = {str(folder): "WORK", str(ROOT) + os.sep: "", str(keep): "FAILED"}
-        write_text(args.output, make_page(outcomes, typed, hide))
+        short = [word if word.startswith("-") else Path(word).name for word in typed]
+        write_text(args.output, make_page(outcomes, short, hide))
         print(f"wrote {os.path.relpath(args.output)}")
     wrong = any(outcome.wrong for outcome in outcomes)
     if wrong:

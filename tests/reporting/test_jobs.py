@@ -1,7 +1,7 @@
-"""Jobs of small shell commands: each runs once, in order, whoever starts, stops or kills the runner.
+"""Jobs of small shell commands: each runs once and in order, whoever starts, stops or kills the runner.
 
-A command leaves a line in `marks` for each time it was started. What has to happen at the same time waits for files,
-so nothing here depends on how fast the machine is.
+A command leaves a line in `marks` each time it is started. What has to happen at the same time waits for
+files, so nothing here depends on how fast the machine is.
 """
 
 import os
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -34,7 +35,8 @@ command = lambda name, script: ["sh", "-c", 'mkdir -p "$0"; cd "$0"; ' + script,
 is_finished = lambda folder: (folder / "done").exists()
 resume = "echo again >> marks; touch done"
 jobs = [
-    Job(name, [Stage(folder / name, command(name, script), is_finished, command(name, resume))]) for name in names
+    Job(name, [Stage(folder / name, command(name, script), is_finished, command(name, resume))]) for name in
+    names
 ]
 (folder / f"up-{{os.getpid()}}").touch()
 sys.exit(len(run_jobs(jobs, int(at_once))))
@@ -118,7 +120,7 @@ def fill(folder, *names):
         path.mkdir() if name.endswith("/") else path.touch()
 
 
-# --- in one runner -----------------------------------------------------------------------------------------------
+# --- in one runner ----------------------------------------------------------------------------------------
 
 
 def test_all_jobs_run_at_most_so_many_at_a_time(folder):
@@ -155,12 +157,9 @@ def test_finished_jobs_are_not_run(folder):
 @pytest.mark.parametrize("finished", [(), ("first/done",)])
 def test_stages_run_in_order_from_the_first_unfinished_one(folder, finished):
     fill(folder, *finished)
-    second = "[ -e ../first/done ] && echo second >> ../marks; touch done"
-    stages = [
-        make_stage(folder / "first", "echo first >> ../marks; touch done"),
-        make_stage(folder / "second", second),
-    ]
-    assert run_jobs([Job("second", stages)], at_once=1) == []
+    first = make_stage(folder / "first", "echo first >> ../marks; touch done")
+    second = make_stage(folder / "second", "[ -e ../first/done ] && echo second >> ../marks; touch done")
+    assert run_jobs([Job("second", [first, second])], at_once=1) == []
     assert read_lines(folder / "marks") == (["second"] if finished else ["first", "second"])
 
 
@@ -212,27 +211,30 @@ def test_command_that_cannot_be_started_leaves_nothing_behind(folder):
 @pytest.mark.parametrize("present", [None, "args.json", "best/", "metrics.jsonl"])
 def test_resume_is_for_runs_that_were_started(folder, present):
     fill(folder, *([f"a/{present}"] if present else []))
-    stage = make_stage(folder / "a", "echo start >> marks; touch done")
-    resume = make_stage(folder / "a", "echo resume >> marks; touch done").command
-    stage = Stage(stage.folder, stage.command, is_finished, resume=resume)
-    assert run_jobs([Job("a", [stage])], at_once=1) == []
-    expected = "resume" if present == "args.json" else "start"
-    assert read_lines(folder / "a" / "marks") == [expected]
-
-
-def test_without_resume_the_command_continues_a_run(folder):
-    fill(folder, "a/last/")
-    assert run_jobs([make_job(folder / "a", "echo start >> marks; touch done")], at_once=1) == []
-    assert read_lines(folder / "a" / "marks") == ["start"]
+    start, resume = (
+        make_stage(folder / "a", f"echo {name} >> marks; touch done") for name in ("start", "resume")
+    )
+    for stage in (replace(start, resume=resume.command), start):  # the second continues by itself
+        (folder / "a" / "done").unlink(missing_ok=True)
+        assert run_jobs([Job("a", [stage])], at_once=1) == []
+    assert read_lines(folder / "a" / "marks") == ["resume" if present == "args.json" else "start", "start"]
 
 
 @pytest.mark.parametrize("num_threads", [None, 3])
-def test_threads_of_the_commands(folder, monkeypatch, num_threads):
+def test_environment_of_the_commands(folder, monkeypatch, num_threads):
+    """Modules of the project are found from any folder, and relative paths still start from there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    job = make_job(folder / "a", "echo $OMP_NUM_THREADS >> marks; touch done")
-    assert run_jobs([job], at_once=1, num_threads=num_threads) == []
-    assert read_lines(folder / "a" / "marks") == [str(num_threads or 7)]
-    assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.chdir(folder)
+    code = "import support.files, sys; print(support.files.ROOT, sys.path[1:3])"
+    script = f"echo $OMP_NUM_THREADS >> marks; '{sys.executable}' -c '{code}' >> marks; touch done"
+    stage = Stage(folder / "a", ["sh", "-c", f"mkdir a; cd a; {script}"], is_finished)
+    assert run_jobs([Job("a", [stage])], at_once=1, num_threads=num_threads) == []
+    assert read_lines(folder / "a" / "marks") == [
+        str(num_threads or 7),
+        f"{ROOT} {[str(ROOT), '/elsewhere']}",
+    ]
+    assert os.environ["OMP_NUM_THREADS"] == "7" and os.environ["PYTHONPATH"] == "/elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -259,9 +261,10 @@ def test_steps_done_takes_any_log(folder, log, steps):
     assert job.steps_done() == 10
 
 
-# --- stopped, killed, and several runners ------------------------------------------------------------------------
+# --- stopped, killed, and several runners -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_second_signal_does_not_wait_for_what_is_saved(folder, start_runner):
     runner = start_runner(LONG, *"ab")
     started = [folder / "a", folder / "b"]
@@ -274,6 +277,7 @@ def test_second_signal_does_not_wait_for_what_is_saved(folder, start_runner):
     assert not any((path / "last").exists() for path in started)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder, start_runner, number):
     fill(folder, "a/done")
@@ -301,6 +305,7 @@ def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder
     assert marks == [[], ["start", "again"], ["start", "again"], ["start"]]
 
 
+@pytest.mark.slow
 def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder, start_runner):
     first = start_runner(LONG, "a", at_once=1)
     wait_for((folder / "a" / "marks").exists)
@@ -317,6 +322,7 @@ def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder, start_runn
     assert not (folder / "a" / "signals").exists()
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_work(folder, start_runner):
     # No command ends before both are at work.
     script = """

@@ -1,12 +1,12 @@
-"""What a run wrote is read as written; anything of another form is refused in one line that says what."""
+"""What a run wrote is read as written; anything else is refused in one line that says what is wrong."""
 
 import copy
-import json
 
 import pytest
 
 from config import DEFAULT_TASKS
-from reporting.read_run import FACTS, LINE, SCORES, find_misfit, read_facts, read_metrics, read_scores
+from evaluation import OVERALLS
+from reporting.read_run import Facts, LogLine, Scores, Summary, check, read_facts, read_metrics, read_scores
 from support.errors import UserError
 from tests.fake_runs import all_tasks, make_run
 from tests.tiny import make_data
@@ -18,14 +18,6 @@ def run(tmp_path_factory):
     return make_run(folder / "run", make_data(folder / "data"), all_tasks(1, 2, 3))
 
 
-@pytest.fixture
-def values(run):
-    """The form of each file and what a run wrote in it."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores, facts = (json.loads((run / name).read_text()) for name in ("scores.json", "args.json"))
-    return [(LINE, line) for line in lines] + [(SCORES, scores), (FACTS, facts)]
-
-
 def places(value, path=()):
     """The paths of all values inside, inner ones too."""
     for key, inner in value.items() if isinstance(value, dict) else ():
@@ -33,36 +25,42 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
-def put(value, path, new):
-    changed = copy.deepcopy(value)
-    inner = changed
+def changed(value, path, new):
+    """A copy with another value at a path; without it where `new` is `...`."""
+    whole = inner = copy.deepcopy(value)
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = new
-    return changed
+    if new is ...:
+        del inner[path[-1]]
+    return whole
 
 
-def test_what_a_run_writes_fits(run, values):
-    assert all(find_misfit(value, form) is None for form, value in values)
-    assert len(read_metrics(run)) == 4
+def test_what_a_run_writes_is_read(run):
+    assert [line["step"] for line in read_metrics(run)] == [10, 10, 20, 20]
     assert list(read_scores(run)["dev"]["tasks"]) == list(DEFAULT_TASKS)
     assert read_facts(run)["args"]["precision"] == "fp32"
+    assert set(Summary.__annotations__) == {"tasks", *OVERALLS}
 
 
-@pytest.mark.parametrize("new", [None, "text", True, [1], {"x": 1}, {"sst": None}])
-def test_every_value_is_looked_at(values, new):
-    """Whatever is put in place of any number or table of a log line or of the scores is noticed."""
-    for form, value in values:
-        for path in places(value) if form is not FACTS else ():
-            assert find_misfit(put(value, path, new), form), (path, new)
+def test_every_value_of_log_and_scores_is_checked(run):
+    values = [(line, LogLine) for line in read_metrics(run)] + [(read_scores(run), Scores)]
+    for value, kind in values:
+        for path in places(value):
+            for new in (None, "text", True, [1], {"x": 1}, {"sst": None}):
+                with pytest.raises(UserError):
+                    check(changed(value, path, new), kind)
+    check({"step": 1, "new_in_another_version": [None]}, LogLine)
 
 
-def test_needed_keys(values):
-    for form, value in values:
-        for name in form.needed:
-            lacking = {key: inner for key, inner in value.items() if key != name}
-            assert find_misfit(lacking, form) == f"it lacks {name}"
-    assert find_misfit({"step": 1, "new_in_another_version": [None]}, LINE) is None
+@pytest.mark.parametrize(
+    "path",
+    ["args", "data", "versions", "args pretrained", "args prediction_style", "args extra_data", "data dev"],
+)
+@pytest.mark.parametrize("new", [..., None, [1]])
+def test_settings_that_are_read_are_checked(run, path, new):
+    with pytest.raises(UserError):
+        check(changed(read_facts(run), path.split(), new), Facts)
 
 
 @pytest.mark.parametrize(
@@ -75,19 +73,24 @@ def test_needed_keys(values):
             '{"step": 1, "layer_cosine": {"layer.0": {"sst-para": "x"}}}\n',
             "sst-para is 'x'; expected a number",
         ),
-        ("[" * 100_000 + "\n", "not JSON"),
+        (
+            '{"step": 1, "dev": {"tasks": {"sts": {"spearman": 1}}, "mean": 1, "mean_2024": 1}}\n',
+            "sts lacks pearson",
+        ),
+        ('{"step": 1, "dev": {"tasks": {}, "mean": 1, "mean_2024": 1}}\n', "lacks score"),
+        ("[" * 100_000 + "\n", "not a line"),
         ("7\n", "it is '7'; expected names and values"),
-        ("\ufffd\n", "not JSON"),
+        ("\ufffd\n", "not a line"),
     ],
 )
 def test_bad_line_is_named(tmp_path, text, message):
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_metrics(tmp_path)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path)) and "\n" not in str(caught.value)
 
 
-def test_cut_off_line_at_the_end_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
-    assert read_metrics(tmp_path) == [{"step": 1}]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "dev": ')
+@pytest.mark.parametrize("end", ['{"step": 2, "lo', '{"step": 2, "dev": ', '{"step": 2, "dev": 1'])
+def test_last_line_that_was_cut_off_is_left_out(tmp_path, end):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
     assert read_metrics(tmp_path) == [{"step": 1}]

@@ -1,4 +1,4 @@
-"""Tests of significance.py: resamples against scipy and sklearn, by hand, paired differences, coverage."""
+"""Resamples and intervals against scipy, scikit-learn and numbers worked by hand; and their coverage."""
 
 import math
 import warnings
@@ -53,7 +53,7 @@ def interval(a, labels, tasks, num_resamples=2000, seed=0):
 
 
 def compare(a, b, labels, tasks, num_resamples=2000, seed=0):
-    """The differences a - b of two rows with the same tasks, paired in examples and seeds, with their intervals."""
+    """The differences a - b of two rows with the same tasks, paired in examples and seeds, with intervals."""
     means_a, means_b = (resampled_means(row, labels, tasks, num_resamples, seed) for row in (a, b))
     return {name: to_interval(means_a[name] - means_b[name]) for name in means_a}
 
@@ -71,7 +71,7 @@ def test_mean_and_sd():
     assert mean == 0.5 and math.isnan(sd)
 
 
-# --- scores of resamples -----------------------------------------------------------------------------------------
+# --- scores of resamples ----------------------------------------------------------------------------------
 
 
 def test_every_main_score_can_be_resampled():
@@ -98,24 +98,23 @@ def test_resampled_scores_equal_those_of_repeated_examples(kind):
         assert scores[s, r] == pytest.approx(expected, abs=1e-12)
 
 
-def test_resampled_accuracy_by_hand():
-    """The first seed is right in the first two examples, the second in the first."""
+def test_resampled_scores_by_hand():
+    """The first seed is right in the first two examples, the second in the first.
+
+    Points (1, 1), (2, 3), (3, 2): r is 1/2; of the first and third 1, of the other two -1, of one point 0.
+    """
     predictions, labels = np.array([[0, 1, 0], [0, 0, 0]]), np.array([0, 1, 2])
     weights = np.array([[3, 0, 0], [1, 1, 1], [0, 1, 2]])
     scores = resampled_scores("classification", predictions, labels, weights)
     np.testing.assert_allclose(scores, [[1, 2 / 3, 1 / 3], [1, 1 / 3, 0]], rtol=0, atol=1e-12)
-
-
-def test_resampled_pearson_by_hand():
-    """Points (1, 1), (2, 3), (3, 2): r is 1/2; of the first and third 1, of the other two -1, of one point 0."""
     predictions, labels = np.array([[1, 2, 3], [-10, -20, -30]]), np.array([1, 3, 2])
     weights = np.array([[1, 1, 1], [2, 0, 1], [0, 1, 2], [0, 3, 0]])
     scores = resampled_scores("regression", predictions, labels, weights)
     np.testing.assert_allclose(scores, [[0.5, 1, -1, 0], [-0.5, -1, 1, 0]], rtol=0, atol=1e-12)
 
 
-def test_pearson_with_a_constant_is_zero():
-    """Also where the mean of equal numbers rounds, and where a resample happens to hold one number only."""
+def test_pearson_at_its_limits():
+    """Constants, also where the mean of equal numbers rounds or a resample is constant; r = 1 and -1."""
     rng = np.random.default_rng(1)
     x, weights = rng.normal(size=13), resample_weights(rng, 13, 50)
     for constant in (0.0, 0.1, 1e6 / 3):
@@ -126,17 +125,12 @@ def test_pearson_with_a_constant_is_zero():
         twelve = np.append(np.full(12, value), 1.0)
         assert not resampled_scores("regression", twelve[None], x, weights).any()
         assert not resampled_scores("regression", x[None], twelve, weights).any()
-
-
-def test_pearson_does_not_leave_its_range():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=9)
-    scores = resampled_scores("regression", np.stack([3 * x, -3 * x]), x, resample_weights(rng, 9, 300))
+    scores = resampled_scores("regression", np.stack([3 * x, -3 * x]), x, resample_weights(rng, 13, 300))
     assert scores.max() <= 1 and scores.min() >= -1
 
 
 def test_resample_weights_are_multinomial():
-    """Counts of each example: mean 1, variance 1 - 1/N; of two examples: covariance -1/N. 30,000 resamples."""
+    """Counts of an example: mean 1, variance 1 - 1/N; of two: covariance -1/N. 30,000 resamples."""
     weights = resample_weights(np.random.default_rng(0), 5, 30_000)
     assert weights.shape == (30_000, 5) and (weights.sum(1) == 5).all() and (weights >= 0).all()
     # Four standard errors of a mean, sqrt(0.8 / 30,000) = 0.005, and about twice that for squares.
@@ -144,14 +138,14 @@ def test_resample_weights_are_multinomial():
     np.testing.assert_allclose(np.cov(weights.T), np.eye(5) - 1 / 5, rtol=0, atol=0.04)
 
 
-# --- resamples of rows -------------------------------------------------------------------------------------------
+# --- resamples of rows ------------------------------------------------------------------------------------
 
 
 def test_resampled_means_by_hand(monkeypatch):
     """Two seeds that score 2/3 and 1/3, so they deviate by +-1/6, which widens by sqrt(2).
 
-    First resample: the first example thrice (both seeds right) and the first seed twice; second: one of the second
-    example, two of the third (1/3 and 0), and each seed once.
+    First resample: the first example thrice (both seeds right) and the first seed twice; second: one of the
+        second example, two of the third (1/3 and 0), and each seed once.
     """
     counts = {3: np.array([[3.0, 0, 0], [0, 1, 2]]), 2: np.array([[2.0, 0], [1, 1]])}
     monkeypatch.setattr(significance, "resample_weights", lambda rng, n, r: counts[n])
@@ -164,30 +158,27 @@ def test_resampled_means_by_hand(monkeypatch):
 
 def test_actual_values_are_those_of_evaluation():
     row, labels = make_row(0), make_labels()
+    kinds = {task: TASK_KINDS[TASKS[task].kind] for task in row}
     summaries = []
     for s in range(3):
-        scores = {
-            task: TASK_KINDS[TASKS[task].kind].scores(rows[s], labels[task]) for task, rows in row.items()
-        }
+        scores = {task: kinds[task].scores(rows[s], labels[task]) for task, rows in row.items()}
+        mains = {task: scores[task][kinds[task].main_score] for task in scores}
         summary = summarise(scores, TASKS)
-        mains = {task: scores[task][TASK_KINDS[TASKS[task].kind].main_score] for task in scores}
         summaries.append(mains | {name: summary[name] for name in OVERALLS})
     found = interval(row, labels, TASKS, num_resamples=50)
     assert set(found) == set(summaries[0])
     for name, value in found.items():
         assert value.estimate == pytest.approx(np.mean([summary[name] for summary in summaries]), abs=1e-12)
         assert value.low < value.estimate < value.high
-
-
-def test_overalls_are_those_of_each_resample():
-    means = resampled_means(make_row(0), make_labels(), TASKS, num_resamples=50)
+    # And so for each resample.
+    means = resampled_means(row, labels, TASKS, num_resamples=50)
     np.testing.assert_allclose(means["mean"], (means["sst"] + means["para"] + means["sts"]) / 3, atol=1e-12)
     mapped = (means["sst"] + means["para"] + (means["sts"] + 1) / 2) / 3
     np.testing.assert_allclose(means["mean_2024"], mapped, atol=1e-12)
 
 
 def test_draws_depend_on_seed_task_and_counts_only(monkeypatch):
-    """So a task's resamples are the same alone, in another order, beside another row, and when drawn in parts."""
+    """A task's resamples are the same alone, in another order, beside another row, and in chunks."""
     row, labels = make_row(0), make_labels()
     means = resampled_means(row, labels, TASKS, num_resamples=50)
     for other in (row, dict(reversed(row.items())), {"para": row["para"]}):
@@ -201,10 +192,10 @@ def test_draws_depend_on_seed_task_and_counts_only(monkeypatch):
         {task: np.resize(row["para"], (3, 57)) for task in same_size}, same_size, TASKS, num_resamples=50
     )
     assert not np.array_equal(twice["para"], twice["cfimdb"])
-    monkeypatch.setattr(significance, "MAX_COUNTS", 50)  # parts of 1 and 2
-    parts = resampled_means(row, labels, TASKS, num_resamples=50)
+    monkeypatch.setattr(significance, "MAX_COUNTS", 50)  # chunks of 1 and 2
+    chunks = resampled_means(row, labels, TASKS, num_resamples=50)
     for task in row:
-        np.testing.assert_allclose(parts[task], means[task], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(chunks[task], means[task], rtol=0, atol=1e-12)
 
 
 def test_seeds_are_drawn_together_for_all_tasks():
@@ -213,7 +204,7 @@ def test_seeds_are_drawn_together_for_all_tasks():
     predictions = np.repeat(
         [[0], [1], [0], [1]], 5, axis=1
     )  # all right, or all wrong: examples do not matter
-    means = resampled_means({task: predictions for task in labels}, labels, TASKS, num_resamples=50)
+    means = resampled_means(dict.fromkeys(labels, predictions), labels, TASKS, num_resamples=50)
     assert means["sst"].std() > 0.1 and np.array_equal(means["sst"], means["para"])
 
 
@@ -228,18 +219,6 @@ def test_variance_over_seeds_is_that_of_their_mean():
         assert means["sst"][1:].var() == pytest.approx(sd**2 / num_seeds, rel=0.05)
 
 
-def test_seeds_that_differ_widen_the_interval():
-    """The mean over seeds has the same correct answers in both rows; in one a seed gets all of them wrong."""
-    labels = {"sst": np.zeros(400)}
-    right = np.arange(400) % 2
-    alike = {"sst": np.stack([right, right, right, right])}
-    apart = {"sst": np.stack([right * 0, right * 0, right * 0 + 1, right * 0 + 1])}
-    assert interval(alike, labels, TASKS)["sst"].estimate == interval(apart, labels, TASKS)["sst"].estimate
-    narrow, wide = (to_interval(resampled_means(row, labels, TASKS)["sst"]) for row in (alike, apart))
-    # Standard errors sqrt(0.25 / 400) = 0.025 and sqrt((1/3) / 4) = 0.29.
-    assert wide.high - wide.low > 5 * (narrow.high - narrow.low) > 0
-
-
 def test_one_seed_resamples_examples_only():
     """And is the same as three seeds that predict the same."""
     row, labels = make_row(0, num_seeds=1), make_labels()
@@ -250,9 +229,10 @@ def test_one_seed_resamples_examples_only():
         np.testing.assert_allclose(one[name], three[name], rtol=0, atol=1e-12)
 
 
-# --- intervals against scipy -------------------------------------------------------------------------------------
-# A 2.5 % quantile of R resamples has a standard error of sqrt(0.025 * 0.975 / R) / density, which is 2.7 / sqrt(R)
-# standard deviations of a normal: 0.03 for the difference of two such with R = 20,000. Four of them are allowed.
+# --- intervals against scipy ------------------------------------------------------------------------------
+# A 2.5 % quantile of R resamples has a standard error of sqrt(0.025 * 0.975 / R) / density, which is 2.7 /
+# sqrt(R) standard deviations of a normal: 0.03 for the difference of two such with R = 20,000. Four of them
+# are allowed.
 
 MANY = 20_000
 QUANTILE_ERROR = 4 * math.sqrt(2) * 2.7 / math.sqrt(MANY)
@@ -273,23 +253,20 @@ def scipy_interval(columns, statistic) -> tuple[float, float, float]:
 
 
 def make_equal_seeds(seed: int, num_right: int) -> tuple[dict, np.ndarray]:
-    """Three seeds with as many answers right but others: their scores do not deviate, so only examples matter."""
+    """Three seeds with equally many right answers, though others: their scores are equal, examples matter."""
     rng = np.random.default_rng(seed)
     wrong = np.stack([rng.permutation(np.arange(300) >= num_right) for _ in range(3)]).astype(int)
     return {"para": wrong}, (wrong == 0).mean(0)  # labels are all 0
 
 
-def test_interval_of_an_accuracy_equals_scipy():
-    row, correct = make_equal_seeds(0, 210)
-    low, high, error = scipy_interval((correct,), np.mean)
-    found = interval(row, {"para": np.zeros(300)}, TASKS, num_resamples=MANY)["para"]
-    check_interval(found, 0.7, low, high, QUANTILE_ERROR * error)
-
-
-def test_interval_of_a_difference_equals_scipy():
+def test_intervals_of_accuracies_equal_scipy():
     (a, correct_a), (b, correct_b) = make_equal_seeds(0, 210), make_equal_seeds(1, 195)
+    labels = {"para": np.zeros(300)}
+    low, high, error = scipy_interval((correct_a,), np.mean)
+    found = interval(a, labels, TASKS, num_resamples=MANY)["para"]
+    check_interval(found, 0.7, low, high, QUANTILE_ERROR * error)
     low, high, error = scipy_interval((correct_a, correct_b), lambda x, y, axis: (x - y).mean(axis))
-    found = compare(a, b, {"para": np.zeros(300)}, TASKS, num_resamples=MANY)["para"]
+    found = compare(a, b, labels, TASKS, num_resamples=MANY)["para"]
     check_interval(found, 0.05, low, high, QUANTILE_ERROR * error)
 
 
@@ -307,6 +284,7 @@ def test_interval_of_a_difference_of_correlations_equals_scipy():
     check_interval(found, statistic(a, b, y, 0), low, high, QUANTILE_ERROR * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_seeds, seed_sd", [(1, 0.0), (6, 0.02)])
 def test_coverage(num_seeds, seed_sd):
     """Of 200 intervals 190 should hold the true difference 0.1; their number has a standard deviation of 3.
@@ -328,18 +306,14 @@ def test_coverage(num_seeds, seed_sd):
     assert 0.89 <= held / 200 <= 0.99
 
 
-# --- comparisons -------------------------------------------------------------------------------------------------
-
-
-def test_same_row_differs_by_nothing():
-    found = compare(make_row(0), make_row(0), make_labels(), TASKS, num_resamples=100)
-    assert set(found) == {*SIZES, *OVERALLS}
-    assert set(found.values()) == {Interval(0.0, 0.0, 0.0)}
+# --- comparisons ------------------------------------------------------------------------------------------
 
 
 def test_constant_differences():
-    """One row is always right, the other never; correlations do not see a shift of all predictions."""
+    """The same row; one that is always right, the other never; correlations, which do not see a shift."""
     labels = make_labels()
+    found = compare(make_row(0), make_row(0), labels, TASKS, num_resamples=100)
+    assert set(found) == {*SIZES, *OVERALLS} and set(found.values()) == {Interval(0.0, 0.0, 0.0)}
     right = {"para": np.stack([labels["para"]] * 3)}
     wrong = {"para": 1 - right["para"]}
     assert compare(right, wrong, labels, TASKS, num_resamples=100) == {"para": Interval(1.0, 1.0, 1.0)}
@@ -348,22 +322,11 @@ def test_constant_differences():
     check_interval(compare(row, shifted, labels, TASKS, num_resamples=100)["sts"], 0, 0, 0, 1e-12)
 
 
-def test_exchanged_rows_change_the_sign():
-    a, b, labels = make_row(0), make_row(1), make_labels()
-    there, back = (compare(*rows, labels, TASKS, num_resamples=100) for rows in ((a, b), (b, a)))
-    for name in there:
-        assert there[name].low < there[name].high
-        check_interval(there[name], -back[name].estimate, -back[name].high, -back[name].low, 1e-12)
-
-
-def test_compare_pairs_the_resamples():
-    """The difference of the arrays, narrower than the rows' own intervals when the rows are alike."""
+def test_a_difference_is_narrower_than_its_rows_when_they_are_alike():
     a, labels = make_row(0), make_labels()
     b = a | {"para": a["para"].copy()}
     b["para"][:, 0] = 1 - b["para"][:, 0]  # one answer is another
     found = compare(a, b, labels, TASKS, num_resamples=200)["para"]
-    means_a, means_b = (resampled_means(row, labels, TASKS, 200)["para"] for row in (a, b))
-    assert found == to_interval(means_a - means_b)
     alone = interval(a, labels, TASKS, num_resamples=200)["para"]
     assert 0 < found.high - found.low < alone.high - alone.low  # two unpaired: wider
 

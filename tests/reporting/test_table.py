@@ -1,4 +1,4 @@
-"""The table's command line, its guards against mixed settings, and a small table from end to end."""
+"""The table's command: its flags, its guards against mixed settings, and small tables from end to end."""
 
 import csv
 import json
@@ -13,13 +13,23 @@ from pathlib import Path
 import pytest
 
 import multitask_classifier
-import results_table
 from config import DEFAULT_TASKS
+from reporting import table
 from reporting.jobs import run_jobs
 from reporting.poster import ROWS
-from results_table import check_settings, get_args, is_finished, main, make_job, run_folder
+from reporting.table import (
+    check_settings,
+    check_training_data,
+    folder_of,
+    get_args,
+    is_finished,
+    main,
+    make_job,
+)
+from reporting.table_pages import PICTURES
 from support.errors import UserError
 from support.files import ROOT
+from tests.fake_runs import all_tasks, make_table
 from tests.tiny import make_data, make_encoder
 from training import pretrain_mlm
 from training.flags import get_args as get_run_args
@@ -35,11 +45,6 @@ def place(tmp_path_factory):
     make_encoder(folder / "encoder")
     make_data(folder / "data")
     return folder
-
-
-@pytest.fixture
-def one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the runs, whose models are tiny
 
 
 def command(place, flags, run_flags=TINY_RUN, runs="runs", **paths):
@@ -72,20 +77,15 @@ def starts(runs_dir):
     return {log.stem: sum(line.startswith("$ ") for line in log.read_text().splitlines()) for log in logs}
 
 
-# --- rows and flags ----------------------------------------------------------------------------------------------
+# --- rows and flags ---------------------------------------------------------------------------------------
 
 
-def test_rows_differ_and_their_names_are_folder_names():
+def test_rows_differ_and_so_do_all_folders(tmp_path):
     assert all(re.fullmatch(r"[a-z0-9_]+", row) for row in ROWS)
     recipes = [
-        (sorted(get_run_args(spec.flags.split()).given.items(), key=str), spec.pretrain)
-        for spec in ROWS.values()
+        (str(sorted(get_run_args(spec.flags.split()).given.items())), spec.pretrain) for spec in ROWS.values()
     ]
-    assert all(recipes.count(recipe) == 1 for recipe in recipes)
-    assert all(spec.versus is None or spec.versus in ROWS for spec in ROWS.values())
-
-
-def test_folders_of_all_rows_and_seeds_differ(tmp_path):
+    assert len(set(recipes)) == len(ROWS)
     args = get_args(["--runs_dir", str(tmp_path), "--seeds", "0", "1", "11"])
     jobs = [make_job(args, row, seed) for row in ROWS for seed in args.seeds]
     folders = [stage.folder for job in jobs for stage in job.stages] + [job.log for job in jobs]
@@ -93,27 +93,26 @@ def test_folders_of_all_rows_and_seeds_differ(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_commands_start_the_projects_own_files(tmp_path, monkeypatch):
+    """From whatever folder: scripts by their whole path, modules by PYTHONPATH (see test_jobs.py)."""
+    monkeypatch.chdir(tmp_path)
+    encoder, train = make_job(get_args([]), "further_pretraining", 0).stages
+    assert train.command[1] == train.resume[1] == str(ROOT / "multitask_classifier.py")
+    assert Path(train.command[1]).is_file()
+    assert encoder.command[1:3] == ["-m", "training.pretrain_mlm"]
+
+
 def test_dry_run_lists_commands_that_parse_and_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results_table, "matrix_rate", lambda: 1e10)
+    monkeypatch.setattr(table, "matrix_rate", lambda: 1e10)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert main(["--dry_run", "--seeds", "3", "4", "--", "--lr", "3e-5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    groups, commands = {}, []
-    for line in lines:
-        if line.startswith("    "):
-            python, script, *argv = shlex.split(line)
-            assert python == "python"
-            if script == "-m":
-                script, *argv = argv
-            commands.append((script, argv))
-        elif line.startswith("  "):
-            groups[next(reversed(groups))].append(line.split(":")[0].strip())
-        elif re.search(r": \d+$", line):
-            groups[line] = []
-    assert list(groups) == ["rows of the poster: 8", "its future steps: 4", "control: 1"]
-    assert [len(rows) for rows in groups.values()] == [8, 4, 1]
-    assert [row for rows in groups.values() for row in rows] == list(ROWS)
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("    ")]
+    commands = [(argv[1], argv[2:]) if argv[0] == "-m" else (argv[0], argv[1:]) for argv in commands]
+    groups = [line for line in lines if re.fullmatch(r"\w.*: \d+", line)]
+    assert groups == ["rows of the poster: 8", "its future steps: 4", "control: 1"]
+    assert re.findall(r"^  (\w+):", "\n".join(lines), re.MULTILINE) == list(ROWS)
     runs = [get_run_args(argv) for script, argv in commands if script == "multitask_classifier.py"]
     names = [Path(run.output_dir).name for run in runs]
     assert names == [f"{row}-seed{seed}" for row in ROWS for seed in (3, 4)]
@@ -132,16 +131,11 @@ def test_dry_run_lists_commands_that_parse_and_does_nothing(tmp_path, monkeypatc
     [
         "--rows nonsense",
         "--rows diff diff",
-        "--rows",
         "--seeds 0 0",
         "--seeds -1",
-        "--max_steps 0",
-        "--jobs 0",
         "--num_resamples 0",
         "--compare diff",
-        "--compare diff nonsense",
         "--dry",
-        "-- --nonsense 1",
         "-- --lr 0",
         "-- nonsense",
         "-- --select_by sts",  # which the row with sentiment alone does not have
@@ -157,67 +151,63 @@ def test_wrong_flags_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+OWN = "the table has to know it"
+# Given to every run, it would make rows the same, or have no effect on most.
+DIFFER = "rows of the table differ in it"
+
+
 @pytest.mark.parametrize(
-    "flag",
+    ("flag", "why"),
     [
-        "--output_dir x",
-        "--overwrite",
-        "--resume",
-        "--predict_only",
-        "--data_dir x",
-        "--tasks sst",
-        "--pretrained x",
-        "--max_steps 7",
-        "--seed 7",
-        "--sts_dev x",
-        "--sts_dev_out x",
-        "--predict_splits test",
-        "--prediction_style handout",
+        ("--output_dir x", OWN),
+        ("--overwrite", OWN),
+        ("--resume", OWN),
+        ("--predict_only", OWN),
+        ("--data_dir x", OWN),
+        ("--tasks sst", OWN),
+        ("--pretrained x", OWN),
+        ("--max_steps 7", OWN),
+        ("--seed 7", OWN),
+        ("--sts_dev x", OWN),
+        ("--sts_dev_out x", OWN),
+        ("--predict_splits test", OWN),
+        ("--prediction_style handout", OWN),
+        ("--head_layers 2", DIFFER),
+        ("--grad_method sum", DIFFER),
+        ("--extra_data sick", DIFFER),
+        ("--warmup_steps 5", DIFFER),
+        ("--task_weights sts=2", DIFFER),
     ],
 )
-def test_flags_that_are_the_tables_own_are_refused(flag, capsys):
+def test_flags_that_runs_may_not_be_given(flag, why, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--dry_run", "--", *flag.split()])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    assert f"results_table.py: error: {flag.split()[0]} " in error
+    assert error.startswith(f"results_table.py: error: {flag.split()[0]} ") and why in error
+
+
+def test_other_flags_go_to_every_run():
+    flags = ["--lr", "3e-5", "--pooling", "cls"]
+    assert get_args(["--", *flags]).run_flags == flags
 
 
 def test_dry_run_names_missing_files(place, tmp_path, monkeypatch, capsys):
     """The tiny data have SICK, but not the other sources."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results_table, "matrix_rate", lambda: 1e10)
+    monkeypatch.setattr(table, "matrix_rate", lambda: 1e10)
     assert main(["--dry_run", "--data_dir", str(place / "data"), "--rows", "diff", "similar_data"]) == 0
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing: ")]
     assert [Path(line.split(",")[0]).name for line in missing] == ["dev_and_test.tsv", "train.txt"]
     assert all(line.endswith("needed by similar_data") for line in missing)
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--head_layers 2", "--grad_method sum", "--extra_data sick", "--warmup_steps 5", "--task_weights sts=2"],
-)
-def test_flags_that_rows_differ_in_are_refused(flag, capsys):
-    """Given to every run they would make two rows the same, or be overridden by most."""
-    with pytest.raises(SystemExit) as end:
-        get_args(["--", *flag.split()])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1
-    assert f"{flag.split()[0]} stands after --, but rows of the table differ in it" in error
-    assert get_args(["--", "--lr", "3e-5", "--pooling", "cls"]).run_flags == [
-        "--lr",
-        "3e-5",
-        "--pooling",
-        "cls",
-    ]
-
-
-# --- run folders -------------------------------------------------------------------------------------------------
+# --- run folders ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(place):
-    """A finished run of the row "diff" with seed 0; before, it had died between its first best/ and its first last/."""
+    """A finished run of the row "diff" that had died between its first best/ and its first last/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multitask_classifier, "plot_run", lambda folder: None)
         args = get_args(command(place, "--rows diff --seeds 0", runs="made"))
@@ -236,16 +226,14 @@ def die(*args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "missing",
-    ["scores.json", "predictions", *(f"predictions/{task}-dev-output.csv" for task in DEFAULT_TASKS)],
-)
-def test_run_without_all_its_results_is_not_finished(made, tmp_path, missing):
-    folder = shutil.copytree(made, tmp_path / "copy")
-    assert is_finished(folder)
-    path = folder / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert not is_finished(folder)
+def test_run_without_all_its_results_is_not_finished(made, tmp_path):
+    assert is_finished(made)
+    names = [f"predictions/{task}-dev-output.csv" for task in DEFAULT_TASKS]
+    for number, name in enumerate(["scores.json", "predictions", *names]):
+        folder = shutil.copytree(made, tmp_path / str(number))
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert not is_finished(folder), name
 
 
 @pytest.mark.parametrize(
@@ -293,13 +281,28 @@ def test_folder_may_have_been_moved_and_made_on_another_machine(place, made, tmp
     check_settings(get_args(argv), "diff", 0, tmp_path / "nothing")
 
 
-# --- from end to end ---------------------------------------------------------------------------------------------
+def test_runs_with_other_training_data_are_refused(place, tmp_path):
+    rows = {"diff": {0: all_tasks()}, "baseline": {0: all_tasks(), 1: all_tasks()}}
+    runs = make_table(tmp_path, place / "data", rows).runs
+    check_training_data(runs)
+    facts = runs["baseline"][1].facts
+    facts["data"]["train"]["para"] = "another"
+    with pytest.raises(
+        UserError, match="baseline-seed1: was trained on other para data .another. than .*diff-seed0"
+    ):
+        check_training_data(runs)
+    facts["args"]["extra_data"] = {"mrpc": None}  # which explains it
+    check_training_data(runs)
 
 
-def test_table_from_end_to_end(place, one_thread_each, capsys):
+# --- from end to end --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_table_from_end_to_end(place, capsys):
     rows, runs_dir, results_dir = ("baseline", "surgery_diff"), place / "runs", place / "runs-results"
     argv = command(place, f"--rows {' '.join(rows)} --seeds 0 1")
-    folders = {(row, seed): run_folder(runs_dir, row, seed) for row in rows for seed in (0, 1)}
+    folders = {(row, seed): folder_of(runs_dir, row, seed) for row in rows for seed in (0, 1)}
 
     # The first runner is killed when the first run is finished and the second has started.
     runner = subprocess.Popen(
@@ -330,25 +333,14 @@ def test_table_from_end_to_end(place, one_thread_each, capsys):
         name: json.loads((folder / "scores.json").read_text())["dev"] for name, folder in folders.items()
     }
     with open(results_dir / "runs.csv", encoding="utf-8", newline="") as file:
-        found = {(line["row"], int(line["seed"])): line for line in csv.DictReader(file)}
+        found = {(line["row"], int(line["seed"])): float(line["mean"]) for line in csv.DictReader(file)}
+    assert found == pytest.approx({name: summary["mean"] for name, summary in scores.items()})
     assert list(found) == [(row, seed) for row in rows for seed in (0, 1)]
-    for name, line in found.items():
-        tasks = scores[name]["tasks"]
-        numbers = [tasks["sst"]["accuracy"], tasks["para"]["accuracy"], tasks["sts"]["pearson"]]
-        numbers += [scores[name]["mean"], scores[name]["mean_2024"]]
-        columns = (*DEFAULT_TASKS, "mean", "mean_2024")
-        assert [float(line[column]) for column in columns] == pytest.approx(numbers)
-    with open(results_dir / "table.csv", encoding="utf-8", newline="") as file:
-        lines = {line["row"]: line for line in csv.DictReader(file)}
-    for row in rows:
-        mean = sum(scores[row, seed]["mean"] for seed in (0, 1)) / 2
-        assert float(lines[row]["mean_mean"]) == pytest.approx(mean) and lines[row]["seeds"] == "0 1"
     text = (results_dir / "table.md").read_text(encoding="utf-8")
     assert all(ROWS[row].title in text for row in rows) and str(place / "encoder") in text
-    assert text.count("multitask_classifier.py") == 2  # the first run of each row
-    assert ROWS["surgery_diff"].title in (results_dir / "table.tex").read_text(encoding="utf-8")
-    pictures = {"scores", "learning_curves", "conflict", "layer_conflict", "confusion", "similarity"}
-    assert {path.stem for path in results_dir.glob("*.png")} == pictures
+    assert text.count("python multitask_classifier.py ") == 2  # the first run of each row
+    assert "    python results_table.py " in text
+    assert {path.name for path in results_dir.glob("*.png")} == set(PICTURES)
     means = {row: scores[row, 0]["mean"] + scores[row, 1]["mean"] for row in rows}
     best_row = max(means, key=means.get)
     best_seed = max((0, 1), key=lambda seed: scores[best_row, seed]["mean"])
@@ -375,16 +367,20 @@ def test_table_from_end_to_end(place, one_thread_each, capsys):
     assert snapshot(runs_dir) == before
 
 
-def test_further_pretraining_gives_the_run_its_encoder(place, one_thread_each):
-    argv = command(place, "--rows further_pretraining --seeds 0", runs="further")
+@pytest.mark.slow
+def test_further_pretraining_gives_the_run_its_encoder(place, monkeypatch):
+    """In a folder other than the project's, with paths relative to it."""
+    monkeypatch.chdir(place)
+    paths = {"pretrained": "encoder", "data_dir": "data", "runs_dir": "further", "results_dir": "unused"}
+    argv = command(place, "--rows further_pretraining --seeds 0", **paths)
     args = get_args(argv)
     job = make_job(args, "further_pretraining", 0)
     encoder, folder = (stage.folder for stage in job.stages)
-    assert run_jobs([job], at_once=1) == []
+    assert run_jobs([job], at_once=1) == [], job.failure
     assert (encoder / "model.safetensors").exists() and is_finished(folder) and not (folder / "last").exists()
     run, first = (json.loads((path / "args.json").read_text())["args"] for path in (folder, encoder))
     assert run["pretrained"] == str(encoder) and run["grad_method"] == "pcgrad"
-    assert first["pretrained"] == str(place / "encoder") and first["max_steps"] == 3
+    assert first["pretrained"] == "encoder" and first["max_steps"] == 3
     assert starts(folder.parent) == {"further_pretraining-seed0": 2}
 
     check_settings(args, "further_pretraining", 0, folder)
@@ -395,10 +391,9 @@ def test_further_pretraining_gives_the_run_its_encoder(place, one_thread_each):
             check_settings(other, "further_pretraining", 0, folder)
 
 
-def test_what_fails_is_named_and_the_table_of_the_rest_is_written(
-    place, made, tmp_path, one_thread_each, capsys
-):
-    """A row whose data are missing, and missing test data: what was made before gets its table all the same."""
+@pytest.mark.slow
+def test_what_fails_is_named_and_the_table_of_the_rest_is_written(place, made, tmp_path, capsys):
+    """A row whose data are missing, and missing test data: the other rows get their table all the same."""
     runs, data = tmp_path / "runs", shutil.copytree(place / "data", tmp_path / "data")
     (data / "sts-test-student.csv").unlink()
     shutil.copytree(made, runs / made.name)

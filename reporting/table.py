@@ -1,0 +1,337 @@
+"""The results table as a command: which runs it needs, running them, holding them against what is asked for.
+
+`results_table.py` starts it. Each row and seed is a run folder under --runs_dir; what is finished there is
+not run again. So the same command goes on where it was stopped, and folders made on several machines can be
+put together.
+Poster: "Fine-tuning minBERT for Various Downstream Tasks", Stanford CS224N.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from config import OFFLINE_ENCODER, BertConfig
+from evaluation import prediction_name
+from reporting.jobs import Job, Stage, run_jobs
+from reporting.poster import ROWS
+from reporting.read_run import read_scores
+from reporting.table_pages import TEST_FILES, format_claims, format_comparison, write_results
+from reporting.table_statistics import DevData, FinishedRun, Table, read_finished_run
+from support.command_line import OneLineParser, number, run_script
+from support.device import is_bf16_fast
+from support.errors import UserError
+from support.files import ROOT, read_json
+from training.flags import COUNT, SEED, flags_marked, given_flags, read_run
+from training.flags import get_args as get_run_args
+from training.resolve import data_settings
+from training.sources import EXTRA_SOURCES
+
+# What a run is told besides its row's flags. Three evaluations on part of dev choose the best checkpoint,
+# which is then evaluated on all of dev.
+BATCH_SIZE = 16
+NUM_EVALS = 3
+EVAL_MAX_EXAMPLES = 600
+# For the estimate of the cost: word pieces in an example of SST, Quora or STS, and examples in dev.
+TOKENS_PER_EXAMPLE = 30
+EVAL_EXAMPLES = 22_000
+# Flags of a run that are the table's own: it gives them itself, or could not read the run with others.
+OWN_FLAGS = flags_marked("mode", "place", "predictions") - {"cache_dir"}
+OWN_FLAGS |= {"tasks", "pretrained", "max_steps", "seed"}
+# What rows differ in: given to every run, these flags would make two rows one, or be overridden by most.
+ROW_FLAGS = {
+    name for row in ROWS.values() if row.group != "control" for name in given_flags(row.flags.split())
+}
+ROW_FLAGS |= {"epochs", "warmup_steps", "freeze_encoder", "option", "fine_tune_mode"}
+# What may differ from run to run: where and how it was computed, not what. (The table can read predictions in
+# the starter's form only.)
+FREE_FLAGS = flags_marked("mode", "place", "predictions", "machine", "upkeep") - {"prediction_style"}
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+def folder_of(runs_dir: Path, row: str, seed: int) -> Path:
+    return runs_dir / f"{row}-seed{seed}"
+
+
+def run_flags(args: argparse.Namespace, row: str, seed: int) -> list[str]:
+    """The flags of multitask_classifier.py for a row and seed, all but where data and run are."""
+    spec, eval_every = ROWS[row], -(-args.max_steps // NUM_EVALS)
+    pretrained = pretrain_folder(args, row, seed) if spec.pretrain else args.pretrained
+    shared = f"--max_steps {args.max_steps} --batch_size {BATCH_SIZE} --predict_splits dev"
+    shared += f" --eval_every {eval_every} --eval_max_examples {EVAL_MAX_EXAMPLES}"
+    flags = [*shared.split(), *args.run_flags, *spec.flags.split(), "--seed", str(seed)]
+    return ["--pretrained", str(pretrained), *flags]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run got to its end, where it writes its scores and then its prediction files."""
+    if not (folder / "scores.json").exists():
+        return False
+    names = [prediction_name(task, "dev", "starter") for task in read_scores(folder)["dev"]["tasks"]]
+    return all((folder / "predictions" / name).exists() for name in names)
+
+
+def has_encoder(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def pretrain_folder(args: argparse.Namespace, row: str, seed: int) -> Path:
+    return folder_of(args.runs_dir, f"{row}-encoder", seed)
+
+
+def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
+    folder = folder_of(args.runs_dir, row, seed)
+    train = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
+    stages = [
+        Stage(
+            folder,
+            [*train, "--data_dir", args.data_dir, *run_flags(args, row, seed)],
+            is_finished,
+            resume=[*train, "--data_dir", args.data_dir, "--resume"],
+            num_steps=args.max_steps,
+            discard="last",
+        )
+    ]
+    if ROWS[row].pretrain:
+        encoder = pretrain_folder(args, row, seed)
+        script = [sys.executable, "-m", "training.pretrain_mlm", "--output_dir", str(encoder)]
+        settings = ["--pretrained", args.pretrained, "--max_steps", str(args.max_steps), "--seed", str(seed)]
+        given = given_flags(args.run_flags)
+        for name in sorted({"device", "precision"} & set(given)):
+            settings += [f"--{name}", given[name]]
+        command = [*script, "--data_dir", args.data_dir, *settings]  # resumes by itself
+        stages.insert(0, Stage(encoder, command, has_encoder, num_steps=args.max_steps))
+    return Job(folder.name, stages)
+
+
+def check_settings(args: argparse.Namespace, row: str, seed: int, folder: Path) -> None:
+    """Refuse a run folder that was made with settings other than those the table would give it now.
+
+    Raises:
+        UserError: naming the folder and the flag.
+    """
+
+    def compare(folder, stored, asked, names):
+        # The table's own flags first: --eval_every, for one, follows from --max_steps.
+        for name in sorted(names, key=lambda name: (name not in OWN_FLAGS, name)):
+            if stored.get(name) != asked.get(name):
+                raise UserError(
+                    f"{folder}: was made with --{name} {stored.get(name, '(default)')}, the table now asks"
+                    f" for {asked.get(name, '(default)')}; give the flags it was made with, give another"
+                    " --runs_dir, or remove that folder"
+                )
+
+    free, encoder = FREE_FLAGS, pretrain_folder(args, row, seed)
+    if ROWS[row].pretrain:
+        free = free | {"pretrained"}
+        if (encoder / "args.json").exists():
+            asked = {"pretrained": args.pretrained, "max_steps": args.max_steps}
+            compare(encoder, read_json(encoder / "args.json").get("args", {}), asked, asked)
+    if (folder / "args.json").exists():
+        stored, asked = read_run(str(folder))[1], get_run_args(run_flags(args, row, seed)).given
+        compare(folder, stored, asked, (set(stored) | set(asked)) - free)
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+def estimate_seconds(args: argparse.Namespace, row: str, rate: float) -> float:
+    """Rough time of one run on this machine: its operations over a measured matrix rate."""
+    if args.pretrained == OFFLINE_ENCODER:
+        size = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    elif Path(args.pretrained).is_dir():
+        size = BertConfig.from_json(Path(args.pretrained) / "config.json")
+    else:  # a hub name: assume the size of bert-base
+        size = BertConfig()
+    width = size.hidden_size
+    params = size.num_hidden_layers * (4 * width**2 + 2 * width * size.intermediate_size)
+    tasks = get_run_args(ROWS[row].flags.split()).tasks
+    examples = 3 * args.max_steps * BATCH_SIZE * len(tasks)  # forward and twice that backward
+    examples += EVAL_EXAMPLES if len(tasks) > 1 else 1_100
+    stages = 2 if ROWS[row].pretrain else 1
+    return stages * 2 * params * TOKENS_PER_EXAMPLE * examples / rate
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second in a matrix product of the size and type that training uses."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if is_bf16_fast(device) else torch.float32
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for a GPU
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
+    return 0.2 * best  # the share of it that a small encoder reaches (measured on two CPU cores)
+
+
+def missing_files(args: argparse.Namespace, row: str) -> list[Path]:
+    """Data files that a row needs but that are missing."""
+    run_args = get_run_args(["--data_dir", args.data_dir, *ROWS[row].flags.split()])
+    files = data_settings(run_args).files
+    paths = [files[task, split] for task in run_args.tasks for split in ("train", "dev")]
+    paths += [
+        Path(args.data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files
+    ]
+    return [path for path in paths if not path.exists()]
+
+
+def print_plan(args: argparse.Namespace) -> None:
+    rate, total = matrix_rate(), 0.0
+    headings = {"poster": "rows of the poster", "future": "its future steps"}
+    for group in dict.fromkeys(ROWS[row].group for row in args.rows):
+        rows = [row for row in args.rows if ROWS[row].group == group]
+        print(f"{headings.get(group, group)}: {len(rows)}")
+        for row in rows:
+            print(f"  {row}: {ROWS[row].title}")
+            for seed in args.seeds:
+                job = make_job(args, row, seed)
+                seconds = estimate_seconds(args, row, rate) if job.stage else 0.0
+                total += seconds
+                for stage in job.stages:
+                    done = stage.is_finished(stage.folder)
+                    command = stage.next_command()
+                    command = ["python", Path(command[1]).name, *command[2:]]
+                    print("    " + ("(finished) " if done else "") + shlex.join(command))
+    print("test set: predictions of the run that is best on dev")
+    needed_by = {}
+    for row in args.rows:
+        for path in missing_files(args, row):
+            needed_by.setdefault(path, []).append(row)
+    for path, rows in needed_by.items():
+        print(f"missing: {path}, needed by {', '.join(rows)}")
+    runs = len(args.rows) * len(args.seeds)
+    print(
+        f"{runs} runs, about {total / 3600:.1f} hours on this machine (a rough estimate from its matrix rate)"
+    )
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with code 2 and one line if a flag is wrong."""
+    parser = OneLineParser(
+        prog="results_table.py",
+        description="Train every row of the poster's table with several seeds, compare, judge the claims.",
+        epilog="Flags after -- go to every run, as in: results_table.py --seeds 0 1 -- --lr 3e-5",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"out of {', '.join(ROWS)}"
+    )
+    add("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--pretrained", default=OFFLINE_ENCODER, help=f"encoder to start from (default: {OFFLINE_ENCODER})")
+    add("--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)")
+    add("--max_steps", type=COUNT, default=1000, help="length of each run in steps (default: 1000)")
+    add("--runs_dir", type=Path, default=Path("runs/table"), help="folder of the runs (default: runs/table)")
+    add("--results_dir", type=Path, help="where the table goes (default: results/ in --runs_dir)")
+    add("--jobs", type=COUNT, default=1, help="runs at a time; they share the processor's cores (default: 1)")
+    add("--num_resamples", type=number(int, 40), default=2000, help="of the bootstrap (default: 2000)")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print the commands and a rough estimate of the time, run nothing",
+    )
+    add("--no_train", action="store_true", help="make the table from what is finished, run nothing")
+    add("--compare", nargs=2, choices=ROWS, metavar="ROW", help="print how two rows differ, run nothing")
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.run_flags = argv[split + 1 :]
+    args.results_dir = args.results_dir or args.runs_dir / "results"
+    for name in ("rows", "seeds"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name} holds a value twice; expected each once")
+    for name in sorted(set(given_flags(args.run_flags)) & (OWN_FLAGS | ROW_FLAGS)):
+        why = "the table has to know it" if name in OWN_FLAGS else "rows of the table differ in it"
+        parser.error(f"--{name} is given after --, but {why}; expected other flags of training")
+    for row in args.rows:
+        get_run_args(run_flags(args, row, args.seeds[0]))  # ends here if a flag is wrong
+    return args
+
+
+def check_training_data(runs: dict[str, dict[int, FinishedRun]]) -> None:
+    """Refuse to compare runs that were trained on different data, unless --extra_data made the difference.
+
+    Raises:
+        UserError: naming two such folders.
+    """
+    first = {}  # (task, additional sources) -> fingerprint and folder
+    for run in (run for found in runs.values() for run in found.values()):
+        for task, fingerprint in run.facts["data"]["train"].items():
+            key = task, str(run.facts["args"]["extra_data"])
+            seen, folder = first.setdefault(key, (fingerprint, run.folder))
+            if seen != fingerprint:
+                raise UserError(
+                    f"{run.folder}: was trained on other {task} data ({fingerprint}) than {folder} ({seen});"
+                    " all runs of a table need the same --data_dir"
+                )
+
+
+def read_table(args: argparse.Namespace, rows: list[str]) -> Table:
+    """The finished runs of some rows."""
+    dev_data, runs = DevData(args.data_dir), {}
+    for row in rows:
+        folders = {seed: folder_of(args.runs_dir, row, seed) for seed in args.seeds}
+        finished = {seed: folder for seed, folder in folders.items() if is_finished(folder)}
+        for seed, folder in finished.items():
+            check_settings(args, row, seed, folder)
+        if finished:
+            runs[row] = {seed: read_finished_run(folder, dev_data) for seed, folder in finished.items()}
+    check_training_data(runs)
+    if not runs:
+        raise UserError(f"--runs_dir {args.runs_dir}: holds no finished run of {', '.join(rows)}")
+    return Table(runs, dev_data, args.num_resamples)
+
+
+def predict_test_set(args: argparse.Namespace, table: Table) -> Path | None:
+    """Let the run that is best on dev predict the test set; returns its folder, None if it could not."""
+    if table.best_run is None:
+        return None
+    folder = folder_of(args.runs_dir, *table.best_run)
+
+    def has_predicted(folder):
+        return all((folder / name).exists() for name in TEST_FILES)
+
+    if not args.no_train:
+        script = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
+        script += ["--data_dir", args.data_dir, "--predict_only", "--predict_splits", "test"]
+        failed = run_jobs([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])], at_once=1)
+        for job in failed:
+            print(f"warning: no predictions of the test set: {job.failure}")
+    return folder if has_predicted(folder) else None
+
+
+def run(argv: list[str] | None) -> None:
+    args = get_args(argv)
+    if args.compare:
+        return print(format_comparison(read_table(args, args.compare), *args.compare))
+    for row in args.rows:
+        for seed in args.seeds:
+            check_settings(args, row, seed, folder_of(args.runs_dir, row, seed))
+    if args.dry_run:
+        return print_plan(args)
+    jobs = [make_job(args, row, seed) for seed in args.seeds for row in args.rows]  # a seed of all rows first
+    num_threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
+    failed = [] if args.no_train else run_jobs(jobs, args.jobs, num_threads)
+    table = read_table(args, args.rows)
+    command = ["results_table.py", *(sys.argv[1:] if argv is None else argv)]
+    written = write_results(table, args.results_dir, command, predict_test_set(args, table))
+    print(format_claims(table))
+    print("written: " + ", ".join(map(str, written)))
+    if failed:
+        reasons = "; ".join(f"{job.name}: {job.failure}" for job in failed)
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {reasons}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("results_table.py", partial(run, argv))

@@ -1,0 +1,161 @@
+"""The fault campaign notices code that is broken on purpose, and a few of its cases pass.
+
+It forks, which a process with threads must not, so it has a process of its own. For all of it: `make faults`.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+import datasets
+import multitask_classifier
+from support import files
+from support.errors import UserError
+from tests.campaign import faults, forks, fuzz
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Calls a function in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context) as executor:
+        yield lambda function, *args: executor.submit(function, folder, *args).result(timeout=300)
+
+
+@cache
+def make_bench(folder):
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    return faults.Bench(Path(folder), steps=(4, 5))
+
+
+@cache
+def make_fuzzer(folder):
+    return fuzz.Fuzzer(make_bench(folder), share_of_runs=0.1)
+
+
+def few_cases(folder):
+    bench = make_bench(folder)
+    outcomes = [
+        faults.run_kills(bench, len(faults.KINDS), 1, num_settings=1),
+        faults.run_matrix(bench, faults.all_rows()[::256], 1),
+        faults.run_fuzz(bench, 60, 1, make_fuzzer(folder)),
+    ]
+    return sum(outcome.num_cases for outcome in outcomes), [text for o in outcomes for text in o.wrong]
+
+
+def careless_files(folder):
+    """Every file is written under its own name; runs are killed within each early file operation."""
+
+    @contextmanager
+    def careless(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+
+    bench, wrong = make_bench(folder), []
+    with patch.object(files, "whole_file", careless), tempfile.TemporaryDirectory() as work:
+        setting = faults.run_undisturbed(bench, faults.draw_settings(bench, 0), Path(work))
+        for number in range(1, 9):
+            strike, rng = forks.Strike(number, "middle"), random.Random(0)
+            with patch.object(faults, "draw_kill", lambda *args, strike=strike: {"strike": strike}):
+                kinds = ["SIGKILL at a file operation"]
+                wrong += faults.kill_until_done(bench, setting, Path(work, str(number)), kinds, rng).wrong
+            if wrong:
+                break
+    return wrong
+
+
+def forgotten_moments(folder):
+    load_last = multitask_classifier.Run.load_last
+
+    def forgetful(run, *args):
+        load_last(run, *args)
+        run.optimizer.state.clear()
+
+    bench, rows = make_bench(folder), faults.all_rows()[:2]
+    with patch.object(multitask_classifier.Run, "load_last", forgetful):
+        return faults.run_matrix(bench, rows, 1).wrong
+
+
+DEFECTS = {
+    "KeyError": lambda: {}["no such key"],
+    "Hung": partial(time.sleep, 60),
+    "MemoryError": partial(bytearray, 2**40),
+    "process died with code -6": os.abort,
+    "several lines": partial(UserError("one\ntwo").with_traceback, None),
+}
+
+
+def defective_reader(folder, defect):
+    """What the campaign says of a reader that does what it must not."""
+
+    def fail(text):
+        raise DEFECTS[defect]() or UserError("nothing")
+
+    fuzzer, bench = make_fuzzer(folder), make_bench(folder)
+    with (
+        patch.object(datasets, "clean_text", fail),
+        patch.object(fuzz, "HANG_SECONDS", 0.5),
+        patch.object(fuzzer, "readers", fuzzer.readers[:1]),
+        patch.object(fuzzer, "share_of_runs", 0),
+    ):
+        return faults.run_fuzz(bench, 12, 1, fuzzer).wrong
+
+
+def spoilt_files(folder, seed):
+    rng = random.Random(seed)
+    return [
+        fuzz.spoil(Path(folder, "fuzz", name), rng)
+        for name in ["encoder/vocab.txt", "data/sts-train.csv", "encoder/model.safetensors"] * 5
+    ]
+
+
+def deaths(folder):
+    def work(number, own):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if number == 2:
+            time.sleep(60)
+        return number
+
+    with patch.object(forks, "SILENCE_SECONDS", 1):
+        return {case: str(result) for case, result in forks.in_parallel(work, 4, 2, Path(folder))}
+
+
+def test_a_few_cases_pass(apart):
+    num_cases, wrong = apart(few_cases)
+    assert not wrong, "\n".join(wrong)
+    assert num_cases == 1 + len(faults.KINDS) + 2 + 60
+
+
+def test_half_written_files_are_noticed(apart):
+    assert any("is not whole" in text for text in apart(careless_files))
+
+
+def test_forgotten_moments_are_noticed(apart):
+    assert any("last/optimizer.safetensors differs" in text for text in apart(forgotten_moments))
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defective_readers_are_noticed(defect, apart):
+    wrong = apart(defective_reader, defect)
+    assert any(defect in text for text in wrong), wrong
+
+
+def test_a_case_can_be_made_again(apart):
+    assert apart(spoilt_files, 0) == apart(spoilt_files, 0) != apart(spoilt_files, 1)
+
+
+def test_processes_that_die_or_hang_are_replaced(apart):
+    assert apart(deaths) == {0: "0", 1: "process died with code -11", 2: "hung", 3: "3"}

@@ -1,0 +1,186 @@
+"""Each fault of the prediction files is found; the zip holds them, all of the code and nothing else."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from config import DEFAULT_TASKS, TASKS
+from datasets import read_rows
+from evaluation import format_predictions
+from reporting.submission import main
+from support.files import ROOT
+from tests.tiny import make_data
+
+PREDICTIONS = {
+    f"predictions/{task}-{split}-output.csv" for task in DEFAULT_TASKS for split in ("dev", "test")
+}
+
+
+def write_predictions(place, style, ending):
+    """Good predictions of all tasks, alternately 0 and 1."""
+    folder = place / "run" / "predictions"
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in DEFAULT_TASKS:
+        for split in ("dev", "test"):
+            spec = TASKS[task]
+            ids = read_rows(place / "data" / spec.files[split], spec, split).ids
+            text = format_predictions(spec, ids, [number % 2 for number in range(len(ids))], style)
+            (folder / f"{task}-{split}-{ending}.csv").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Data, and a run folder with six good prediction files."""
+    make_data(tmp_path / "data")
+    (write_predictions(tmp_path, "starter", "output") / "notes.txt").write_text("not to be handed in")
+    return tmp_path
+
+
+def run(place, *flags):
+    return main(
+        [str(place / "run"), "--data_dir", str(place / "data"), "--output", str(place / "x.zip"), *flags]
+    )
+
+
+def names_in_zip(place):
+    names = zipfile.ZipFile(place / "x.zip").namelist()
+    assert len(set(names)) == len(names)
+    return {name for name in names if name.startswith("predictions/")}, {n for n in names if n[:5] != "predi"}
+
+
+# --- what is handed in ------------------------------------------------------------------------------------
+
+
+def test_good_folder_becomes_a_zip(place, capsys):
+    assert run(place) == 0
+    predictions, code = names_in_zip(place)
+    assert predictions == PREDICTIONS
+    assert "6 prediction files are complete and legal" in capsys.readouterr().out
+    for folder in ("kernels", "support", "training", "reporting", "benchmarks"):
+        expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
+        assert len(expected) > 1 and expected <= code, folder
+    assert {path.name for path in ROOT.glob("*.py")} <= code
+    assert "reporting/templates/report.html.jinja" in code
+    assert all(re.fullmatch(r"[\w/]+\.py|reporting/templates/[\w.]+\.jinja", name) for name in code)
+
+
+@pytest.mark.slow
+def test_code_in_the_zip_runs_on_its_own(place):
+    """Whatever a command imports is there: the page of a table and the flags of training."""
+    assert run(place) == 0
+    with zipfile.ZipFile(place / "x.zip") as archive:
+        archive.extractall(place / "handed in")
+    code = "import multitask_classifier, results_table; from reporting import pages; print(pages.__file__)"
+    code += "; pages.MARKDOWN.get_template('table.md.jinja'); multitask_classifier.main(['--help'])"
+    command, folder = [sys.executable, "-c", code], place / "handed in"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(folder)) and "--para_head" in done.stdout
+
+
+def test_command_at_the_top_from_another_folder(place):
+    (place / "elsewhere").mkdir()
+    command = [sys.executable, str(ROOT / "prepare_submit.py"), "../run", "--data_dir", "../data"]
+    subprocess.run(command, cwd=place / "elsewhere", check=True, stdout=subprocess.DEVNULL)
+    with zipfile.ZipFile(place / "elsewhere" / "cs224n_default_final_project_submission.zip") as archive:
+        assert "bert.py" in archive.namelist()
+
+
+def test_handout_style_and_check_only(place):
+    for path in (place / "run" / "predictions").glob("*-output.csv"):
+        path.unlink()
+    write_predictions(place, "handout", "out")
+    assert run(place, "--check_only") == 0
+    assert not (place / "x.zip").exists()
+
+
+def test_names_in_the_zip_do_not_depend_on_folders(place):
+    (place / "run").rename(place / "..run\n")
+    flags = ["--data_dir", str(place / "data"), "--output", str(place / "x.zip")]
+    assert main([str(place / "data" / ".." / "..run\n"), *flags]) == 0
+    assert names_in_zip(place)[0] == PREDICTIONS
+
+
+def test_links_are_not_written_through(place):
+    (place / "elsewhere").write_text("as it was")
+    for name in ("x.zip", "x.zip.tmp"):
+        (place / name).symlink_to("elsewhere")
+    for path in (place / "run" / "predictions").iterdir():
+        os.utime(path, (0, 0))  # from before 1980, which zip files cannot say
+    assert run(place) == 0
+    assert (place / "elsewhere").read_text() == "as it was"
+    assert not (place / "x.zip").is_symlink() and zipfile.is_zipfile(place / "x.zip")
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def change_line(number, new):
+    def change(path):
+        lines = path.read_text().splitlines(keepends=True)
+        lines[number : number + 1] = [new] if new else []
+        path.write_text("".join(lines))
+
+    return change
+
+
+def add(line):
+    return lambda path: path.write_text(path.read_text() + (line or path.read_text().split("\n")[1]) + "\n")
+
+
+def replace_by(make):
+    return lambda path: (path.unlink(), make(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "neither"),
+        (lambda path: path.with_name("sst-test-out.csv").write_text("x"), "both"),
+        (lambda path: path.write_text(""), ":1: header"),
+        (change_line(0, "id,sentiment\n"), ":1: header"),
+        (change_line(3, ""), "have no prediction"),
+        (change_line(3, "abc , 1 \n"), "have no prediction"),
+        (add("abc , 1 "), "not in the data"),
+        (add(""), ":11: id"),  # a row twice
+        (change_line(2, "abc , 5 \n"), ":3: value is 5"),
+        (change_line(2, "abc , 1.5 \n"), ":3: value is 1.5"),
+        (change_line(2, "abc , nan \n"), ":3: value is nan"),
+        (change_line(2, "abc\n"), ":3: row is"),
+        (replace_by(os.mkfifo), "neither sst-test-output.csv nor sst-test-out.csv"),
+        (replace_by(os.mkdir), "neither sst-test-output.csv nor sst-test-out.csv"),
+        (replace_by(lambda path: path.symlink_to("/dev/zero")), "neither sst-test-output.csv nor"),
+        (replace_by(lambda path: path.symlink_to("notes.txt")), "header is 'not to be handed in'"),
+    ],
+)
+def test_each_fault_is_one_line_and_no_zip(place, change, message, capsys):
+    change(place / "run" / "predictions" / "sst-test-output.csv")
+    assert run(place) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "sst-test" in error and message in error
+    assert not (place / "x.zip").exists()
+
+
+def test_all_faults_are_listed(place, capsys):
+    for name in ("sst-dev-output.csv", "sts-test-output.csv"):
+        (place / "run" / "predictions" / name).unlink()
+    assert run(place) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_collapse_is_a_warning(place, capsys):
+    path = place / "run" / "predictions" / "para-test-output.csv"
+    path.write_text(path.read_text().replace(" 1.0 ", " 0.0 "))
+    assert run(place) == 0
+    assert "collapsed" in capsys.readouterr().out
+
+
+def test_output_that_cannot_be_written(place, capsys):
+    assert run(place, "--output", str(place / "data" / "ids-sst-dev.csv" / "x.zip")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ids-sst-dev.csv" in error
