@@ -8,19 +8,11 @@ import tempfile
 
 import pytest
 
-# Here, before anything imports torch: tiny models run faster on one thread, and where other work keeps the cores
-# busy, threads that spin while they wait for each other make a test ten times slower.
+# Here, before anything imports torch: tiny models run faster on one thread, and where other work keeps the
+# cores busy, threads that spin while they wait for each other make a test ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 # No test, and no process that one starts, sees the user's settings, caches or home.
-for name in (
-    "PYTHONIOENCODING",
-    "PYTHONPATH",
-    "PYTHONSAFEPATH",
-    "HF_HOME",
-    "HF_TOKEN",
-    "XDG_CACHE_HOME",
-    "CXX",
-):
+for name in ("PYTHONIOENCODING", "PYTHONPATH", "PYTHONSAFEPATH", "HF_HOME", "CXX", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
