@@ -8,19 +8,11 @@ import tempfile
 
 import pytest
 
-# Here, before anything imports torch: tiny models run faster on one thread, and where other work keeps the cores busy,
-# threads that spin while they wait for each other make a test ten times slower.
+# Here, before anything imports torch: tiny models run faster on one thread, and where other work keeps the
+# cores busy, threads that spin while they wait for each other make a test ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 # No test, and no process that one starts, sees the user's settings, caches or home.
-for name in (
-    "PYTHONIOENCODING",
-    "PYTHONPATH",
-    "PYTHONSAFEPATH",
-    "HF_HOME",
-    "HF_TOKEN",
-    "XDG_CACHE_HOME",
-    "CXX",
-):
+for name in ("PYTHONIOENCODING", "PYTHONPATH", "PYTHONSAFEPATH", "HF_HOME", "CXX", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
@@ -45,9 +37,9 @@ def no_network():
 
 @pytest.fixture(scope="session")
 def run_transformers():
-    """Runs a few lines of Python that use Hugging Face `transformers`, the reference, in a process of their own.
+    """Runs a little Python that uses Hugging Face `transformers`, the reference, in a process of its own.
 
-    They run in a folder away from the project: our `datasets.py` and `tokenizer.py` look like packages that
+    It runs in a folder away from the project: our `datasets.py` and `tokenizer.py` look like packages that
     `transformers` imports.
     """
 
@@ -68,7 +60,7 @@ def run_transformers():
 
 @pytest.fixture
 def in_double(monkeypatch):
-    """Float64 where the code says float32, so that a tolerance can be tight for small and large gradients alike."""
+    """Float64 where the code says float32, so that a tolerance can be tight for gradients of any size."""
     import torch
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

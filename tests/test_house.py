@@ -1,4 +1,4 @@
-"""The house rules that no linter knows: imports go down, functions are short, every command answers --help."""
+"""House rules that no linter knows: imports go down, functions are short, every command answers --help."""
 
 import ast
 import re
@@ -51,7 +51,7 @@ COMMANDS = [name for name, path in CODE.items() if "__main__" in (ROOT / path).r
 
 
 class Imports(ast.NodeVisitor):
-    """Our own modules that a file imports, inside functions too, but not those it needs for its types only."""
+    """Our own modules that a file imports, also inside functions, but not those it needs for types only."""
 
     def __init__(self):
         self.found = set()

@@ -49,23 +49,8 @@ from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
 from support.device import describe_machine
 from support.files import ROOT, write_text
-from tests.campaign.forks import (
-    DOING,
-    Died,
-    Ended,
-    Strike,
-    checkpoints,
-    comparable,
-    count_operations,
-    find_differences,
-    find_problems,
-    in_parallel,
-    is_sealed,
-    older,
-    run_forked,
-    snapshot,
-    watch,
-)
+from tests.campaign import forks
+from tests.campaign.forks import DOING, Died, Ended, Strike
 from tests.tiny import make_data, make_encoder
 from training.run_folder import ARGS_FILE, describe_code, describe_versions
 
@@ -165,13 +150,13 @@ class Bench:
         """One run in a child."""
 
         def work(cell):
-            watch(cell, strike_at, plot)
-            count_operations(cell, output, strike or Strike())
+            forks.watch(cell, strike_at, plot)
+            forks.count_operations(cell, output, strike or Strike())
             argv_of_run = [*argv, "--output_dir", str(output)]
             sys.argv = ["multitask_classifier.py", *argv_of_run]
             return multitask_classifier.main(argv_of_run)
 
-        return run_forked(work, output.parent, **options)
+        return forks.run_forked(work, output.parent, **options)
 
     def keep_folder(self, folder: Path, name: str) -> None:
         if self.keep and folder.exists():
@@ -192,8 +177,8 @@ def run_undisturbed(bench: Bench, setting: Setting, folder: Path) -> Setting:
     ended = bench.run(setting.flags, folder / "whole")
     setting.seconds, setting.num_operations = ended.seconds, ended.cell.num_operations
     if ended.status == 0:
-        setting.result = comparable(folder / "whole")
-        setting.wrong += find_problems(folder / "whole", bench.num_rows)
+        setting.result = forks.comparable(folder / "whole")
+        setting.wrong += forks.find_problems(folder / "whole", bench.num_rows)
     else:
         setting.wrong.append(f"undisturbed run: {ended}")
     return setting
@@ -260,17 +245,17 @@ def damage_last(bench: Bench, folder: Path, rng: random.Random) -> tuple[list[st
     Returns:
         what was wrong, and the step from which the run has to resume at least; None where it cannot.
     """
-    found = checkpoints(folder)
-    spared = [path for path in found[1:] if is_sealed(path)] if rng.random() < 0.75 else []
+    found = forks.checkpoints(folder)
+    spared = [path for path in found[1:] if forks.is_sealed(path)] if rng.random() < 0.75 else []
     for path in found[:1] if spared else found:
         damage_file(rng.choice(sorted(path.iterdir())), rng)
     if spared:
         return [], json.loads((spared[0] / "state.json").read_text())["step"]
-    before, wrong = snapshot(folder), []
+    before, wrong = forks.snapshot(folder), []
     ended = bench.run(["--resume"], folder)
     if ended.status != 2 or ended.err.count("\n") != 1:
         wrong.append(f"all checkpoints damaged: ended with {ended}, expected one line and exit code 2")
-    if snapshot(folder) != before:
+    if forks.snapshot(folder) != before:
         wrong.append("all checkpoints damaged: the run changed its folder")
     return wrong, None
 
@@ -311,9 +296,9 @@ def kill_until_done(
         if cell.started_at > 0 and damaged and "warning" not in ended.out:
             killed.wrong.append("went on from an older checkpoint without a warning")
         if ended.status == 0:
-            killed.wrong += find_differences(folder, setting.result)
-            killed.wrong += find_problems(folder, bench.num_rows, ever_damaged)
-            left_over = [number for number in older(folder) if number >= setting.keep_last]
+            killed.wrong += forks.find_differences(folder, setting.result)
+            killed.wrong += forks.find_problems(folder, bench.num_rows, ever_damaged)
+            left_over = [number for number in forks.older(folder) if number >= setting.keep_last]
             killed.wrong += [f"last.{number}/ is left over" for number in left_over]
             return killed
         if kind is None:
@@ -321,12 +306,12 @@ def kill_until_done(
             return killed
         killed.kills.append((kind, cell.what()))
         killed.wrong += check_end(kind, ended)
-        killed.wrong += find_problems(folder, bench.num_rows, ever_damaged)
+        killed.wrong += forks.find_problems(folder, bench.num_rows, ever_damaged)
         saved, damaged = max(saved, cell.started_at, cell.saved_step), False
         stopped = re.search(r"stopped by a signal at step (\d+)", ended.out)
         if stopped and int(stopped[1]) != saved:
             killed.wrong.append(f"stopped at step {stopped[1]}, but step {saved} was saved")
-        if kind == "damaged last/" and checkpoints(folder):
+        if kind == "damaged last/" and forks.checkpoints(folder):
             wrong, saved = damage_last(bench, folder, rng)
             killed.wrong += wrong
             damaged = ever_damaged = True
@@ -352,9 +337,10 @@ def matrix_case(bench: Bench, rows: list[dict[str, str]], number: int, folder: P
         if ended.status not in (143, -9):
             wrong.append(f"stopped in step {strike_at}: {ended}")
         ended = bench.run(next_command(setting, run), run)
-        wrong += (
-            find_differences(run, setting.result) if ended.status == 0 else [f"after {strike_at}: {ended}"]
-        )
+        if ended.status == 0:
+            wrong += forks.find_differences(run, setting.result)
+        else:
+            wrong.append(f"resumed after {strike_at}: {ended}")
     if wrong:
         bench.keep_folder(run, f"matrix-{number}")
     return [
@@ -394,7 +380,7 @@ def go_through(
 ) -> Outcome:
     """Work on all cases, hand each result to `take`, which returns what was wrong, and show progress."""
     started = shown = time.monotonic()
-    for number, (case, result) in enumerate(in_parallel(work, num_cases, jobs, bench.folder), 1):
+    for number, (case, result) in enumerate(forks.in_parallel(work, num_cases, jobs, bench.folder), 1):
         wrong = [str(result)] if isinstance(result, Died) else take(result)
         outcome.num_cases += 1
         outcome.num_wrong += bool(wrong)

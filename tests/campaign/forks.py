@@ -51,14 +51,8 @@ OPERATIONS = {
 }
 # A file or folder whose name ends so may be half written.
 UNFINISHED = (".tmp", ".new", ".old", ".lock")
-CHECKPOINT_FILES = {
-    "config.json",
-    "vocab.txt",
-    "tokenizer_config.json",
-    "model.safetensors",
-    "state.json",
-    SUMS_FILE,
-}
+CHECKPOINT_FILES = {"config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors", "state.json"}
+CHECKPOINT_FILES.add(SUMS_FILE)
 PNG_END = b"IEND\xaeB`\x82"
 MEMORY_LIMIT = 8 * 2**30  # bytes of address space; a damaged file must not ask for more
 SILENCE_SECONDS = 180  # of a case, before it is given up
@@ -194,10 +188,8 @@ def find_differences(folder: Path, reference: dict[str, object]) -> list[str]:
 class Cell(ctypes.Structure):
     """Numbers that a child writes, and that outlive it."""
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("doing", "step", "started_at", "saved_step", "num_saves", "num_operations")
-    ]
+    NAMES = ("doing", "step", "started_at", "saved_step", "num_saves", "num_operations")
+    _fields_ = [(name, ctypes.c_int64) for name in NAMES]
 
     def what(self) -> str:
         """What the child was doing, in words."""

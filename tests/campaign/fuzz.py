@@ -46,16 +46,8 @@ NASTY_TEXT = (
     *("\0", "\ufeff", "\u202e", "\x1b[31m", "\u2028", "\r", "\t\t\t", "\n\n", '"', "'", "\\", "", " ", "٣"),
     *("NaN", "-Infinity", "1e400", "-1", "0", "1e-320", str(2**31), str(2**63), "0x1F", "1_000"),
     *("null", "true", "[]", "{}", "b'", "b'\\xff'"),
-    *(
-        "9" * 5000,
-        '"\\ud800"',
-        "[" * 100_000,
-        '{"a":' * 100_000,
-        "(" * 100_000,
-        "x" * 10_000_000,
-        "é" * 70_000,
-    ),
-    *("../..", "%s%n", "a,b;c=d", "sst=nan", "=" * 1000),
+    *("9" * 5000, '"\\ud800"', "[" * 100_000, '{"a":' * 100_000, "(" * 100_000, "x" * 10_000_000),
+    *("é" * 70_000, "../..", "%s%n", "a,b;c=d", "sst=nan", "=" * 1000),
 )
 NASTY_BYTES = (
     *(text.encode() for text in NASTY_TEXT),
@@ -66,17 +58,8 @@ NASTY_JSON = (
     *("", "\0", "\ud800", "x" * 10_000, "../..", [], {}, [[]], [None], {"": None}, [0] * 1000),
 )
 # Whole runs take no random values of these flags: they write elsewhere, take long, or need a network.
-NOT_IN_RUNS = (
-    "help",
-    "output_dir",
-    "cache_dir",
-    "pretrained",
-    "compile",
-    "epochs",
-    "max_steps",
-    "grad_accum",
-)
-NOT_IN_RUNS += ("overwrite",)
+NOT_IN_RUNS = {"help", "output_dir", "cache_dir", "pretrained", "compile", "epochs", "max_steps"}
+NOT_IN_RUNS |= {"grad_accum", "overwrite"}
 ANY_CHARACTER = (range(128), range(128), range(0x80, 0x800), range(0x800, 0x10000), range(0x10000, 0x110000))
 
 
@@ -199,14 +182,7 @@ def spoil_header(content: bytes, rng: random.Random) -> bytes:
             key = rng.choice(list(changes))
             header[name] = header[name] | {key: rng.choice(changes[key])}
         text = json.dumps(header).encode()
-    except (
-        ValueError,
-        RecursionError,
-        OverflowError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ):  # spoilt before
+    except (ValueError, RecursionError, ArithmeticError, TypeError, AttributeError, LookupError):
         return flip(content, rng)
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
@@ -344,11 +320,8 @@ class Fuzzer:
                 if (SAMPLE / name).exists():
                     lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines()[:15]
                 elif source.form == "triplets":
-                    lines = [
-                        "sent0,sent1,hard_neg",
-                        'a dog runs,"a dog, moving",no dog',
-                        "rain falls,wet,dry",
-                    ]
+                    text = 'sent0,sent1,hard_neg\na dog runs,"a dog, moving",no dog\nrain falls,wet,dry'
+                    lines = text.splitlines()
                 else:
                     label = next(iter(source.labels)) if isinstance(source.labels, dict) else "1"
                     words = ["some words", "other words"][: len(source.text_columns)]
