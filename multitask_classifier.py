@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from base_bert import find_weights, resolve_pretrained
 from bert import BertModel
-from config import TASKS, TaskSpec
+from config import TASKS
 from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
     OVERALLS,
@@ -56,15 +56,23 @@ from support.seeds import make_seed
 from tokenizer import BertTokenizer
 from training.checkpoint import load_model, load_state, need_checkpoint
 from training.flags import RESUME_MAY_CHANGE, get_args
-from training.metrics import Progress, average, step_record
+from training.metrics import average, step_record
+from training.progress import (
+    Progress,
+    describe_step,
+    format_scores,
+    print_end,
+    print_plan,
+    warn_of_new_length,
+)
 from training.resolve import (
     check_outputs,
+    check_own_predictions,
     data_settings,
     fit_to_encoder,
     flags_without_effect,
     make_settings,
     output_folder,
-    output_settings,
     resolve_args,
     resolve_machine,
 )
@@ -249,7 +257,7 @@ def apply_update(
 def train(
     run: Run, train_data: dict[str, TaskData], dev_data: dict[str, TaskData], stop: StopRequest | None = None
 ) -> None:
-    """Train from `run.state` to --max_steps, or until patience or a signal ends it; exits the process after a signal."""
+    """Train from `run.state` to --max_steps, or until patience runs out or a signal ends the process."""
     model, state, loop, step_settings = run.model, run.state, run.settings.loop, run.settings.step
     stop = StopRequest() if stop is None else stop
     pad_token_id = run.tokenizer.pad_token_id
@@ -265,7 +273,7 @@ def train(
     model.train()
     while not stop.requested:
         # 1. Evaluate, and keep the model if it is the best yet. This comes before the step, so that a run
-        # which was stopped in an evaluation starts with it when it goes on.
+        #    that was stopped in an evaluation starts with it when it goes on.
         is_last = state.step >= loop.max_steps
         if state.step > state.evaluated and (is_last or state.step % loop.eval_every == 0):
             run.check_weights()
@@ -280,23 +288,13 @@ def train(
         if is_last or out_of_patience:
             break
 
-        # 2. Draw the step's batches, and set the learning rate: both depend on the step alone, not on the
-        # past.
+        # 2. Draw the step's batches, and set the learning rate. Both depend on counters alone, so there is no
+        #    iterator or scheduler to save.
         started = time.perf_counter()
         examples = draw_examples(loop, plan[state.step], orders, state.batches_drawn)
-        task_batches = [
-            TaskBatch(
-                task,
-                [
-                    to_device(train_data[task].batch(chosen, pad_token_id), run.settings.device)
-                    for chosen in drawn
-                ],
-            )
-            for task, drawn in examples
-        ]
-        factor = lr_factor(
-            loop.schedule, state.step, warmup_steps=loop.warmup_steps, total_steps=loop.max_steps
-        )
+        task_batches = make_task_batches(run, examples, train_data)
+        lr_options = {"warmup_steps": loop.warmup_steps, "total_steps": loop.max_steps}
+        factor = lr_factor(loop.schedule, state.step, **lr_options)
         set_lr(run.optimizer, factor)
 
         # 3. Update.
@@ -324,15 +322,7 @@ def train(
 
         # 5. Log the average of the steps since the last line.
         if state.window and (state.step % loop.log_every == 0 or state.step == loop.max_steps):
-            rates = {
-                "lr": run.settings.optimizer.lr * factor,
-                "head_lr": run.settings.optimizer.head_lr * factor,
-            }
-            speed = {"tokens": state.tokens, "tokens_per_second": progress.tokens_per_second}
-            line = {"step": state.step} | rates | average(state.window) | speed
-            run.log(line)
-            progress.show(line)
-            state.window = []
+            log_window(run, progress, factor)
     progress.close()
     if stop.requested:
         stop_run(run, stop)
@@ -342,7 +332,7 @@ def train(
 def draw_examples(
     loop: LoopSettings, tasks: Iterable[int], orders: dict[str, BatchOrder], batches_drawn: dict[str, int]
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """For each draw of a step its task and the examples of its micro-batches; counts them in `batches_drawn`."""
+    """For each draw of a step, its task and the examples of its micro-batches; counts in `batches_drawn`."""
     drawn = []
     for task in (loop.tasks[k] for k in tasks):
         first = batches_drawn[task]
@@ -351,18 +341,26 @@ def draw_examples(
     return drawn
 
 
-def describe_step(run: Run, task_batches: Sequence[TaskBatch]) -> str:
-    """The batches of a step by task and shape, and the flags that make the largest one smaller."""
-    shapes = [
-        (each.task, tuple(batch["input_ids"].shape)) for each in task_batches for batch in each.micro_batches
+def make_task_batches(
+    run: Run, examples: list[tuple[str, list[np.ndarray]]], train_data: dict[str, TaskData]
+) -> list[TaskBatch]:
+    """What `draw_examples` drew, as padded tensors on the run's device."""
+    pad_token_id, device = run.tokenizer.pad_token_id, run.settings.device
+    return [
+        TaskBatch(task, [to_device(train_data[task].batch(chosen, pad_token_id), device) for chosen in drawn])
+        for task, drawn in examples
     ]
-    largest = max(shapes, key=lambda item: math.prod(item[1]))[0]
-    listed = ", ".join(f"{task} {shape}" for task, shape in shapes[:8])
-    return (
-        f"in a step with batches (sequences, word pieces) {listed}; try a smaller --{largest}_batch_size or"
-        " --batch_size (with --grad_accum for as many examples a step), or a smaller --max_length;"
-        f" {run.last_saved_text()}"
-    )
+
+
+def log_window(run: Run, progress: Progress, factor: float) -> None:
+    """Log and show the average of the steps since the last line, at the learning rates of the last one."""
+    state, optimizer = run.state, run.settings.optimizer
+    line = {"step": state.step, "lr": optimizer.lr * factor, "head_lr": optimizer.head_lr * factor}
+    line |= average(state.window)
+    line |= {"tokens": state.tokens, "tokens_per_second": progress.tokens_per_second}
+    run.log(line)
+    progress.show(line)
+    state.window = []
 
 
 def log_evaluation(
@@ -400,22 +398,6 @@ def find_warnings(
     ]
 
 
-def warn_of_new_length(run: Run, stored: dict) -> None:
-    """If a run goes on with another --max_steps than before, say what that does to the learning rate."""
-    loop, before, step = run.settings.loop, stored["max_steps"], run.state.step
-    if loop.max_steps == before:
-        return
-    old, new = (
-        run.settings.optimizer.lr
-        * lr_factor(loop.schedule, step, warmup_steps=loop.warmup_steps, total_steps=total)
-        for total in (before, loop.max_steps)
-    )
-    print(
-        f"warning: the run ends at step {loop.max_steps} now, before it was {before}: by --schedule {loop.schedule} its"
-        f" next learning rate is {new:.2e} instead of {old:.2e}"
-    )
-
-
 def stop_run(run: Run, stop: StopRequest) -> None:
     """Save what is not saved yet, say how to go on, and end the process."""
     step = run.state.step
@@ -427,38 +409,7 @@ def stop_run(run: Run, stop: StopRequest) -> None:
     sys.exit(stop.exit_code)
 
 
-def print_plan(loop: LoopSettings, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
-    """Say how long the run is and how often it sees each task."""
-    counts = np.bincount(plan.ravel(), minlength=len(loop.tasks)) * loop.grad_accum
-    seen = ", ".join(
-        f"{task} {count / orders[task].batches_per_epoch:.2f} times"
-        for task, count in zip(loop.tasks, counts, strict=True)
-    )
-    print(
-        f"{loop.max_steps} steps with sampler {loop.sampler}; each task's data will be seen: {seen}",
-        flush=True,
-    )
-
-
-def print_end(run: Run) -> None:
-    """Say why training ended, unless it simply reached --max_steps."""
-    state, loop = run.state, run.settings.loop
-    if state.step > loop.max_steps:
-        print(f"nothing to train: the run is at step {state.step}, beyond --max_steps {loop.max_steps}")
-    elif state.step < loop.max_steps:
-        print(f"stopped at step {state.step}: {loop.patience} evaluations without a better {loop.select_by}")
-    if state.skipped_steps:
-        print(
-            f"warning: {state.skipped_steps} of {state.step} steps were skipped; metrics.jsonl names the examples"
-        )
-
-
 # --- the best checkpoint: scores and predictions --------------------------------------------------
-
-
-def format_scores(summary: dict, tasks: dict[str, TaskSpec]) -> str:
-    scores = [f"{task} {select_score(summary, task, tasks):.3f}" for task in summary["tasks"]]
-    return "  ".join(scores + [f"{name} {summary[name]:.3f}" for name in OVERALLS])
 
 
 def evaluate_best(
@@ -541,8 +492,8 @@ def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
 
 def start(args: Namespace) -> None:
     """Train from --pretrained, or go on from where --resume finds the run; then evaluate and predict."""
-    # 1. Read the data and the encoder, then settle every flag that depends on them. What needs neither comes first,
-    # so that an error does not cost the time to read them.
+    # 1. Read the data and the encoder, then settle every flag that depends on them. What needs neither comes
+    #    first, so that an error does not cost the time to read them.
     folder = output_folder(args)
     if not args.resume:
         check_free(folder, args.overwrite)
@@ -629,29 +580,8 @@ def evaluate_again(args: Namespace) -> None:
     evaluate_best(settings, model, tokenizer, dev_data, test_rows=test_rows, write_scores=write_scores)
 
 
-def check_own_predictions(args: Namespace, stored: dict, rows: dict[str, dict[str, Rows]]) -> None:
-    """Refuse to put predictions of other data in the place of the run's own.
-
-    Args:
-        rows: split -> task -> what is to be predicted.
-
-    Raises:
-        UserError: naming the flag that says where they should go.
-    """
-    digests = set(stored.get("data_files", {}).values())
-    output = output_settings(args)
-    for split in set(rows) & set(output.predict_splits):
-        for task, found in rows[split].items():
-            path, flag = output.prediction_files[task, split], f"--{task}_{split}_out"
-            if not getattr(args, flag[2:]) and found.sha256 not in digests and path.exists():
-                raise UserError(
-                    f"{found.path}: is not the {split} data of this run, whose predictions in {path} would be lost;"
-                    f" give {flag} FILE"
-                )
-
-
 def draw_curves(folder: Path) -> str:
-    """Draw a finished run's curves and say where they are; errors are only warned about, the run is complete."""
+    """Draw a finished run's curves and say where they are; errors are only warned about."""
     try:
         plot = plot_run(folder)
     except (UserError, OSError, MemoryError, RuntimeError) as error:

@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FlagType:
-    """An argparse type that can also judge a value that it did not convert itself, one from a run's `args.json`."""
+    """An argparse type that can also judge a value that it did not convert, one from a run's `args.json`."""
 
     convert: Callable[[str], object]  # ValueError for text that has no value
     is_valid: Callable[[object], bool]
@@ -177,7 +177,7 @@ def explain(error: Exception) -> str | None:
 
 
 def mend_standard_streams() -> None:
-    """Make sure that whatever a script prints can be written, to a closed stream as to one that is ASCII only."""
+    """Make sure that anything can be printed, also to streams that are closed or ASCII only."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)

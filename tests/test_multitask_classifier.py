@@ -1,4 +1,4 @@
-"""Runs of the command line from end to end: stopped, damaged, resumed with equal bits, and what they write."""
+"""Runs of the command line from end to end: stopped, damaged, resumed with equal bits, and their files."""
 
 import hashlib
 import json
@@ -26,7 +26,8 @@ from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
 from tests.tiny import make_data, make_encoder
-from training.metrics import Progress, average
+from training.metrics import average
+from training.progress import Progress
 from training.run_folder import Run
 
 TINY = "--batch_size 4 --device cpu --lr 0.003 --head_lr 0.01 --log_every 2"
@@ -95,7 +96,8 @@ def test_average_by_hand():
 
 
 def command(place, name, extra=""):
-    return f"--pretrained {place}/encoder --data_dir {place}/data --output_dir {place}/{name} {TINY} {extra}".split()
+    flags = f"--pretrained {place}/encoder --data_dir {place}/data --output_dir {place}/{name} {TINY} {extra}"
+    return flags.split()
 
 
 def read_run(folder):
@@ -363,7 +365,8 @@ def test_settings_changed_in_args_json_are_refused_by_name(place, no_plot, capsy
 
 def test_second_run_on_a_folder_is_refused(place, no_plot, capsys):
     with lock_folder(place / "locked"):
-        code = f"import multitask_classifier, sys; sys.exit(multitask_classifier.main({command(place, 'locked')!r}))"
+        flags = command(place, "locked")
+        code = f"import multitask_classifier, sys; sys.exit(multitask_classifier.main({flags!r}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
@@ -407,7 +410,8 @@ def test_full_disk_ends_in_one_line_and_keeps_the_last_good_state(place, no_plot
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, whom only root can become")
 def test_folder_that_may_not_be_written_ends_in_one_line(place, tmp_path_factory):
-    code = "import os, sys, multitask_classifier as script; os.setuid(65534); sys.exit(script.main(sys.argv[1:]))"
+    code = "import os, sys, multitask_classifier as script; os.setuid(65534);"
+    code += "sys.exit(script.main(sys.argv[1:]))"
     folder = tmp_path_factory.mktemp("read_only")
     for path in (folder, *folder.parents[:2]):
         path.chmod(0o755)
@@ -744,7 +748,7 @@ def test_predictions_do_not_depend_on_what_else_is_in_the_file(place, tmp_path, 
 
 @pytest.mark.parametrize("head", PAIR_HEADS)
 def test_prediction_files_hold_the_predictions_that_were_scored(place, no_plot, head):
-    """Scores counted again from the files; and dev given as test too, where each id must get the same prediction."""
+    """Scores counted again from the files; and dev given as test too: each id gets the same prediction."""
     data = place / "data"
     flags = [f"--{task}_test {data / TASKS[task].files['dev']}" for task in DEFAULT_TASKS]
     settings = f"--max_steps 3 --precision fp32 --para_head {head} --sts_head {head} {' '.join(flags)}"

@@ -276,7 +276,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     method = GRAD_METHODS[args.grad_method]
     if method.is_mean and args.grad_reduction not in (None, method.reduction):
         parser.error(
-            f"--grad_method {args.grad_method} and --grad_reduction {args.grad_reduction} contradict each other"
+            f"--grad_method {args.grad_method} and --grad_reduction {args.grad_reduction} contradict each"
+            " other"
         )
     for flag, named in (
         ("select_by", {args.select_by} & set(TASKS)),

@@ -1,12 +1,10 @@
 """What a run says of its steps: records and their averages for the log, lines and a bar for the terminal."""
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from kernels.flat_memory import FlatMemory
 from pcgrad import cosine_matrix
@@ -66,50 +64,3 @@ def mean_of_each(dicts: list[dict[str, float]]) -> dict[str, float]:
 
 def share_below_zero(dicts: list[dict[str, float]]) -> dict[str, float]:
     return mean_of_each([{name: float(value < 0) for name, value in values.items()} for values in dicts])
-
-
-class Progress:
-    """The speed since the last line of the log, and what the terminal shows: a bar, or the log's lines.
-
-    Args:
-        step: where the run starts or goes on.
-    """
-
-    def __init__(self, step: int, max_steps: int):
-        self.max_steps = max_steps
-        self.is_interactive = sys.stdout.isatty() and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=max_steps,
-            initial=step,
-            unit="step",
-            disable=not self.is_interactive,
-            dynamic_ncols=True,
-        )
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        self.seconds, self.num_steps, self.num_tokens = 0.0, 0, 0
-
-    def add_step(self, seconds: float, num_tokens: int) -> None:
-        self.seconds += seconds
-        self.num_steps += 1
-        self.num_tokens += num_tokens
-        self.bar.update()
-
-    @property
-    def tokens_per_second(self) -> int:
-        return round(self.num_tokens / self.seconds)
-
-    def show(self, line: dict) -> None:
-        """Show a line of the log, and measure the speed anew from here on."""
-        losses = " ".join(f"{task} {loss:.3f}" for task, loss in line["loss"].items())
-        text = f"loss {losses}  lr {line['lr']:.2e}  {line['tokens_per_second']} tokens/s"
-        if self.is_interactive:
-            self.bar.set_postfix_str(text, refresh=False)
-        else:
-            seconds_left = (self.max_steps - line["step"]) * self.seconds / self.num_steps
-            print(f"step {line['step']}/{self.max_steps}  {text}  {seconds_left:.0f} s left", flush=True)
-        self._start_anew()
-
-    def close(self) -> None:
-        self.bar.close()

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from config import TASKS, BertConfig
+from datasets import Rows
 from evaluation import prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
@@ -172,7 +173,8 @@ def fit_to_encoder(args: argparse.Namespace, bert_config: BertConfig) -> list[st
     for task in args.tasks:
         if HEADS[head_name(args, task)].joint and bert_config.type_vocab_size < 2:
             raise UserError(
-                f"--{task}_head {head_name(args, task)} needs segment ids, and this encoder's type_vocab_size is 1"
+                f"--{task}_head {head_name(args, task)} needs segment ids, and this encoder's type_vocab_size"
+                " is 1"
             )
     if args.max_length <= bert_config.max_position_embeddings:
         return []
@@ -269,7 +271,7 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
 
 
 def check_outputs(output: OutputSettings) -> None:
-    """Make sure, before anything is trained, that what a run writes has places to go and replaces nothing else.
+    """Make sure early that what a run writes has places to go, and that it replaces nothing else.
 
     Raises:
         UserError: if a path is taken by a folder, by two outputs, or by a file that is no prediction file.
@@ -284,8 +286,8 @@ def check_outputs(output: OutputSettings) -> None:
         # An input of this command, a setting or a checkpoint of the run, or whatever else lies there.
         if path.exists() and not is_prediction_file(path):
             raise UserError(
-                f"{flag} {path}: exists and is no prediction file; expected a new name, or an earlier prediction"
-                " file to replace"
+                f"{flag} {path}: exists and is no prediction file; expected a new name, or an earlier"
+                " prediction file to replace"
             )
         if path.resolve() in taken:
             raise UserError(f"{flag} {path}: already taken by {taken[path.resolve()]}")
@@ -301,3 +303,24 @@ def is_prediction_file(path: Path) -> bool:
     names = [part.strip() for part in header.replace("\t", ",").split(",")]
     columns = {column for spec in TASKS.values() for column in (spec.prediction_column, spec.handout_column)}
     return not header or (len(names) == 2 and names[0] == "id" and names[1] in columns)
+
+
+def check_own_predictions(args: argparse.Namespace, stored: dict, rows: dict[str, dict[str, Rows]]) -> None:
+    """Refuse to put predictions of other data in the place of the run's own.
+
+    Args:
+        rows: split -> task -> what is to be predicted.
+
+    Raises:
+        UserError: naming the flag that says where they should go.
+    """
+    digests = set(stored.get("data_files", {}).values())
+    output = output_settings(args)
+    for split in set(rows) & set(output.predict_splits):
+        for task, found in rows[split].items():
+            path, flag = output.prediction_files[task, split], f"--{task}_{split}_out"
+            if not getattr(args, flag[2:]) and found.sha256 not in digests and path.exists():
+                raise UserError(
+                    f"{found.path}: is not the {split} data of this run, whose predictions in {path} would be"
+                    f" lost; give {flag} FILE"
+                )

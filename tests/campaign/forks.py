@@ -303,7 +303,7 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
         setattr(owner, name, wrapped)
 
     def start_training(args, run, *rest, **options):
-        cell.started_at = cell.step = run.state["step"]
+        cell.started_at = cell.step = run.state.step
 
     def start_step(*args, step, **options):
         cell.step = step
@@ -311,14 +311,14 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
             signal.raise_signal(strike_at[1])
 
     def note_save(run):
-        cell.saved_step = run.state["step"]
+        cell.saved_step = run.state.step
         cell.num_saves += 1
 
     main = multitask_classifier
     wrap(main, "train", TRAINING, start_training)
     wrap(main, "train_step", TRAINING, start_step)
     wrap(main, "evaluate", EVALUATING)
-    wrap(main, "finish", FINISHING)
+    wrap(main, "evaluate_best", FINISHING)
     wrap(main.Run, "save_best", SAVING_BEST)
     wrap(main.Run, "save_last", SAVING_LAST, after=note_save)
     if not plot:

@@ -366,7 +366,7 @@ class Fuzzer:
 
     def read_encoder(self, path: Path, good: Path) -> None:
         args = flags.get_args(["--pretrained", str(path.parent)])
-        bert, tokenizer = multitask_classifier.load_encoder(args, path.parent)
+        bert, tokenizer = multitask_classifier.load_encoder(path.parent, None)
         resolve.fit_to_encoder(args, bert.config)
         batch = tokenizer.encode("some words, and more.", args.max_length)
         batch = {name: torch.tensor([ids]) for name, ids in batch.items()}

@@ -381,7 +381,7 @@ def test_dropout_is_that_of_an_ordinary_pass():
     [batches] = passes
     inputs = [inputs for _, inputs, _, _ in batches]
     bert = make_bert(**options)
-    params = {name: param for name, param in bert.named_parameters()}
+    params = dict(bert.named_parameters())
     torch.manual_seed(4)
     outputs = bert.encode(inputs)
     losses = [loss_of(output, *weighs) for output, (_, _, *weighs) in zip(outputs, batches, strict=True)]
