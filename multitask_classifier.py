@@ -10,10 +10,15 @@ Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C ou
 """
 
 import signal
+import sys
 
 if __name__ == "__main__":
     # Until main() takes over: Ctrl-C while the libraries are imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if {"-h", "--help"} & set(sys.argv):  # does not wait for the model's imports
+        from training.flags import make_parser
+
+        make_parser().parse_args()
 
 import json
 import math
