@@ -277,7 +277,8 @@ def check_outputs(output: OutputSettings) -> None:
         UserError: if a path is taken by a folder, by two outputs, or by a file that is no prediction file.
     """
     taken = {}
-    for (task, split), path in output.prediction_files.items():
+    files = output.prediction_files.items()
+    for (task, split), path in (item for item in files if item[0][1] in output.predict_splits):
         flag = f"--{task}_{split}_out"
         if path.is_dir():
             raise UserError(f"{flag} {path}: is a folder; expected a file")
