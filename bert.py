@@ -9,8 +9,8 @@ picture of both.
 Layers are called through `linear`, `layer_norm` and `embedding` of kernels/task_grads.py, which also keep the
 gradients of tasks apart where a `Packing` says so.
 
-Shapes: B sentences, T padded length in word pieces, M tokens (M = B * T without padding), H hidden_size, I
-intermediate_size, N attention heads, D = H // N.
+Shapes: B sentences, T padded length in word pieces, M tokens (the word pieces of all
+batches, and a little spare padding), H hidden_size, I intermediate_size, N attention heads, D = H // N.
 """
 
 from collections.abc import Mapping, Sequence
@@ -240,10 +240,11 @@ class BertModel(BertPreTrainedModel):
 
         # 2. All layers, on tokens.
         hidden_states = self.embeddings(pack(input_ids), pack(position_ids), pack(token_type_ids), packing)
-        wide = paddings
+        rectangles = paddings
         if hidden_states.device.type == "cpu":
-            wide = [padding.widen(MIN_WIDTH) for padding in paddings]
-        hidden_states = self.encoder(hidden_states, packing, wide).to(self.word_embeddings().dtype)  # (M, H)
+            rectangles = [padding.widen(MIN_WIDTH) for padding in paddings]
+        hidden_states = self.encoder(hidden_states, packing, rectangles)  # (M, H)
+        hidden_states = hidden_states.to(self.word_embeddings().dtype)  # float32 for pooling and heads
 
         # 3. Back to a rectangle for each batch.
         outputs = []
@@ -251,6 +252,7 @@ class BertModel(BertPreTrainedModel):
             last_hidden_state = padding.restore(hidden_states[tokens])  # (B, T, H)
             # Padding that was kept among the tokens went through the layers too.
             last_hidden_state = last_hidden_state.masked_fill(~padding.mask.unsqueeze(-1), 0.0)
+            # Computed always, as Hugging Face does: one small product. For it each sentence is one token.
             sentences = Packing([len(padding.mask)], task_numbers and [task_numbers[k]], targets)
             pooler_output = self.pooler(last_hidden_state[:, 0], sentences)  # (B, H)
             outputs.append({"last_hidden_state": last_hidden_state, "pooler_output": pooler_output})
@@ -260,7 +262,10 @@ class BertModel(BertPreTrainedModel):
         return self.embeddings.word_embeddings.weight  # (V, H)
 
     def linear_groups(self) -> list[tuple[nn.Linear, ...]]:
-        """The linear layers of the encoder, those that share a product together."""
+        """The encoder's linear layers; those that are computed in one product form one group.
+
+        `linear` finds the place of a group's gradients by its first layer: same layers, same order there.
+        """
         groups = []
         for layer in self.encoder.layer:
             attention = layer.attention.self

@@ -2,11 +2,12 @@
 
     python multitask_classifier.py --data_dir data/sample --max_steps 150 --batch_size 16
 
-A step is one optimizer update. In a step every slot draws one mini-batch of one task, all go forward and
-backward together, each task's encoder gradient lands in its own row of one matrix, a gradient method weighs
-the rows, and AdamW makes one pass over flat memory. Gradient surgery: https://arxiv.org/abs/2001.06782.
+A step is one optimizer update. In a step the batches of all tasks go forward and backward together; each task's
+encoder gradient lands in its own row of the gradient matrices (kernels/layout.py has a picture of them); a gradient
+method weighs the rows; and AdamW makes one pass over flat memory.
+Gradient surgery (PCGrad): https://arxiv.org/abs/2001.06782.
 
-Shapes: B examples, R sequences in a batch, T padded length, H hidden_size, C outputs of a task, K tasks.
+Shapes: K tasks.
 """
 
 import signal
@@ -114,12 +115,12 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update did. Tasks without a batch have loss nan, and zeros elsewhere."""
+    """What one update did. Tasks without a batch have loss nan, and zeros in the other fields."""
 
     losses: Tensor  # (K,) mean over the task's micro-batches, before task weights
-    gram: Tensor  # (K, K) inner products of the task gradients, each with its task weight
+    gram: Tensor  # (K, K) inner products of the task gradients, already multiplied by --task_weights
     group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
-    weights: Tensor  # (K,) of the task gradients in the combined one, before clipping
+    weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping
     grad_norm: float  # of the combined gradient, encoder and heads, before clipping
     num_tokens: int  # real word pieces
     applied: bool  # False: something was not finite and nothing was updated
@@ -142,7 +143,7 @@ def train_step(
 
     Args:
         task_batches: what was drawn for this step; a task may occur several times, or not at all.
-        step: updates already made; with the seed it fixes dropout and the order of projections.
+        step: steps so far, skipped ones included; with the seed it fixes dropout and the order of projections.
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
     """
     # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
@@ -227,7 +228,8 @@ def combination_weights(
     weights = torch.zeros(len(tasks))
     weights[present] = method.weights(gram[present][:, present], generator, ema, adjusted)
     if GRAD_REDUCTIONS[settings.grad_reduction]:
-        # The mean over task batches, not over tasks: a task that was drawn twice counts twice.
+        # The mean over task batches, not over tasks: a task that was drawn twice counts twice. A method that is
+        # a mean has already divided by the number of tasks: that is undone.
         weights *= (len(present) if method.is_mean else 1) / num_batches
     return weights
 
@@ -316,7 +318,7 @@ def train(
         state.step += 1
         state.tokens += result.num_tokens
 
-        # 4. Take note of what the step did; one that was skipped must name the examples to blame.
+        # 4. Record the step. One that was skipped must name the examples to blame.
         if result.applied:
             state.bad_steps = 0
             state.window.append(step_record(result, run.memory))

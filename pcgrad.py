@@ -6,6 +6,8 @@ A gradient method never sees the gradients. Each projection of the paper adds a 
 to another, so every result is a weighted sum of the original task gradients, and the weights follow from
 their inner products alone. For K tasks that is arithmetic on a K x K matrix, instead of passes over K copies
 of the model. (The idea of working on the Gramian: Quinton and Rey, https://arxiv.org/abs/2406.16232.)
+A method that needs more than inner products, losses say, needs another argument in
+`multitask_classifier.combination_weights`, and a field of `training.run_folder.RunState` if it has a memory.
 
 Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
 """

@@ -1,5 +1,7 @@
 """Dropout and attention for the CPU, where torch's own take longer than the matrix products around them.
 
+`dropout` and `compute_dtype` work on any device; elsewhere than on the CPU, dropout is torch's.
+
 Shapes: B sentences, T padded length, M tokens, H hidden_size, N attention heads, D = H // N; see
 kernels/packing.py.
 """

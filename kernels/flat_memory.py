@@ -70,7 +70,7 @@ class FlatMemory:
         if layout.words.stop:
             self.word_grads = self.other_grads[:, layout.words].unflatten(1, word_embeddings.shape)
             self.touched = torch.arange(len(word_embeddings), device=device)  # (U,) rows that may not be zero
-            self.combined = self.touched  # the same of the combined gradient
+            self.combined = self.touched  # rows of the combined gradient that may not be zero
 
         # 3. Tell each layer where to write.
         self.targets: dict[int, GradTarget] = {}  # id of a parameter -> where its gradients go
@@ -180,19 +180,22 @@ class FlatMemory:
     # --- a step, in the order of its calls ------------------------------------------------------------------
 
     def start_step(self, input_ids: Sequence[torch.Tensor] | None = None) -> None:
-        """Make ready for the backward passes of a step.
+        """Prepare for the backward passes of a step.
 
         Args:
             input_ids: all words that will occur, in any shape; None means that any may.
         """
-        # After `.to()`, say, the optimizer would update numbers that no layer reads.
+        # After `.to()` or deepcopy, linear layers would still train from this buffer, all else would read the
+        # parameters' new places, and the optimizer would update the buffer only.
         base, width = self.data.data_ptr(), self.data.element_size()
         assert all(param.data_ptr() == base + where.start * width for _, param, where in self.views), (
             "the model was moved or changed after move_to_flat_memory: its parameters are no longer views"
         )
         if self.word_grads is not None:
             # Zeroes the last step's words and notes this one's: a step has some hundred of 30,000.
-            for grad in self.word_grads:  # (V, H); all tasks at once would copy the whole table
+            for (
+                grad
+            ) in self.word_grads:  # (V, H); for all tasks at once, torch would copy the whole table first
                 grad.index_fill_(0, self.touched, 0.0)
             if input_ids is None:
                 self.touched = torch.arange(self.word_grads.shape[1], device=self.grad.device)

@@ -50,9 +50,13 @@ class Layout:
         matrix_grads (K, D)                        | linear weights |
 
     Two, so that those of linear layers, nearly all that is not a word, can be bfloat16: half the memory to
-    write and to read. What decays stands together to be one parameter of the optimizer. Words stand first and
-    linear weights last of it, so that each is one range: of words only the rows that occur in a step are
-    touched, and the weights are converted to bfloat16 in one go.
+    write and to read. The rest stays float32, since it is added up in many small pieces (a word occurs more
+    than once, a bias is summed over tokens), each of which bfloat16 would round. In float32 runs, and where
+    micro-batches are accumulated, both are float32.
+
+    Everything that decays is contiguous, so the optimizer sees it as one parameter. Within it, words come first
+    and linear weights last, so that each is one range: of words only the rows that occur in a step are touched,
+    and the weights are converted to bfloat16 in one go. Tables are the position and segment embeddings.
 
     Args:
         places: (owner, name) -> the range of a parameter, in the order of the buffer.
@@ -82,7 +86,7 @@ class Layout:
 
     @cached_property
     def sections(self) -> list[slice]:
-        """The shared part cut into words, tables, linear weights, and the rest, as far as they are there."""
+        """The shared part cut into words, tables, linear weights, and the rest, leaving out empty ones."""
         stops = (0, self.words.stop, self.matrices.start, self.matrices.stop, self.num_shared)
         return [slice(start, stop) for start, stop in pairwise(stops) if start < stop]
 

@@ -15,7 +15,7 @@ position alike, so for them only the real word pieces of all batches are laid en
 Attention alone needs the rectangle, since a word piece attends to those of its own sentence only. `Padding`
 takes tokens there and back; `Packing` tells the kernels whose gradient a token contributes to.
 
-Shapes: B sentences, T padded length, M tokens, H hidden_size.
+Shapes: B sentences, T padded length, M tokens (of one batch in `Padding`, of all in `Packing`), H hidden_size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from kernels.task_grads import GradTarget
 
-# Matrix libraries prepare each shape they have not met before, and every batch has another number of word
-# pieces. Rounding M up to this multiple made a step 17 % faster (570 -> 475 ms, MiniLM, two cores).
+# Matrix libraries set up every new shape, and every batch has another number of word pieces. Rounding M up to this multiple made a step 17 % faster (570 -> 475 ms, MiniLM, two cores).
 TOKEN_MULTIPLE = 32
 
 
@@ -52,7 +51,7 @@ class Padding:
 
     @classmethod
     def of_mask(cls, attention_mask: torch.Tensor, num_spare: int = 0) -> Padding:
-        """The padding that a mask (B, T) says, non-zero for real word pieces.
+        """The `Padding` that a mask (B, T) describes, non-zero for real word pieces.
 
         Args:
             num_spare: how many padding positions to keep among the tokens, as far as there are any.
@@ -77,7 +76,7 @@ class Padding:
 
     @cached_property
     def key_bias(self) -> torch.Tensor:
-        """(B, 1, 1, T) what is added to attention scores: 0, and minus infinity at padding."""
+        """On the CPU: (B, 1, 1, T) what is added to attention scores: 0, and minus infinity at padding."""
         return torch.zeros(self.key_mask.shape).masked_fill_(~self.key_mask, float("-inf"))
 
     @cached_property
@@ -119,7 +118,9 @@ class Padding:
 
 
 def make_paddings(attention_masks: Sequence[torch.Tensor]) -> list[Padding]:
-    """A `Padding` for each mask; the last keeps some padding so that M is a multiple of TOKEN_MULTIPLE."""
+    """A `Padding` for each mask. As far as the last batch has padding, it keeps so much of it among its tokens
+    that M is a multiple of TOKEN_MULTIPLE; one batch is enough for that.
+    """
     num_real = sum(int(mask.count_nonzero()) for mask in attention_masks)
     *others, last = attention_masks
     return [*map(Padding.of_mask, others), Padding.of_mask(last, -num_real % TOKEN_MULTIPLE)]

@@ -4,7 +4,7 @@ A step sends the batches of all tasks through the encoder together, as tokens la
 Automatic differentiation would sum the gradients of a weight over all tokens; gradient surgery wants them
 apart. They are as cheap apart as together: a weight's gradient is a matrix product over tokens, and here it
 is one product over the tokens of each task, with that task's place in `flat_memory.FlatMemory` as its output.
-No retained graph, no second backward pass, no zeroing, no copies: a step with PCGrad takes 1.00 times as long
+No retained graph, no second backward pass; the gradients of weights are neither zeroed nor copied: a step with PCGrad takes 1.00 times as long
 as one with summed gradients, where the textbook way, a backward pass per task, takes 2.9 times as long
 (Hugging Face's model, results/speed.md).
 
@@ -25,10 +25,10 @@ from kernels.packing import Packing
 
 @dataclass
 class GradTarget:
-    """Where a parameter is read in a step, and where its gradients go.
+    """A parameter's place in flat memory (not a label): what a step reads, and where its gradients go.
 
     Args:
-        weight: what the step reads: the parameter itself, or its copy in lower precision. Linear layers that
+        weight: what the step reads: the parameter itself (a bias, too), or its copy in lower precision. Linear layers that
             share their input have one target, their weights one below the other.
         grads: of each task, shaped as `weight`, possibly of another type.
         is_empty: of each task, whether its gradient has still to be written in this step.
@@ -39,7 +39,7 @@ class GradTarget:
     is_empty: list[bool]
 
     def write(self, task: int, grad: torch.Tensor) -> None:
-        """Take in a task's gradient, or one more summand of it."""
+        """Store a task's gradient, or one more summand of it."""
         # The first one overwrites what the last step left, so that no step has to zero the gradients of all
         # tasks.
         if self.is_empty[task]:
