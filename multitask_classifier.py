@@ -2,10 +2,10 @@
 
     python multitask_classifier.py --data_dir data/sample --max_steps 150 --batch_size 16
 
-A step is one optimizer update. In a step the batches of all tasks go forward and backward together; each task's
-encoder gradient lands in its own row of the gradient matrices (kernels/layout.py has a picture of them); a gradient
-method weighs the rows; and AdamW makes one pass over flat memory.
-Gradient surgery (PCGrad): https://arxiv.org/abs/2001.06782.
+A step is one optimizer update. In a step the batches of all tasks go forward and backward together; each
+task's encoder gradient lands in its own row of the gradient matrices (kernels/layout.py has a picture of
+them); a gradient method weighs the rows; and AdamW makes one pass over flat memory. Gradient surgery
+(PCGrad): https://arxiv.org/abs/2001.06782.
 
 Shapes: K tasks.
 """
@@ -102,7 +102,7 @@ from training.run_folder import (
 from training.settings import LoopSettings, ModelSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
 
-# --- a step -------------------------------------------------------------------------------------------------
+# --- a step ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def train_step(
 
     Args:
         task_batches: what was drawn for this step; a task may occur several times, or not at all.
-        step: steps so far, skipped ones included; with the seed it fixes dropout and the order of projections.
+        step: steps so far, skipped ones included; with the seed it fixes dropout and the order of
+            projections.
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
     """
     # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
@@ -228,8 +229,8 @@ def combination_weights(
     weights = torch.zeros(len(tasks))
     weights[present] = method.weights(gram[present][:, present], generator, ema, adjusted)
     if GRAD_REDUCTIONS[settings.grad_reduction]:
-        # The mean over task batches, not over tasks: a task that was drawn twice counts twice. A method that is
-        # a mean has already divided by the number of tasks: that is undone.
+        # The mean over task batches, not over tasks: a task that was drawn twice counts twice. A method that
+        # is a mean has already divided by the number of tasks: that is undone.
         weights *= (len(present) if method.is_mean else 1) / num_batches
     return weights
 

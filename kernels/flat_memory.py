@@ -193,9 +193,7 @@ class FlatMemory:
         )
         if self.word_grads is not None:
             # Zeroes the last step's words and notes this one's: a step has some hundred of 30,000.
-            for (
-                grad
-            ) in self.word_grads:  # (V, H); for all tasks at once, torch would copy the whole table first
+            for grad in self.word_grads:  # (V, H); for all at once, torch would copy the table
                 grad.index_fill_(0, self.touched, 0.0)
             if input_ids is None:
                 self.touched = torch.arange(self.word_grads.shape[1], device=self.grad.device)

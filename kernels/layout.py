@@ -54,9 +54,10 @@ class Layout:
     than once, a bias is summed over tokens), each of which bfloat16 would round. In float32 runs, and where
     micro-batches are accumulated, both are float32.
 
-    Everything that decays is contiguous, so the optimizer sees it as one parameter. Within it, words come first
-    and linear weights last, so that each is one range: of words only the rows that occur in a step are touched,
-    and the weights are converted to bfloat16 in one go. Tables are the position and segment embeddings.
+    Everything that decays is contiguous, so the optimizer sees it as one parameter. Within it, words come
+    first and linear weights last, so that each is one range: of words only the rows that occur in a step are
+    touched, and the weights are converted to bfloat16 in one go. Tables are the position and segment
+    embeddings.
 
     Args:
         places: (owner, name) -> the range of a parameter, in the order of the buffer.

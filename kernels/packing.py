@@ -15,7 +15,8 @@ position alike, so for them only the real word pieces of all batches are laid en
 Attention alone needs the rectangle, since a word piece attends to those of its own sentence only. `Padding`
 takes tokens there and back; `Packing` tells the kernels whose gradient a token contributes to.
 
-Shapes: B sentences, T padded length, M tokens (of one batch in `Padding`, of all in `Packing`), H hidden_size.
+Shapes: B sentences, T padded length, M tokens (of one batch in `Padding`, of all in `Packing`), H
+hidden_size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from kernels.task_grads import GradTarget
 
-# Matrix libraries set up every new shape, and every batch has another number of word pieces. Rounding M up to this multiple made a step 17 % faster (570 -> 475 ms, MiniLM, two cores).
+# Matrix libraries set up every new shape, and every batch has another number of word pieces. Rounding M up to
+# this multiple made a step 17 % faster (570 -> 475 ms, MiniLM, two cores).
 TOKEN_MULTIPLE = 32
 
 
@@ -118,8 +120,10 @@ class Padding:
 
 
 def make_paddings(attention_masks: Sequence[torch.Tensor]) -> list[Padding]:
-    """A `Padding` for each mask. As far as the last batch has padding, it keeps so much of it among its tokens
-    that M is a multiple of TOKEN_MULTIPLE; one batch is enough for that.
+    """A `Padding` for each mask.
+
+    As far as the last batch has padding, it keeps so much of it among its tokens that M is a multiple of
+    TOKEN_MULTIPLE; one batch is enough for that.
     """
     num_real = sum(int(mask.count_nonzero()) for mask in attention_masks)
     *others, last = attention_masks

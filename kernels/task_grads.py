@@ -4,9 +4,9 @@ A step sends the batches of all tasks through the encoder together, as tokens la
 Automatic differentiation would sum the gradients of a weight over all tokens; gradient surgery wants them
 apart. They are as cheap apart as together: a weight's gradient is a matrix product over tokens, and here it
 is one product over the tokens of each task, with that task's place in `flat_memory.FlatMemory` as its output.
-No retained graph, no second backward pass; the gradients of weights are neither zeroed nor copied: a step with PCGrad takes 1.00 times as long
-as one with summed gradients, where the textbook way, a backward pass per task, takes 2.9 times as long
-(Hugging Face's model, results/speed.md).
+No retained graph, no second backward pass; the gradients of weights are neither zeroed nor copied: a step
+with PCGrad takes 1.00 times as long as one with summed gradients, where the textbook way, a backward pass per
+task, takes 2.9 times as long (Hugging Face's model, results/speed.md).
 
 A layer does so if the `Packing` says which task each token belongs to; otherwise it is an ordinary layer
 under automatic differentiation.
@@ -28,8 +28,8 @@ class GradTarget:
     """A parameter's place in flat memory (not a label): what a step reads, and where its gradients go.
 
     Args:
-        weight: what the step reads: the parameter itself (a bias, too), or its copy in lower precision. Linear layers that
-            share their input have one target, their weights one below the other.
+        weight: what the step reads: the parameter itself (a bias, too), or its copy in lower precision.
+            Linear layers that share their input have one target, their weights one below the other.
         grads: of each task, shaped as `weight`, possibly of another type.
         is_empty: of each task, whether its gradient has still to be written in this step.
     """
