@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, nothing of the user's, and a process for Hugging Face."""
 
+import json
 import os
 import socket
 import subprocess
@@ -35,27 +36,48 @@ def no_network():
         yield
 
 
+# Runs code in a folder, as told by a line on standard input; answers with a line, empty or a traceback.
+SERVER = """
+import json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever the code prints is no answer
+for line in sys.stdin:
+    code, folder = json.loads(line)
+    os.chdir(folder)
+    error = ""
+    try:
+        exec(code, {})
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps(error), file=answers, flush=True)
+"""
+
+
 @pytest.fixture(scope="session")
-def run_transformers():
+def run_transformers(tmp_path_factory):
     """Runs a little Python that uses Hugging Face `transformers`, the reference, in a process of its own.
 
     It runs in a folder away from the project: our `datasets.py` and `tokenizer.py` look like packages that
-    `transformers` imports.
+    `transformers` imports. One process serves all tests, since the import alone takes seconds.
     """
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=tmp_path_factory.mktemp("transformers"),
+        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def run(code, folder):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        server.stdin.write(json.dumps([code, str(folder)]) + "\n")
+        server.stdin.flush()
+        error = json.loads(server.stdout.readline())
+        assert not error, error
 
-    return run
+    with server:
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture
