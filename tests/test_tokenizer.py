@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from base_bert import resolve_pretrained
+from base_bert import resolve_pretrained, warn_once
 from support.errors import UserError
 from tokenizer import SPECIAL_TOKENS, BertTokenizer, clean_surrogates, read_vocab
 
@@ -175,7 +175,9 @@ FOLDERS = {
     "chinese_words": lambda path: write_vocab(path, VOCAB, tokenize_chinese_chars=False),
     "json_only": lambda path: write_tokenizer_json(path),
     "json_cased": lambda path: write_tokenizer_json(path, VOCAB, {"lowercase": False}, do_lower_case=False),
-    "settings_go_before_json": lambda path: write_tokenizer_json(path, VOCAB, do_lower_case=False),
+    "json_and_vocab": lambda path: write_tokenizer_json(
+        write_vocab(path, VOCAB[::-1]), VOCAB, {"lowercase": False}, do_lower_case=False
+    ),
 }
 
 
@@ -406,16 +408,56 @@ def test_save_keeps_ids_when_some_are_unused(tmp_path):
     assert len(again) == len(tokenizer) == len(VOCAB) + 3
 
 
-def test_vocab_txt_goes_before_tokenizer_json(tmp_path):
-    write_tokenizer_json(tmp_path, VOCAB[::-1])
-    write_vocab(tmp_path, VOCAB)
-    assert BertTokenizer.from_pretrained(tmp_path).encode("the cat")["input_ids"] == [2, *ids("the cat"), 3]
-
-
+@pytest.mark.parametrize("setting", [None, True, False])
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_tokenizer_json_alone_tells_its_casing(tmp_path, lowercase):
-    write_tokenizer_json(tmp_path, VOCAB, normalizer={"lowercase": lowercase})
-    assert BertTokenizer.from_pretrained(tmp_path).do_lower_case is lowercase
+@pytest.mark.parametrize("with_vocab", [True, False])
+def test_tokenizer_json_goes_first(tmp_path, capsys, with_vocab, lowercase, setting):
+    """Before another vocab.txt, and before another casing, which is warned about; its own is not doubted."""
+    warn_once.cache_clear()
+    settings = {} if setting is None else {"do_lower_case": setting}
+    if with_vocab:
+        write_vocab(tmp_path, VOCAB[::-1])
+    write_tokenizer_json(tmp_path, VOCAB, {"lowercase": lowercase}, **settings)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.do_lower_case is lowercase
+    assert tokenizer.encode("The cat")["input_ids"] == [2, *ids("the cat" if lowercase else "The cat"), 3]
+    words = {True: "true", False: "false"}
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path}/tokenizer.json: lowercase is {words[lowercase]}, which goes before"
+        f" {tmp_path}/tokenizer_config.json: do_lower_case is {words[setting]}\n"
+        if setting is not None and setting != lowercase
+        else ""
+    )
+
+
+def test_every_choice_of_tokenizer_json_goes_first_and_null_is_none(tmp_path):
+    own = {"strip_accents": True, "handle_chinese_chars": False}
+    write_tokenizer_json(tmp_path, VOCAB, own, strip_accents=False, tokenize_chinese_chars=True)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.strip_accents is True and tokenizer.tokenize_chinese_chars is False
+    write_tokenizer_json(tmp_path, VOCAB, {"strip_accents": None}, strip_accents=False)
+    assert BertTokenizer.from_pretrained(tmp_path).strip_accents is False
+
+
+@pytest.mark.parametrize(
+    ("pieces", "settings", "warned"),
+    [
+        ("the The ##S cat", {}, "2 of 9 word pieces have capitals, such as 'The'"),
+        ("the ##S", {"strip_accents": None}, "1 of 7 word pieces have capitals, such as '##S'"),
+        ("the Élan", {}, "1 of 7 word pieces have capitals, such as 'Élan'"),
+        ("the The", {"do_lower_case": True}, None),
+        ("the The", {"do_lower_case": False}, None),
+        ("the ##s 中 é ß [X] <Y> [unused1]", {}, None),
+    ],
+)
+def test_capitals_without_a_word_on_casing_are_warned_about(tmp_path, capsys, pieces, settings, warned):
+    warn_once.cache_clear()
+    write_vocab(tmp_path, [*SPECIAL_TOKENS, *pieces.split()], **settings)
+    for _ in range(2):  # said once
+        assert BertTokenizer.from_pretrained(tmp_path).do_lower_case is settings.get("do_lower_case", True)
+    out = capsys.readouterr().out
+    assert out.count("warning") == (warned is not None)
+    assert warned is None or out.startswith(f"warning: {tmp_path}/vocab.txt: {warned}, but nothing says")
 
 
 def test_read_vocab(tmp_path):
@@ -476,7 +518,7 @@ DAMAGE = {
     ),
     "casing in tokenizer.json": (
         change_part("normalizer", lowercase=1),
-        "tokenizer.json: do_lower_case is 1; expected true or false",
+        "tokenizer.json: lowercase is 1; expected true or false",
     ),
     "broken tokenizer.json": (write_bytes("tokenizer.json", b"{"), "tokenizer.json: not a JSON file"),
     "BPE": (write_bytes("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}'), NO_PIECES),
