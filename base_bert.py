@@ -31,6 +31,27 @@ HUB_REVISIONS = {"bert-base-uncased": BERT_BASE_UNCASED, "google-bert/bert-base-
 
 MAX_WEIGHTS_BYTES = 2**32  # three times bert-large
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# How the files begin that are given as --pretrained instead of a folder with such a file in it.
+FILE_STARTS = {
+    b"PK\x03\x04": "a file of torch.save",
+    b"\x80": "a file of torch.save",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
+# Parts of the names in the course's starter code -> Hugging Face's.
+STARTER_NAMES = {
+    "word_embedding": "embeddings.word_embeddings",
+    "pos_embedding": "embeddings.position_embeddings",
+    "tk_type_embedding": "embeddings.token_type_embeddings",
+    "embed_layer_norm": "embeddings.LayerNorm",
+    "bert_layers": "encoder.layer",
+    "self_attention": "attention.self",
+    "attention_dense": "attention.output.dense",
+    "attention_layer_norm": "attention.output.LayerNorm",
+    "interm_dense": "intermediate.dense",
+    "out_dense": "output.dense",
+    "out_layer_norm": "output.LayerNorm",
+    "pooler_dense": "pooler.dense",
+}
 # Where a checkpoint shows each size that config.json states: a tensor and one of its axes.
 SIZE_TENSORS = {
     "vocab_size": ("embeddings.word_embeddings.weight", 0),
@@ -63,6 +84,12 @@ def resolve_pretrained(name: str) -> Path:
         return Path(spec.submodule_search_locations[0]) / "model"
     if os.path.isdir(name):  # Path(name).is_dir() raises if the name is too long for a file
         return Path(name)
+    if os.path.exists(name):
+        raise UserError(
+            f"--pretrained {name}: is {what_it_is(name)}; expected a folder with config.json, vocab.txt and"
+            f" the weights ({' or '.join(WEIGHTS_FILES)}); docs/runs.md, 'Encoders', says how to make one of"
+            " a starter's .pt file"
+        )
     repo_id, at, revision = name.partition("@")
     if not is_repo_id(repo_id):
         raise UserError(f"--pretrained {name}: no such folder; expected a folder, a hub name or 'minilm'")
@@ -80,6 +107,20 @@ def resolve_pretrained(name: str) -> Path:
             f" today it is {repo_id}@{folder.name}"
         )
     return folder
+
+
+def what_it_is(path: str) -> str:
+    """What something is that is no folder, in a few words."""
+    if not os.path.isfile(path):
+        return "a pipe or device"
+    if path.endswith(".safetensors"):
+        return "a file of weights"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
+    return next((kind for known, kind in FILE_STARTS.items() if start.startswith(known)), "a file")
 
 
 def is_repo_id(name: str) -> bool:
@@ -166,8 +207,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def encoder_name(name: str) -> str:
-    """Translate a parameter's name to ours: no `bert.` prefix, no gamma and beta of the TensorFlow era."""
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
+    """Translate a parameter's name to ours: no `bert.` prefix, no gamma and beta of the TensorFlow era.
+
+    The names of the course's starter code are known as well.
+    """
+    name = ".".join(STARTER_NAMES.get(part, part) for part in name.removeprefix("bert.").split("."))
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
 
 
@@ -299,7 +344,8 @@ class BertPreTrainedModel(nn.Module):
         folder = resolve_pretrained(str(name))
         config = replace(BertConfig.from_json(folder / "config.json"), **overrides)
         found = encoder_tensors(read_tensors(folder), folder)
-        found.pop("embeddings.position_ids", None)  # a buffer of older versions, not a weight
+        for key in ("embeddings.position_ids", "position_ids"):  # buffers of older versions, not weights
+            found.pop(key, None)
         check_sizes(str(name), config, found)
         try:
             shapes = cls.weight_shapes(config)

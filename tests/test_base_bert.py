@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from base_bert import (
 from bert import BertModel
 from config import SIZES, BertConfig
 from support.errors import UserError
+from support.files import ROOT
 from tokenizer import BertTokenizer
 
 CONFIG = BertConfig(
@@ -107,6 +109,32 @@ def old_names(tensors):
     }
 
 
+STARTER_NAMES = """
+embeddings.word_embeddings word_embedding
+embeddings.position_embeddings pos_embedding
+embeddings.token_type_embeddings tk_type_embedding
+embeddings.LayerNorm embed_layer_norm
+encoder.layer bert_layers
+attention.self self_attention
+attention.output.dense attention_dense
+attention.output.LayerNorm attention_layer_norm
+intermediate.dense interm_dense
+output.dense out_dense
+output.LayerNorm out_layer_norm
+pooler.dense pooler_dense
+"""
+
+
+def starter_names(tensors):
+    """The names in a `.pt` file of the course's starter code, with the buffer that it keeps."""
+    renamed = {"bert.position_ids": torch.arange(11)[None]}
+    for key, tensor in tensors.items():
+        for line in STARTER_NAMES.split("\n")[1:-1]:
+            key = key.replace(*line.split())
+        renamed["bert." + key] = tensor
+    return renamed
+
+
 def prefixed(tensors):
     return {"bert." + key: tensor for key, tensor in tensors.items()}
 
@@ -117,6 +145,7 @@ FORMS = {
     "gamma_beta": old_names,
     "prefix_gamma_beta": lambda tensors: prefixed(old_names(tensors)),
     "position_ids": lambda tensors: tensors | {"embeddings.position_ids": torch.arange(11)[None]},
+    "starter": starter_names,
     "bfloat16": lambda tensors: {key: tensor.bfloat16() for key, tensor in tensors.items()},
     "float64": lambda tensors: {key: tensor.double() for key, tensor in tensors.items()},
 }
@@ -583,6 +612,53 @@ def test_hub_name_without_network_and_cache(hub_cache, name):
     assert message.startswith(f"--pretrained {name}: not a folder, and not available from the hub (")
     assert message.endswith("expected a folder, a hub name or 'minilm' (works offline)")
     assert "\n" not in message
+
+
+def starter_file(path, tensors):
+    """A `.pt` file as the course's starter saves it."""
+    args = SimpleNamespace(lr=1e-5)
+    torch.save({"model": starter_names(tensors) | {"head.bias": torch.zeros(5)}, "args": args}, path)
+
+
+# What is given instead of a folder -> how to make it, and what it is called.
+NO_FOLDERS = {
+    "model.pt": (starter_file, "a file of torch.save"),
+    "old.pt": (
+        lambda path, tensors: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+        "a file of torch.save",
+    ),
+    "model.safetensors": (lambda path, tensors: save_file(tensors, path), "a file of weights"),
+    "pointer.bin": (
+        lambda path, tensors: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "a Git LFS pointer",
+    ),
+    "notes.txt": (lambda path, tensors: path.write_text("notes"), "a file"),
+    "empty": (lambda path, tensors: path.touch(), "a file"),
+    "pipe": (lambda path, tensors: os.mkfifo(path), "a pipe or device"),
+}
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_file_instead_of_a_folder(tmp_path, tensors, name):
+    make, kind = NO_FOLDERS[name]
+    make(tmp_path / name, tensors)
+    with pytest.raises(UserError) as caught:
+        resolve_pretrained(str(tmp_path / name))
+    assert str(caught.value).startswith(
+        f"--pretrained {tmp_path / name}: is {kind}; expected a folder with config.json, vocab.txt and the"
+        " weights (model.safetensors or pytorch_model.bin); docs/runs.md"
+    )
+
+
+def test_documented_way_from_a_starters_file_to_a_folder(tmp_path, tensors, monkeypatch):
+    starter_file(tmp_path / "model.pt", tensors)
+    write_folder(tmp_path / "encoder", {})
+    (tmp_path / "encoder" / "model.safetensors").unlink()
+    code = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").partition("```python\n")[2]
+    (tmp_path / "convert.py").write_text(code.partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("convert.py")
+    assert same_weights(BertModel.from_pretrained("encoder"), make_model())
 
 
 def test_hub_name_in_the_cache(hub_cache, capsys):
