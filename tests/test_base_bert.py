@@ -271,6 +271,7 @@ def write(name, contents):
 KEY = "encoder.layer.1.attention.self.key.weight"
 WORDS = "embeddings.word_embeddings.weight"
 NOT_FINITE = torch.ones(32, 32).index_fill_(0, torch.tensor(3), float("nan"))
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4f\nsize 438\n"
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "not bert": (change_config(model_type="roberta"), "config.json: model_type is 'roberta'"),
@@ -343,10 +344,16 @@ DAMAGE = {
         lambda folder: os.truncate(folder / "model.safetensors", 2**40),  # a hole: takes no space
         "model.safetensors: too large; expected at most 4 GiB",
     ),
-    "text as .bin": (
-        swap_for_bin(b"version https://git-lfs"),
-        "pytorch_model.bin: not a readable weights file",
+    "text as .bin": (swap_for_bin(b"version 1"), "pytorch_model.bin: not a readable weights file"),
+    "pointer as .bin": (
+        swap_for_bin(POINTER),
+        "pytorch_model.bin: a Git LFS pointer, not yet the file itself",
     ),
+    "pointer as weights": (
+        write("model.safetensors", POINTER),
+        "model.safetensors: a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull'",
+    ),
+    "pointer as config": (write("config.json", POINTER), "config.json: a Git LFS pointer, not yet the file"),
     "list as .bin": (swap_for_bin([torch.zeros(2)]), "expected a dictionary of tensors"),
     "nested .bin": (swap_for_bin({"state_dict": {"a": torch.zeros(2)}}), "expected a dictionary of tensors"),
     "numbers as names": (swap_for_bin({1: torch.zeros(2)}), "expected a dictionary of tensors"),
@@ -629,7 +636,7 @@ NO_FOLDERS = {
     ),
     "model.safetensors": (lambda path, tensors: save_file(tensors, path), "a file of weights"),
     "pointer.bin": (
-        lambda path, tensors: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        lambda path, tensors: path.write_bytes(POINTER),
         "a Git LFS pointer",
     ),
     "notes.txt": (lambda path, tensors: path.write_text("notes"), "a file"),
