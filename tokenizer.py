@@ -259,16 +259,18 @@ def warn_of_capitals(vocab: dict[str, int], path: Path) -> None:
 def read_vocab(path: Path) -> dict[str, int]:
     """Read `vocab.txt`: one word piece per line, whose id is the line's number counted from 0.
 
+    A byte order mark and blank lines at the end, which editors leave, are no pieces.
+
     Raises:
         UserError: if it cannot be read, is not UTF-8, or repeats a piece: after a line doubled by mistake,
             every piece would have its neighbour's id.
     """
     try:
         # Only \n ends a line: some pieces are odd spaces that splitlines would take for line ends.
-        lines = read_bytes(path).decode("utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
-    if lines[-1] == "":
+    while lines and lines[-1].rstrip("\r") == "":
         lines.pop()
     vocab = {}
     for index, line in enumerate(lines):

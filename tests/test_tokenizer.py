@@ -465,6 +465,14 @@ def test_read_vocab(tmp_path):
     assert read_vocab(tmp_path / "vocab.txt") == {"a": 0, "b": 1, "\u2028": 2, "": 3, "last": 4}
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n\r\n", "\n\n\n\n"])
+def test_what_editors_add_to_a_vocabulary_is_no_piece(tmp_path, start, end):
+    (tmp_path / "vocab.txt").write_text(start + "\n".join(VOCAB) + end, encoding="utf-8", newline="")
+    assert read_vocab(tmp_path / "vocab.txt") == {piece: index for index, piece in enumerate(VOCAB)}
+    assert len(BertTokenizer.from_pretrained(tmp_path)) == len(VOCAB)
+
+
 def write_bytes(name, contents):
     return lambda folder: (folder / name).write_bytes(contents)
 
@@ -498,8 +506,12 @@ DAMAGE = {
         lambda folder: write_vocab(folder, [*VOCAB, "dog", "cat"]),
         f"vocab.txt:{len(VOCAB) + 2}: 'cat' appears twice, first in line 8; expected each word piece once",
     ),
-    "blank line twice": (lambda folder: write_vocab(folder, [*VOCAB, "", ""]), "'' appears twice"),
+    "blank line twice": (lambda folder: write_vocab(folder, [*VOCAB, "", "", "dog"]), "'' appears twice"),
     "line ends differ": (lambda folder: write_vocab(folder, [*VOCAB, "cat\r"]), "'cat' appears twice"),
+    "pointer": (
+        write_bytes("vocab.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4f\nsize 438\n"),
+        "vocab.txt: a Git LFS pointer, not yet the file itself",
+    ),
     "pipe": (
         lambda folder: os.mkfifo(folder / "vocab.txt"),
         "vocab.txt: cannot be read (not a regular file)",
