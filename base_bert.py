@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,27 +216,42 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def encoder_name(name: str) -> str:
-    """Translate a parameter's name to ours: no `bert.` prefix, no gamma and beta of the TensorFlow era.
-
-    The names of the course's starter code are known as well.
-    """
-    name = ".".join(STARTER_NAMES.get(part, part) for part in name.removeprefix("bert.").split("."))
+def plain_name(name: str) -> str:
+    """A parameter's name without gamma and beta of the TensorFlow era, or from the starter code's names."""
+    name = ".".join(STARTER_NAMES.get(part, part) for part in name.split("."))
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
 
 
+def find_prefix(names: Iterable[str], path: Path) -> str:
+    """What stands before `bert.` because something larger holds the model: `module.`, `0.auto_model.`, ...
+
+    Raises:
+        UserError: if there are several encoders, none of them without such a prefix.
+    """
+    word_embeddings = SIZE_TENSORS["vocab_size"][0]
+    found = [name for name in names if f".{name}".endswith(f".{word_embeddings}")]
+    prefixes = {name.removesuffix(word_embeddings).removesuffix("bert.") for name in found}
+    prefixes = sorted(prefixes, key=lambda prefix: (len(prefix), prefix))
+    if len(prefixes) > 1 and prefixes[0]:
+        first, second = (one_line(prefix, 60) for prefix in prefixes[:2])
+        raise UserError(f"{path}: holds {len(prefixes)} encoders, below {first} and {second}; expected one")
+    return prefixes[0] if prefixes else ""
+
+
 def encoder_tensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """Tensors under our names.
+    """Tensors under our names: no `bert.` prefix, nor one that stands before it.
 
     Raises:
         UserError: if two of them get the same name.
     """
-    found = {encoder_name(name): tensor for name, tensor in tensors.items()}
-    if len(found) < len(tensors):
-        (repeated, _), *_ = Counter(map(encoder_name, tensors)).most_common(1)
+    plain_names = [plain_name(name) for name in tensors]
+    prefix = find_prefix(plain_names, path)
+    names = [name.removeprefix(prefix).removeprefix("bert.") for name in plain_names]
+    if len(set(names)) < len(names):
+        (repeated, _), *_ = Counter(names).most_common(1)
         raise UserError(f"{path}: holds {one_line(repeated, 60)} twice, with and without a prefix")
-    return found
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 # --- checks -------------------------------------------------------------------------------------------------

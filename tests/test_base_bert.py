@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import base_bert
 from base_bert import (
     check_vocab_size,
+    encoder_tensors,
     find_weights,
     resolve_pretrained,
 )
@@ -139,7 +140,23 @@ def prefixed(tensors):
     return {"bert." + key: tensor for key, tensor in tensors.items()}
 
 
+def below(prefix, rename=lambda tensors: tensors):
+    return lambda tensors: {prefix + key: tensor for key, tensor in rename(tensors).items()}
+
+
+PREFIXES = (
+    "module.",
+    "model.bert.",
+    "0.auto_model.",
+    "_orig_mod.module.",
+    "bert.bert.",
+    "bert.model.",
+    "a.b.c.",
+)
 FORMS = {
+    **{f"below {prefix}": below(prefix) for prefix in PREFIXES},
+    "old names below": below("module.bert.", old_names),
+    "starter's names below": below("module.", starter_names),
     "plain": lambda tensors: tensors,
     "prefix": prefixed,
     "gamma_beta": old_names,
@@ -163,6 +180,21 @@ def test_reads_every_form(tmp_path, tensors, form, as_bin):
     for key, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, tensors[key], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "0.auto_model."])
+def test_heads_lose_the_same_prefix(tensors, prefix):
+    """`--pretrained` of a masked language model in a wrapper: its prediction head is found too."""
+    stored = prefixed(tensors) | {"cls.predictions.bias": torch.zeros(99)}
+    found = encoder_tensors(below(prefix)(stored), Path("x"))
+    assert set(found) == {*tensors, "cls.predictions.bias"}
+
+
+@pytest.mark.parametrize("prefix", ["a.bert.", "module.", "embeddings."])
+def test_encoder_without_a_prefix_is_the_one_of_several(tmp_path, tensors, prefix):
+    other = {prefix + key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    model = BertModel.from_pretrained(write_folder(tmp_path / "encoder", other | prefixed(tensors)))
+    assert same_weights(model, make_model()) and f"; not used: {NUM_WEIGHTS} (" in model.load_report
 
 
 def test_bin_as_old_as_bert(tmp_path, tensors):
@@ -326,6 +358,20 @@ DAMAGE = {
     "with and without prefix": (
         change_tensor("bert." + KEY, torch.zeros(32, 32)),
         f"holds {KEY} twice, with and without a prefix",
+    ),
+    "two encoders": (
+        change_tensors(
+            lambda tensors: {"query.bert." + WORDS: tensors[WORDS].clone(), **below("document.")(tensors)}
+        ),
+        "holds 2 encoders, below query. and document.; expected one",
+    ),
+    "other prefix before one weight": (
+        change_tensors(
+            lambda tensors: (
+                below("a.")({key: tensors[key] for key in tensors if key != KEY}) | {"b." + KEY: tensors[KEY]}
+            )
+        ),
+        f"1 of {NUM_WEIGHTS} encoder weights are missing, the first is {KEY}",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
