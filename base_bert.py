@@ -305,17 +305,25 @@ def copy_weight(name: str, key: str, tensor: torch.Tensor, target: torch.Tensor)
 
 
 def check_vocab_size(num_pieces: int, vocab_size: int, source: str | Path) -> None:
-    """Refuse a tokenizer and an encoder that do not belong together.
+    """Refuse a vocabulary that is larger than the embeddings; warn of one that is smaller.
+
+    Embeddings have more rows where they were padded to a round number, or enlarged for added tokens.
 
     Args:
         num_pieces: `len(tokenizer)`.
         vocab_size: rows of the word embeddings.
         source: the value of --pretrained.
     """
-    if num_pieces != vocab_size:
+    if num_pieces > vocab_size:
         raise UserError(
             f"--pretrained {source}: vocabulary of {num_pieces} word pieces, embeddings for {vocab_size};"
-            " expected the same number: its vocab.txt and its weights are from different models"
+            " expected at least as many: its vocabulary and its weights are from different models"
+        )
+    if num_pieces < vocab_size:
+        warn_once(
+            f"--pretrained {source}: vocabulary of {num_pieces} word pieces, embeddings for {vocab_size}; no"
+            f" text uses the last {vocab_size - num_pieces}, which is as it should be for padding and added"
+            " tokens only"
         )
 
 

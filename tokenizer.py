@@ -107,6 +107,7 @@ class BertTokenizer:
             vocab = read_vocab(path)
         else:
             raise UserError(f"--pretrained {name}: {folder} holds neither vocab.txt nor tokenizer.json")
+        warn_of_added_tokens(settings.get("added_tokens_decoder"), vocab, settings_path)
         choices = {}
         for key, (json_key, default) in CHOICES.items():
             sources = [(path, json_key, normalizer), (settings_path, key, settings)]
@@ -256,6 +257,22 @@ def warn_of_capitals(vocab: dict[str, int], path: Path) -> None:
         )
 
 
+def warn_of_added_tokens(stored: object, vocab: dict[str, int], path: Path) -> None:
+    """Warn of tokens that a checkpoint adds to its vocabulary: their embeddings are loaded, but not used.
+
+    Args:
+        stored: a list of objects with their `content`, or such objects by id; anything else is passed over.
+    """
+    tokens = stored.values() if isinstance(stored, dict) else stored if isinstance(stored, list) else []
+    names = [token["content"] for token in tokens if isinstance(token, dict) and "content" in token]
+    added = [name for name in names if isinstance(name, str) and name not in vocab]
+    if added:
+        warn_once(
+            f"{path}: adds {len(added)} tokens to the vocabulary, such as {quote(added[0])}; in a text they"
+            " are read as ordinary characters"
+        )
+
+
 def read_vocab(path: Path) -> dict[str, int]:
     """Read `vocab.txt`: one word piece per line, whose id is the line's number counted from 0.
 
@@ -316,4 +333,5 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, int], dict]:
         # No text contains half a character, and a piece saved as a line must be read back as the same line.
         if clean_surrogates(piece) != piece or "\n" in piece or piece.endswith("\r"):
             raise UserError(f"{path}: {quote(piece)} is not a word piece")
+    warn_of_added_tokens(stored.get("added_tokens"), vocab, path)
     return vocab, parts["normalizer"]

@@ -454,14 +454,21 @@ def test_what_is_no_file_is_refused_at_once(folder, name, kind):
         BertModel.from_pretrained(folder)
 
 
-def test_check_vocab_size():
+def test_check_vocab_size(capsys):
+    base_bert.warn_once.cache_clear()
     config = BertConfig.from_json(resolve_pretrained("minilm") / "config.json")
     check_vocab_size(len(BertTokenizer.from_pretrained("minilm")), config.vocab_size, "minilm")
+    assert capsys.readouterr().out == ""
     with pytest.raises(UserError) as caught:
-        check_vocab_size(98, 99, "x")
+        check_vocab_size(100, 99, "x")
     assert str(caught.value) == (
-        "--pretrained x: vocabulary of 98 word pieces, embeddings for 99; expected the same number: its"
-        " vocab.txt and its weights are from different models"
+        "--pretrained x: vocabulary of 100 word pieces, embeddings for 99; expected at least as many: its"
+        " vocabulary and its weights are from different models"
+    )
+    check_vocab_size(30522, 30528, "x")  # padded to a multiple of 64
+    assert capsys.readouterr().out == (
+        "warning: --pretrained x: vocabulary of 30522 word pieces, embeddings for 30528; no text uses the"
+        " last 6, which is as it should be for padding and added tokens only\n"
     )
 
 

@@ -430,6 +430,28 @@ def test_tokenizer_json_goes_first(tmp_path, capsys, with_vocab, lowercase, sett
     )
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("contents", [["[ENT]", "<e>"], ["[MASK]"], [3], [None]])
+def test_added_tokens_are_warned_about(tmp_path, capsys, name, contents):
+    warn_once.cache_clear()
+    write_tokenizer_json(tmp_path, VOCAB)
+    tokens = [{"id": len(VOCAB) + number, "content": content} for number, content in enumerate(contents)]
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    if name == "tokenizer.json":
+        (tmp_path / name).write_text(
+            json.dumps(stored | {"added_tokens": [*stored["added_tokens"], *tokens]})
+        )
+    else:
+        (tmp_path / name).write_text(json.dumps({"added_tokens_decoder": {n["id"]: n for n in tokens}}))
+    assert len(BertTokenizer.from_pretrained(tmp_path)) == len(VOCAB)
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path / name}: adds 2 tokens to the vocabulary, such as '[ENT]'; in a text they are"
+        " read as ordinary characters\n"
+        if "[ENT]" in contents
+        else ""
+    )
+
+
 def test_every_choice_of_tokenizer_json_goes_first_and_null_is_none(tmp_path):
     own = {"strip_accents": True, "handle_chinese_chars": False}
     write_tokenizer_json(tmp_path, VOCAB, own, strip_accents=False, tokenize_chinese_chars=True)
