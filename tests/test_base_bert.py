@@ -236,6 +236,22 @@ def test_overrides(folder):
     assert same_weights(model, make_model())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_type_of_torch_changes_nothing(tmp_path, tensors, dtype):
+    del tensors["pooler.dense.bias"]  # a weight that is loaded and one that is not
+    folder = write_folder(tmp_path / "encoder", tensors)
+    torch.set_default_dtype(dtype)
+    try:
+        model = BertModel.from_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    loaded = {key: tensor for key, tensor in model.state_dict().items() if key in tensors}
+    assert len(loaded) == NUM_WEIGHTS - 1
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
+    assert model(INPUT_IDS)["pooler_output"].dtype == torch.float32
+
+
 def test_minilm():
     model = BertModel.from_pretrained("minilm")
     assert sum(parameter.numel() for parameter in model.parameters()) == 22_713_216
@@ -522,6 +538,18 @@ def test_save_and_load_are_exact(tmp_path):
     assert sorted(path.name for path in files) == ["config.json", "model.safetensors"]
     again = BertModel.from_pretrained(tmp_path / "deep" / "encoder")
     assert again.config == model.config and same_weights(again, model)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_saved_files_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        make_model().save_pretrained(tmp_path / "encoder")
+        BertTokenizer.from_pretrained("minilm").save_pretrained(tmp_path / "encoder")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "encoder").iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_saves_views_of_one_buffer(tmp_path):
