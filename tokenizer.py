@@ -68,7 +68,7 @@ class BertTokenizer:
         self.max_length = max_length
         self.pad_token_id = vocab["[PAD]"]
         self.cls_token_id, self.sep_token_id = vocab["[CLS]"], vocab["[SEP]"]
-        self.mask_token_id = vocab["[MASK]"]
+        self.mask_token_id, self.unk_token_id = vocab["[MASK]"], vocab["[UNK]"]
         self._tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
         self._tokenizer.normalizer = BertNormalizer(
