@@ -1,7 +1,7 @@
 """Text to word pieces: a thin layer over the `tokenizers` library (https://huggingface.co/docs/tokenizers).
 
-The result is exactly that of Hugging Face's BERT tokenizer, for single sentences and for joint pairs
-(`[CLS] a [SEP] b [SEP]` with segment ids, the longer sentence cut first).
+With the same vocabulary and case, the result is exactly that of Hugging Face's BERT tokenizer, for single
+sentences and for joint pairs (`[CLS] a [SEP] b [SEP]` with segment ids, the longer sentence cut first).
 """
 
 import json
@@ -87,8 +87,9 @@ class BertTokenizer:
     def from_pretrained(cls, name: str | Path, max_length: int = 512) -> "BertTokenizer":
         """Read a checkpoint's `tokenizer.json`, or else its `vocab.txt` and `tokenizer_config.json`.
 
-        Where a `tokenizer.json` contradicts one of the others it wins, since it is what the encoder was
-        trained with in one piece; Hugging Face lets a choice in `tokenizer_config.json` win.
+        What `tokenizer.json` says of case is believed, with a warning where `tokenizer_config.json` differs.
+        Hugging Face's BertTokenizer takes only the vocabulary from it, and lower-cases unless
+        `tokenizer_config.json` says not to, which makes [UNK] of every capital that a cased encoder knows.
 
         Args:
             name: see `base_bert.resolve_pretrained`.
