@@ -117,13 +117,12 @@ def what_it_is(path: str) -> str:
     """What something is that is no folder, in a few words."""
     if not os.path.isfile(path):
         return "a pipe or device"
-    if path.endswith(".safetensors"):
-        return "a file of weights"
     try:
         start = first_bytes(path)
     except OSError as error:
         return f"a file that cannot be read ({error.strerror})"
-    return next((kind for known, kind in FILE_STARTS.items() if start.startswith(known)), "a file")
+    other = "a file of weights" if path.endswith(".safetensors") else "a file"
+    return next((kind for known, kind in FILE_STARTS.items() if start.startswith(known)), other)
 
 
 def is_repo_id(name: str) -> bool:
@@ -263,7 +262,7 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without gamma and beta of the TensorFlow era, or from the starter code's names."""
+    """A parameter's name in Hugging Face's form of today, from the starter code's or the TensorFlow era's."""
     name = ".".join(STARTER_NAMES.get(part, part) for part in name.split("."))
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
