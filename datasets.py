@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -45,6 +46,14 @@ TREEBANK = {"``": '"', "''": '"', "-lrb-": "(", "-rrb-": ")"}
 TREEBANK_PATTERN = re.compile("|".join(map(re.escape, TREEBANK)), re.IGNORECASE)
 # In `\/` and `\*`. All backslashes at once: one per round would take minutes for a line of them.
 BACKSLASHES = re.compile(r"(?<!\\)\\+(?=[/*])")
+# What leaves no mark of its own on a page: Unicode's categories of control and format characters, private
+# use, marks that stand on another character, spaces; and five letters and symbols that are blank.
+INVISIBLE_CATEGORIES = {"Cc", "Cf", "Co", "Mn", "Zs", "Zl", "Zp"}
+BLANKS = "\u115f\u1160\u3164\uffa0\u2800"
+
+
+def is_visible(character: str) -> bool:
+    return category(character) not in INVISIBLE_CATEGORIES and character not in BLANKS
 
 
 def clean_text(text: str) -> str:
@@ -52,6 +61,7 @@ def clean_text(text: str) -> str:
 
     Undoes further layers of CSV quoting (many rows of Quora, several layers in CFIMDB), Treebank escapes
     (SST), and odd white space. Case and punctuation are left to the tokenizer. Clean text does not change.
+    A text with nothing visible is an empty one: the encoder would see [CLS] [SEP].
     """
     before = None
     while text != before:  # each round shortens the text, so this ends
@@ -62,7 +72,7 @@ def clean_text(text: str) -> str:
         text = TREEBANK_PATTERN.sub(lambda match: TREEBANK[match[0].lower()], text)
         if "\\" in text:
             text = BACKSLASHES.sub("", text)
-    return text
+    return text if any(map(is_visible, text)) else ""
 
 
 # --- what messages say --------------------------------------------------------------------------------------
@@ -470,6 +480,29 @@ def tokenize(rows: Rows, tokenizer: "BertTokenizer", *, joint: bool, max_length:
     index = [[numbers.setdefault(sequence, len(numbers)) for sequence in example] for example in examples]
     encode = tokenizer.encode_pair_batch if joint else tokenizer.encode_batch
     return TaskData(rows, TokenArrays.from_encodings(encode(list(numbers), max_length)), np.array(index))
+
+
+def unknown_rows(data: TaskData, special_ids: Sequence[int]) -> list[str]:
+    """Ids of the examples with a sentence, not an empty one, of which the encoder knows no word piece.
+
+    Args:
+        special_ids: of [CLS], [SEP] and [UNK].
+    """
+    sequences, num_sentences = data.sequences, len(data.rows.texts[0])
+    is_known = ~np.isin(sequences.input_ids, special_ids)
+    known = []  # for each sentence of an example: whether any piece of it is known, (N,)
+    for n in range(num_sentences):
+        joint = num_sentences > data.index.shape[1]
+        in_sentence = is_known & (sequences.token_type_ids == n) if joint else is_known
+        any_known = np.logical_or.reduceat(in_sentence, sequences.offsets[:-1])  # (U,)
+        known.append(any_known[data.index[:, 0 if joint else n]])
+    doubtful = np.flatnonzero(~np.stack(known).all(axis=0))
+    texts = data.rows.texts
+    return [
+        data.rows.ids[i]
+        for i in doubtful
+        if any(texts[i][n] and not known[n][i] for n in range(num_sentences))
+    ]
 
 
 # --- the order of examples and tasks ------------------------------------------------------------------------

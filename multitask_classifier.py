@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from base_bert import find_weights, resolve_pretrained
+from base_bert import resolve_pretrained, weights_digest
 from bert import BertModel
 from config import TASKS
 from datasets import BatchOrder, Rows, TaskData, plan_tasks
@@ -57,7 +57,7 @@ from reporting.report import plot_run
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
 from support.errors import UserError
-from support.files import file_digest, lock_folder, write_text
+from support.files import lock_folder, write_text
 from support.seeds import make_seed
 from tokenizer import BertTokenizer
 from training.checkpoint import load_model, load_state, need_checkpoint
@@ -525,7 +525,7 @@ def start(args: Namespace) -> None:
         "data": {split: fingerprints(rows[split]) for split in ("train", "dev")},
         "data_files": report["files"],
         "encoder": bert.load_report,
-        "encoder_sha256": file_digest(find_weights(resolve_pretrained(source))),
+        "encoder_sha256": weights_digest(resolve_pretrained(source)),
     }
     stored = None
     if args.resume:

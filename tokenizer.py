@@ -1,7 +1,7 @@
 """Text to word pieces: a thin layer over the `tokenizers` library (https://huggingface.co/docs/tokenizers).
 
-The result is exactly that of Hugging Face's BERT tokenizer, for single sentences and for joint pairs
-(`[CLS] a [SEP] b [SEP]` with segment ids, the longer sentence cut first).
+With the same vocabulary and case, the result is exactly that of Hugging Face's BERT tokenizer, for single
+sentences and for joint pairs (`[CLS] a [SEP] b [SEP]` with segment ids, the longer sentence cut first).
 """
 
 import json
@@ -15,7 +15,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from base_bert import resolve_pretrained
+from base_bert import resolve_pretrained, warn_once
 from support.errors import UserError, quote
 from support.files import read_bytes, read_json
 
@@ -31,6 +31,13 @@ EXPECTED_PARTS = {
     },
     "normalizer": {"type": "BertNormalizer"},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
+}
+# What a checkpoint may choose -> its name in the normalizer of a tokenizer.json, and what holds if nothing
+# tells it.
+CHOICES = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
 
 
@@ -61,7 +68,7 @@ class BertTokenizer:
         self.max_length = max_length
         self.pad_token_id = vocab["[PAD]"]
         self.cls_token_id, self.sep_token_id = vocab["[CLS]"], vocab["[SEP]"]
-        self.mask_token_id = vocab["[MASK]"]
+        self.mask_token_id, self.unk_token_id = vocab["[MASK]"], vocab["[UNK]"]
         self._tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
         self._tokenizer.normalizer = BertNormalizer(
@@ -78,7 +85,11 @@ class BertTokenizer:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, max_length: int = 512) -> "BertTokenizer":
-        """Read a checkpoint's `vocab.txt` (or the vocabulary in its `tokenizer.json`) and its casing.
+        """Read a checkpoint's `tokenizer.json`, or else its `vocab.txt` and `tokenizer_config.json`.
+
+        What `tokenizer.json` says of case is believed, with a warning where `tokenizer_config.json` differs.
+        Hugging Face's BertTokenizer takes only the vocabulary from it, and lower-cases unless
+        `tokenizer_config.json` says not to, which makes [UNK] of every capital that a cased encoder knows.
 
         Args:
             name: see `base_bert.resolve_pretrained`.
@@ -89,25 +100,21 @@ class BertTokenizer:
         folder = resolve_pretrained(str(name))
         # lexists: a broken link or a pipe is refused, not passed over.
         settings, normalizer = {}, {}
-        if os.path.lexists(folder / "tokenizer_config.json"):
-            settings = read_json(folder / "tokenizer_config.json")
-        if os.path.lexists(path := folder / "vocab.txt"):
-            vocab = read_vocab(path)
-        elif os.path.lexists(path := folder / "tokenizer.json"):
+        if os.path.lexists(settings_path := folder / "tokenizer_config.json"):
+            settings = read_json(settings_path)
+        if os.path.lexists(path := folder / "tokenizer.json"):
             vocab, normalizer = read_tokenizer_json(path)
+        elif os.path.lexists(path := folder / "vocab.txt"):
+            vocab = read_vocab(path)
         else:
             raise UserError(f"--pretrained {name}: {folder} holds neither vocab.txt nor tokenizer.json")
-        choices = {
-            "do_lower_case": settings.get("do_lower_case", normalizer.get("lowercase", True)),
-            "strip_accents": settings.get("strip_accents", normalizer.get("strip_accents")),
-            "tokenize_chinese_chars": settings.get(
-                "tokenize_chinese_chars", normalizer.get("handle_chinese_chars", True)
-            ),
-        }
-        for key, value in choices.items():
-            if not isinstance(value, bool) and not (key == "strip_accents" and value is None):
-                where = folder / "tokenizer_config.json" if key in settings else path
-                raise UserError(f"{where}: {key} is {quote(value)}; expected true or false")
+        warn_of_added_tokens(settings.get("added_tokens_decoder"), vocab, settings_path)
+        choices = {}
+        for key, (json_key, default) in CHOICES.items():
+            sources = [(path, json_key, normalizer), (settings_path, key, settings)]
+            choices[key] = choose([source for source in sources if source[1] in source[2]], default)
+        if "lowercase" not in normalizer and "do_lower_case" not in settings:
+            warn_of_capitals(vocab, path)
         try:
             return cls(vocab, max_length=max_length, **choices)
         except UserError as error:  # a special token is missing
@@ -215,8 +222,62 @@ def clean_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
+def choose(sources: list[tuple[Path, str, dict]], default: bool | None) -> bool | None:
+    """The value of a choice: the first source that tells it, with a warning if another one differs.
+
+    Args:
+        sources: file, key, and the JSON object that holds the key.
+        default: the value if none tells it; where it is None, null is a value too, and tells nothing.
+
+    Raises:
+        UserError: if a value is neither true nor false.
+    """
+    found = []
+    for path, key, stored in sources:
+        value = stored[key]
+        if isinstance(value, bool):
+            found.append((f"{path}: {key} is {json.dumps(value)}", value))
+        elif value is not None or default is not None:
+            raise UserError(f"{path}: {key} is {quote(value)}; expected true or false")
+    for text, value in found[1:]:
+        if value != found[0][1]:
+            warn_once(f"{found[0][0]}, which goes before {text}")
+    return found[0][1] if found else default
+
+
+def warn_of_capitals(vocab: dict[str, int], path: Path) -> None:
+    """Warn of a vocabulary with capitals, where nothing says whether text is lower-cased before."""
+    words = ((piece, piece.removeprefix("##")) for piece in vocab)  # no word: [MASK] and the like
+    capitals = [piece for piece, word in words if word[:1].isalpha() and word != word.lower()]
+    if capitals:
+        settings_path = path.with_name("tokenizer_config.json")
+        warn_once(
+            f"{path}: {len(capitals)} of {len(vocab)} word pieces have capitals, such as"
+            f" {quote(capitals[0])}, but nothing says whether the encoder is cased, so text is lower-cased;"
+            f' if it is cased, write {{"do_lower_case": false}} into {settings_path}'
+        )
+
+
+def warn_of_added_tokens(stored: object, vocab: dict[str, int], path: Path) -> None:
+    """Warn of tokens that a checkpoint adds to its vocabulary: their embeddings are loaded, but not used.
+
+    Args:
+        stored: a list of objects with their `content`, or such objects by id; anything else is passed over.
+    """
+    tokens = stored.values() if isinstance(stored, dict) else stored if isinstance(stored, list) else []
+    names = [token["content"] for token in tokens if isinstance(token, dict) and "content" in token]
+    added = [name for name in names if isinstance(name, str) and name not in vocab]
+    if added:
+        warn_once(
+            f"{path}: adds {len(added)} tokens to the vocabulary, such as {quote(added[0])}; in a text they"
+            " are read as ordinary characters"
+        )
+
+
 def read_vocab(path: Path) -> dict[str, int]:
     """Read `vocab.txt`: one word piece per line, whose id is the line's number counted from 0.
+
+    A byte order mark and blank lines at the end, which editors leave, are no pieces.
 
     Raises:
         UserError: if it cannot be read, is not UTF-8, or repeats a piece: after a line doubled by mistake,
@@ -224,10 +285,10 @@ def read_vocab(path: Path) -> dict[str, int]:
     """
     try:
         # Only \n ends a line: some pieces are odd spaces that splitlines would take for line ends.
-        lines = read_bytes(path).decode("utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
-    if lines[-1] == "":
+    while lines and lines[-1].rstrip("\r") == "":
         lines.pop()
     vocab = {}
     for index, line in enumerate(lines):
@@ -273,4 +334,5 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, int], dict]:
         # No text contains half a character, and a piece saved as a line must be read back as the same line.
         if clean_surrogates(piece) != piece or "\n" in piece or piece.endswith("\r"):
             raise UserError(f"{path}: {quote(piece)} is not a word piece")
+    warn_of_added_tokens(stored.get("added_tokens"), vocab, path)
     return vocab, parts["normalizer"]

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 MAX_TEXT_BYTES = 2**24  # of JSON, a vocabulary, predictions; the largest real one has half of it
 MAX_DATA_BYTES = 2**28  # of a file of sentences; Quora has a tenth of it
 LOCK_FILE = ".lock"
+GIT_LFS_START = b"version https://git-lfs"
 
 
 def is_regular(path: str | Path) -> bool:
@@ -33,7 +34,8 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """Read a whole file of moderate size.
 
     Raises:
-        UserError: if it cannot be read, is no regular file, or has more than `max_bytes`.
+        UserError: if it cannot be read, is no regular file or a Git LFS pointer, or has more than
+            `max_bytes`.
     """
     try:
         if not is_regular(path):
@@ -44,7 +46,21 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(contents) > max_bytes:
         raise UserError(f"{path}: too large; expected at most {max_bytes // 2**20} MiB")
+    refuse_pointer(contents, path)
     return contents
+
+
+def refuse_pointer(start: bytes, path: str | Path) -> None:
+    """Refuse the few lines that Git LFS leaves in place of a large file until that is fetched.
+
+    Args:
+        start: the file's first bytes.
+    """
+    if start.startswith(GIT_LFS_START):
+        raise UserError(
+            f"{path}: a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull', or download"
+            " it by hand"
+        )
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:

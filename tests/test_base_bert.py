@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,15 @@ from safetensors.torch import load_file, save_file
 import base_bert
 from base_bert import (
     check_vocab_size,
+    encoder_tensors,
     find_weights,
     resolve_pretrained,
+    weights_digest,
 )
 from bert import BertModel
 from config import SIZES, BertConfig
 from support.errors import UserError
+from support.files import ROOT, file_digest
 from tokenizer import BertTokenizer
 
 CONFIG = BertConfig(
@@ -107,16 +111,59 @@ def old_names(tensors):
     }
 
 
+STARTER_NAMES = """
+embeddings.word_embeddings word_embedding
+embeddings.position_embeddings pos_embedding
+embeddings.token_type_embeddings tk_type_embedding
+embeddings.LayerNorm embed_layer_norm
+encoder.layer bert_layers
+attention.self self_attention
+attention.output.dense attention_dense
+attention.output.LayerNorm attention_layer_norm
+intermediate.dense interm_dense
+output.dense out_dense
+output.LayerNorm out_layer_norm
+pooler.dense pooler_dense
+"""
+
+
+def starter_names(tensors):
+    """The names in a `.pt` file of the course's starter code, with the buffer that it keeps."""
+    renamed = {"bert.position_ids": torch.arange(11)[None]}
+    for key, tensor in tensors.items():
+        for line in STARTER_NAMES.split("\n")[1:-1]:
+            key = key.replace(*line.split())
+        renamed["bert." + key] = tensor
+    return renamed
+
+
 def prefixed(tensors):
     return {"bert." + key: tensor for key, tensor in tensors.items()}
 
 
+def below(prefix, rename=lambda tensors: tensors):
+    return lambda tensors: {prefix + key: tensor for key, tensor in rename(tensors).items()}
+
+
+PREFIXES = (
+    "module.",
+    "model.bert.",
+    "0.auto_model.",
+    "_orig_mod.module.",
+    "bert.bert.",
+    "bert.model.",
+    "a.b.c.",
+)
 FORMS = {
+    **{f"below {prefix}": below(prefix) for prefix in PREFIXES},
+    "old names below": below("module.bert.", old_names),
+    "starter's names below": below("module.", starter_names),
     "plain": lambda tensors: tensors,
     "prefix": prefixed,
     "gamma_beta": old_names,
     "prefix_gamma_beta": lambda tensors: prefixed(old_names(tensors)),
     "position_ids": lambda tensors: tensors | {"embeddings.position_ids": torch.arange(11)[None]},
+    "starter": starter_names,
     "bfloat16": lambda tensors: {key: tensor.bfloat16() for key, tensor in tensors.items()},
     "float64": lambda tensors: {key: tensor.double() for key, tensor in tensors.items()},
 }
@@ -136,6 +183,21 @@ def test_reads_every_form(tmp_path, tensors, form, as_bin):
         torch.testing.assert_close(tensor, tensors[key], rtol=rtol, atol=0)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "0.auto_model."])
+def test_heads_lose_the_same_prefix(tensors, prefix):
+    """`--pretrained` of a masked language model in a wrapper: its prediction head is found too."""
+    stored = prefixed(tensors) | {"cls.predictions.bias": torch.zeros(99)}
+    found = encoder_tensors(below(prefix)(stored), Path("x"))
+    assert set(found) == {*tensors, "cls.predictions.bias"}
+
+
+@pytest.mark.parametrize("prefix", ["a.bert.", "module.", "embeddings."])
+def test_encoder_without_a_prefix_is_the_one_of_several(tmp_path, tensors, prefix):
+    other = {prefix + key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    model = BertModel.from_pretrained(write_folder(tmp_path / "encoder", other | prefixed(tensors)))
+    assert same_weights(model, make_model()) and f"; not used: {NUM_WEIGHTS} (" in model.load_report
+
+
 def test_bin_as_old_as_bert(tmp_path, tensors):
     folder = write_folder(tmp_path / "encoder", {})
     (folder / "model.safetensors").unlink()
@@ -147,6 +209,45 @@ def test_safetensors_go_first(folder):
     assert find_weights(folder) == folder / "model.safetensors"
     (folder / "pytorch_model.bin").write_bytes(b"not read")
     assert same_weights(BertModel.from_pretrained(folder), make_model())
+
+
+def write_shards(folder, shards, name="model.safetensors"):
+    """Replace the weights by shards and their index, as Hugging Face splits a large model."""
+    stem, end = os.path.splitext(name)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    weight_map = {}
+    for number, tensors in enumerate(shards, start=1):
+        shard = f"{stem}-{number:05}-of-{len(shards):05}{end}"
+        weight_map |= dict.fromkeys(tensors, shard)
+        if end == ".bin":
+            torch.save(tensors, folder / shard)
+        else:
+            save_file(tensors, folder / shard)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def split(tensors, number):
+    names = sorted(tensors)
+    return [{name: tensors[name] for name in names[start::number]} for start in range(number)]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_shards(folder, tensors, name, number):
+    write_shards(folder, split(prefixed(tensors), number), name)
+    assert find_weights(folder) == folder / f"{name}.index.json"
+    model = BertModel.from_pretrained(folder)
+    assert same_weights(model, make_model())
+    assert model.load_report == f"{NUM_WEIGHTS} of {NUM_WEIGHTS} weights loaded from {folder}"
+
+
+def test_digest_of_weights_is_the_files_own_or_of_all_shards(folder, tensors):
+    assert weights_digest(folder) == file_digest(folder / "model.safetensors")
+    found = set()
+    for change in (0, 1):  # in the second shard only: the index stays as it is
+        write_shards(folder, [{"a": torch.zeros(1)}, {"b": torch.full((1,), float(change))}])
+        found.add(weights_digest(folder))
+    assert len(found) == 2 and {len(digest) for digest in found} == {64}
 
 
 def test_missing_pooler_is_reported(tmp_path, tensors):
@@ -173,6 +274,22 @@ def test_overrides(folder):
     assert model.embeddings.dropout_prob == model.encoder.layer[1].output.dropout_prob == 0.3
     assert model.encoder.layer[1].attention.self.dropout_prob == 0.4
     assert same_weights(model, make_model())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_type_of_torch_changes_nothing(tmp_path, tensors, dtype):
+    del tensors["pooler.dense.bias"]  # a weight that is loaded and one that is not
+    folder = write_folder(tmp_path / "encoder", tensors)
+    torch.set_default_dtype(dtype)
+    try:
+        model = BertModel.from_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    loaded = {key: tensor for key, tensor in model.state_dict().items() if key in tensors}
+    assert len(loaded) == NUM_WEIGHTS - 1
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
+    assert model(INPUT_IDS)["pooler_output"].dtype == torch.float32
 
 
 def test_minilm():
@@ -242,6 +359,7 @@ def write(name, contents):
 KEY = "encoder.layer.1.attention.self.key.weight"
 WORDS = "embeddings.word_embeddings.weight"
 NOT_FINITE = torch.ones(32, 32).index_fill_(0, torch.tensor(3), float("nan"))
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4f\nsize 438\n"
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "not bert": (change_config(model_type="roberta"), "config.json: model_type is 'roberta'"),
@@ -297,6 +415,67 @@ DAMAGE = {
         change_tensor("bert." + KEY, torch.zeros(32, 32)),
         f"holds {KEY} twice, with and without a prefix",
     ),
+    "two encoders": (
+        change_tensors(
+            lambda tensors: {"query.bert." + WORDS: tensors[WORDS].clone(), **below("document.")(tensors)}
+        ),
+        "holds 2 encoders, below query. and document.; expected one",
+    ),
+    "other prefix before one weight": (
+        change_tensors(
+            lambda tensors: (
+                below("a.")({key: tensors[key] for key in tensors if key != KEY}) | {"b." + KEY: tensors[KEY]}
+            )
+        ),
+        f"1 of {NUM_WEIGHTS} encoder weights are missing, the first is {KEY}",
+    ),
+    "shard missing": (
+        lambda folder: (
+            write_shards(folder, split(make_model().state_dict(), 2))
+            or (folder / "model-00002-of-00002.safetensors").unlink()
+        ),
+        "model-00002-of-00002.safetensors: missing; model.safetensors.index.json lists it",
+    ),
+    "shard is a pointer": (
+        lambda folder: (
+            write_shards(folder, split(make_model().state_dict(), 2))
+            or write("model-00002-of-00002.safetensors", POINTER)(folder)
+        ),
+        "model-00002-of-00002.safetensors: a Git LFS pointer, not yet the file itself",
+    ),
+    "weight in two shards": (
+        lambda folder: write_shards(folder, [make_model().state_dict(), {KEY: torch.zeros(32, 32)}]),
+        f"model-00002-of-00002.safetensors: holds {KEY}, as another file of the weights does",
+    ),
+    "terabyte in a shard": (
+        lambda folder: (
+            write_shards(folder, split(make_model().state_dict(), 2))
+            or os.truncate(folder / "model-00002-of-00002.safetensors", 2**40)
+        ),
+        "model.safetensors.index.json: too large; expected at most 4 GiB",
+    ),
+    **{
+        f"index {weight_map!r}": (
+            lambda folder, weight_map=weight_map: (
+                write_shards(folder, [{}])
+                or write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())(
+                    folder
+                )
+            ),
+            f"model.safetensors.index.json: {message}",
+        )
+        for weight_map, message in [
+            (None, "expected a weight_map with a file's name for each weight"),
+            ({}, "expected a weight_map"),
+            ({"a": 1}, "expected a weight_map"),
+            ({"a": "../model.safetensors"}, "weight_map has '../model.safetensors'; expected a name such as"),
+            ({"a": "/etc/passwd"}, "weight_map has '/etc/passwd'"),
+            (
+                {"a": "model-1.bin"},
+                "weight_map has 'model-1.bin'; expected a name such as model-00001.safetensors",
+            ),
+        ]
+    },
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         "holds no weights; expected model.safetensors or pytorch_model.bin",
@@ -314,10 +493,16 @@ DAMAGE = {
         lambda folder: os.truncate(folder / "model.safetensors", 2**40),  # a hole: takes no space
         "model.safetensors: too large; expected at most 4 GiB",
     ),
-    "text as .bin": (
-        swap_for_bin(b"version https://git-lfs"),
-        "pytorch_model.bin: not a readable weights file",
+    "text as .bin": (swap_for_bin(b"version 1"), "pytorch_model.bin: not a readable weights file"),
+    "pointer as .bin": (
+        swap_for_bin(POINTER),
+        "pytorch_model.bin: a Git LFS pointer, not yet the file itself",
     ),
+    "pointer as weights": (
+        write("model.safetensors", POINTER),
+        "model.safetensors: a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull'",
+    ),
+    "pointer as config": (write("config.json", POINTER), "config.json: a Git LFS pointer, not yet the file"),
     "list as .bin": (swap_for_bin([torch.zeros(2)]), "expected a dictionary of tensors"),
     "nested .bin": (swap_for_bin({"state_dict": {"a": torch.zeros(2)}}), "expected a dictionary of tensors"),
     "numbers as names": (swap_for_bin({1: torch.zeros(2)}), "expected a dictionary of tensors"),
@@ -372,14 +557,21 @@ def test_what_is_no_file_is_refused_at_once(folder, name, kind):
         BertModel.from_pretrained(folder)
 
 
-def test_check_vocab_size():
+def test_check_vocab_size(capsys):
+    base_bert.warn_once.cache_clear()
     config = BertConfig.from_json(resolve_pretrained("minilm") / "config.json")
     check_vocab_size(len(BertTokenizer.from_pretrained("minilm")), config.vocab_size, "minilm")
+    assert capsys.readouterr().out == ""
     with pytest.raises(UserError) as caught:
-        check_vocab_size(98, 99, "x")
+        check_vocab_size(100, 99, "x")
     assert str(caught.value) == (
-        "--pretrained x: vocabulary of 98 word pieces, embeddings for 99; expected the same number: its"
-        " vocab.txt and its weights are from different models"
+        "--pretrained x: vocabulary of 100 word pieces, embeddings for 99; expected at least as many: its"
+        " vocabulary and its weights are from different models"
+    )
+    check_vocab_size(30522, 30528, "x")  # padded to a multiple of 64
+    assert capsys.readouterr().out == (
+        "warning: --pretrained x: vocabulary of 30522 word pieces, embeddings for 30528; no text uses the"
+        " last 6, which is as it should be for padding and added tokens only\n"
     )
 
 
@@ -433,6 +625,18 @@ def test_save_and_load_are_exact(tmp_path):
     assert sorted(path.name for path in files) == ["config.json", "model.safetensors"]
     again = BertModel.from_pretrained(tmp_path / "deep" / "encoder")
     assert again.config == model.config and same_weights(again, model)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_saved_files_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        make_model().save_pretrained(tmp_path / "encoder")
+        BertTokenizer.from_pretrained("minilm").save_pretrained(tmp_path / "encoder")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "encoder").iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_saves_views_of_one_buffer(tmp_path):
@@ -583,6 +787,53 @@ def test_hub_name_without_network_and_cache(hub_cache, name):
     assert message.startswith(f"--pretrained {name}: not a folder, and not available from the hub (")
     assert message.endswith("expected a folder, a hub name or 'minilm' (works offline)")
     assert "\n" not in message
+
+
+def starter_file(path, tensors):
+    """A `.pt` file as the course's starter saves it."""
+    args = SimpleNamespace(lr=1e-5)
+    torch.save({"model": starter_names(tensors) | {"head.bias": torch.zeros(5)}, "args": args}, path)
+
+
+# What is given instead of a folder -> how to make it, and what it is called.
+NO_FOLDERS = {
+    "model.pt": (starter_file, "a file of torch.save"),
+    "old.pt": (
+        lambda path, tensors: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+        "a file of torch.save",
+    ),
+    "model.safetensors": (lambda path, tensors: save_file(tensors, path), "a file of weights"),
+    "pointer.bin": (
+        lambda path, tensors: path.write_bytes(POINTER),
+        "a Git LFS pointer",
+    ),
+    "notes.txt": (lambda path, tensors: path.write_text("notes"), "a file"),
+    "empty": (lambda path, tensors: path.touch(), "a file"),
+    "pipe": (lambda path, tensors: os.mkfifo(path), "a pipe or device"),
+}
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_file_instead_of_a_folder(tmp_path, tensors, name):
+    make, kind = NO_FOLDERS[name]
+    make(tmp_path / name, tensors)
+    with pytest.raises(UserError) as caught:
+        resolve_pretrained(str(tmp_path / name))
+    assert str(caught.value).startswith(
+        f"--pretrained {tmp_path / name}: is {kind}; expected a folder with config.json, vocab.txt and the"
+        " weights (model.safetensors or pytorch_model.bin); docs/runs.md"
+    )
+
+
+def test_documented_way_from_a_starters_file_to_a_folder(tmp_path, tensors, monkeypatch):
+    starter_file(tmp_path / "model.pt", tensors)
+    write_folder(tmp_path / "encoder", {})
+    (tmp_path / "encoder" / "model.safetensors").unlink()
+    code = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").partition("```python\n")[2]
+    (tmp_path / "convert.py").write_text(code.partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("convert.py")
+    assert same_weights(BertModel.from_pretrained("encoder"), make_model())
 
 
 def test_hub_name_in_the_cache(hub_cache, capsys):

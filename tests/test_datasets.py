@@ -28,6 +28,7 @@ from datasets import (
     plan_tasks,
     read_rows,
     tokenize,
+    unknown_rows,
     warning_lines,
 )
 from support.errors import UserError
@@ -173,10 +174,38 @@ def test_bad_similarity_raises(text):
         ('"', '"'),
         ('""', '""'),
         ("It 's CASE , kept .", "It 's CASE , kept ."),
+        ("e\u0301 \u200b", "e\u0301 \u200b"),
+        ("\U0001f600\ufe0f", "\U0001f600\ufe0f"),
+        ("\u200b?", "\u200b?"),
+        ("\ud800", "\ud800"),  # read as a question mark
     ],
 )
 def test_clean_text(raw, clean):
     assert clean_text(raw) == clean
+
+
+NOTHING_VISIBLE = {
+    "zero width": "\u200b \u200c\u200d\u2060\ufeff",
+    "control": "\x01 \x7f\x9f",
+    "soft hyphen": "\u00ad",
+    "direction": "\u202e\u202c\u200f",
+    "variation selector": "\ufe0f",
+    "accent": "\u0301",
+    "private use": "\ue000",
+    "blank letters": "\u3164\u115f \u2800",
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_VISIBLE)
+def test_nothing_visible_is_an_empty_sentence(write, case):
+    text = NOTHING_VISIBLE[case]
+    assert clean_text(text) == ""
+    lines = f"0\ta1\tone\tuno\t1.0\n1\ta2\t{text}\tdos\t0.0\n2\ta3\ttres\t{text}\t0.0\n"
+    train = read_rows(write(PARA_HEADER + lines), TASKS["para"], "train")
+    assert train.ids == ["a1"] and train.warnings == {"empty sentence": [3, 4]}
+    test = read_rows(write(PARA_HEADER + lines), TASKS["para"], "test")
+    assert test.texts == [("one", "uno"), ("", "dos"), ("tres", "")]
+    assert test.warnings["empty sentence, kept"] == [3, 4]
 
 
 def test_a_line_of_backslashes_is_cleaned_at_once():
@@ -316,6 +345,26 @@ def test_subset_keeps_the_chosen_examples_and_only_their_sequences(tokenizer, jo
 def test_subset_of_test_rows_has_no_labels(tokenizer):
     data = tokenize(make_rows([("a",), ("b",)]), tokenizer, joint=False, max_length=9)
     assert data.subset(np.array([1])).rows.labels is None
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_unknown_rows(tokenizer, joint):
+    texts = [
+        ("a b", "c"),
+        ("x y", "a"),
+        ("a", "x"),
+        ("x", "x"),
+        ("x a", "x b"),
+        ("", "a"),
+        ("", "x"),
+        ("a", "a"),
+    ]
+    data = tokenize(make_rows(texts), tokenizer, joint=joint, max_length=9)
+    special = [CLS, SEP, VOCAB["[UNK]"]]
+    assert unknown_rows(data, special) == [data.rows.ids[i] for i in (1, 2, 3, 6)]
+    assert unknown_rows(data.subset(np.array([0, 4, 7])), special) == []
+    single = tokenize(make_rows([("x",), ("a x",), ("",)]), tokenizer, joint=False, max_length=9)
+    assert unknown_rows(single, special) == single.rows.ids[:1]
 
 
 def test_sample_is_fixed_by_its_seed_and_keeps_the_order(tokenizer):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import multitask_classifier
+from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
 from datasets import TaskData, read_rows
 from evaluation import TASK_KINDS, read_predictions, summarise
@@ -25,7 +26,7 @@ from multitask_classifier import main
 from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
-from tests.tiny import make_data, make_encoder
+from tests.tiny import make_config, make_data, make_encoder
 from training.metrics import average
 from training.progress import Progress
 from training.run_folder import Run
@@ -675,6 +676,15 @@ def test_vocabulary_and_embeddings_must_fit(place, tmp_path, capsys):
         file.write("more\n")
     assert main(f"--pretrained {folder} --data_dir {place}/data".split()) == 2
     assert "vocabulary" in capsys.readouterr().err
+
+
+def test_padded_embeddings_train_and_the_checkpoint_is_an_encoder(place, tmp_path, no_plot, capsys):
+    folder = make_encoder(tmp_path / "encoder")
+    BertModel(make_config(128)).save_pretrained(folder)
+    for source, run in [(folder, "a"), (tmp_path / "a" / "best", "b")]:
+        flags = f"--pretrained {source} --data_dir {place}/data --output_dir {tmp_path}/{run} --max_steps 1"
+        assert main([*flags.split(), *TINY.split()]) == 0
+        assert f"--pretrained {source}: vocabulary of" in capsys.readouterr().out
 
 
 def test_damaged_checkpoint_is_no_encoder(place, no_plot, capsys):

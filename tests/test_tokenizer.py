@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from base_bert import resolve_pretrained
+from base_bert import resolve_pretrained, warn_once
 from support.errors import UserError
 from tokenizer import SPECIAL_TOKENS, BertTokenizer, clean_surrogates, read_vocab
 
@@ -175,7 +175,9 @@ FOLDERS = {
     "chinese_words": lambda path: write_vocab(path, VOCAB, tokenize_chinese_chars=False),
     "json_only": lambda path: write_tokenizer_json(path),
     "json_cased": lambda path: write_tokenizer_json(path, VOCAB, {"lowercase": False}, do_lower_case=False),
-    "settings_go_before_json": lambda path: write_tokenizer_json(path, VOCAB, do_lower_case=False),
+    "json_and_vocab": lambda path: write_tokenizer_json(
+        write_vocab(path, VOCAB[::-1]), VOCAB, {"lowercase": False}, do_lower_case=False
+    ),
 }
 
 
@@ -406,21 +408,91 @@ def test_save_keeps_ids_when_some_are_unused(tmp_path):
     assert len(again) == len(tokenizer) == len(VOCAB) + 3
 
 
-def test_vocab_txt_goes_before_tokenizer_json(tmp_path):
-    write_tokenizer_json(tmp_path, VOCAB[::-1])
-    write_vocab(tmp_path, VOCAB)
-    assert BertTokenizer.from_pretrained(tmp_path).encode("the cat")["input_ids"] == [2, *ids("the cat"), 3]
-
-
+@pytest.mark.parametrize("setting", [None, True, False])
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_tokenizer_json_alone_tells_its_casing(tmp_path, lowercase):
-    write_tokenizer_json(tmp_path, VOCAB, normalizer={"lowercase": lowercase})
-    assert BertTokenizer.from_pretrained(tmp_path).do_lower_case is lowercase
+@pytest.mark.parametrize("with_vocab", [True, False])
+def test_tokenizer_json_goes_first(tmp_path, capsys, with_vocab, lowercase, setting):
+    """Before another vocab.txt, and before another casing, which is warned about; its own is not doubted."""
+    warn_once.cache_clear()
+    settings = {} if setting is None else {"do_lower_case": setting}
+    if with_vocab:
+        write_vocab(tmp_path, VOCAB[::-1])
+    write_tokenizer_json(tmp_path, VOCAB, {"lowercase": lowercase}, **settings)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.do_lower_case is lowercase
+    assert tokenizer.encode("The cat")["input_ids"] == [2, *ids("the cat" if lowercase else "The cat"), 3]
+    words = {True: "true", False: "false"}
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path}/tokenizer.json: lowercase is {words[lowercase]}, which goes before"
+        f" {tmp_path}/tokenizer_config.json: do_lower_case is {words[setting]}\n"
+        if setting is not None and setting != lowercase
+        else ""
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("contents", [["[ENT]", "<e>"], ["[MASK]"], [3], [None]])
+def test_added_tokens_are_warned_about(tmp_path, capsys, name, contents):
+    warn_once.cache_clear()
+    write_tokenizer_json(tmp_path, VOCAB)
+    tokens = [{"id": len(VOCAB) + number, "content": content} for number, content in enumerate(contents)]
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    if name == "tokenizer.json":
+        (tmp_path / name).write_text(
+            json.dumps(stored | {"added_tokens": [*stored["added_tokens"], *tokens]})
+        )
+    else:
+        (tmp_path / name).write_text(json.dumps({"added_tokens_decoder": {n["id"]: n for n in tokens}}))
+    assert len(BertTokenizer.from_pretrained(tmp_path)) == len(VOCAB)
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path / name}: adds 2 tokens to the vocabulary, such as '[ENT]'; in a text they are"
+        " read as ordinary characters\n"
+        if "[ENT]" in contents
+        else ""
+    )
+
+
+def test_every_choice_of_tokenizer_json_goes_first_and_null_is_none(tmp_path):
+    own = {"strip_accents": True, "handle_chinese_chars": False}
+    write_tokenizer_json(tmp_path, VOCAB, own, strip_accents=False, tokenize_chinese_chars=True)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.strip_accents is True and tokenizer.tokenize_chinese_chars is False
+    write_tokenizer_json(tmp_path, VOCAB, {"strip_accents": None}, strip_accents=False)
+    assert BertTokenizer.from_pretrained(tmp_path).strip_accents is False
+
+
+@pytest.mark.parametrize(
+    ("pieces", "settings", "warned"),
+    [
+        ("the The ##S cat", {}, "2 of 9 word pieces have capitals, such as 'The'"),
+        ("the ##S", {"strip_accents": None}, "1 of 7 word pieces have capitals, such as '##S'"),
+        ("the Élan", {}, "1 of 7 word pieces have capitals, such as 'Élan'"),
+        ("the The", {"do_lower_case": True}, None),
+        ("the The", {"do_lower_case": False}, None),
+        ("the ##s 中 é ß [X] <Y> [unused1]", {}, None),
+    ],
+)
+def test_capitals_without_a_word_on_casing_are_warned_about(tmp_path, capsys, pieces, settings, warned):
+    warn_once.cache_clear()
+    write_vocab(tmp_path, [*SPECIAL_TOKENS, *pieces.split()], **settings)
+    for _ in range(2):  # said once
+        assert BertTokenizer.from_pretrained(tmp_path).do_lower_case is settings.get("do_lower_case", True)
+    out = capsys.readouterr().out
+    assert out.count("warning") == (warned is not None)
+    assert warned is None or out.startswith(f"warning: {tmp_path}/vocab.txt: {warned}, but nothing says")
 
 
 def test_read_vocab(tmp_path):
     (tmp_path / "vocab.txt").write_bytes("a\r\nb\n\u2028\n\nlast".encode())
     assert read_vocab(tmp_path / "vocab.txt") == {"a": 0, "b": 1, "\u2028": 2, "": 3, "last": 4}
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n\r\n", "\n\n\n\n"])
+def test_what_editors_add_to_a_vocabulary_is_no_piece(tmp_path, start, end):
+    (tmp_path / "vocab.txt").write_text(start + "\n".join(VOCAB) + end, encoding="utf-8", newline="")
+    assert read_vocab(tmp_path / "vocab.txt") == {piece: index for index, piece in enumerate(VOCAB)}
+    assert len(BertTokenizer.from_pretrained(tmp_path)) == len(VOCAB)
 
 
 def write_bytes(name, contents):
@@ -456,8 +528,12 @@ DAMAGE = {
         lambda folder: write_vocab(folder, [*VOCAB, "dog", "cat"]),
         f"vocab.txt:{len(VOCAB) + 2}: 'cat' appears twice, first in line 8; expected each word piece once",
     ),
-    "blank line twice": (lambda folder: write_vocab(folder, [*VOCAB, "", ""]), "'' appears twice"),
+    "blank line twice": (lambda folder: write_vocab(folder, [*VOCAB, "", "", "dog"]), "'' appears twice"),
     "line ends differ": (lambda folder: write_vocab(folder, [*VOCAB, "cat\r"]), "'cat' appears twice"),
+    "pointer": (
+        write_bytes("vocab.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4f\nsize 438\n"),
+        "vocab.txt: a Git LFS pointer, not yet the file itself",
+    ),
     "pipe": (
         lambda folder: os.mkfifo(folder / "vocab.txt"),
         "vocab.txt: cannot be read (not a regular file)",
@@ -476,7 +552,7 @@ DAMAGE = {
     ),
     "casing in tokenizer.json": (
         change_part("normalizer", lowercase=1),
-        "tokenizer.json: do_lower_case is 1; expected true or false",
+        "tokenizer.json: lowercase is 1; expected true or false",
     ),
     "broken tokenizer.json": (write_bytes("tokenizer.json", b"{"), "tokenizer.json: not a JSON file"),
     "BPE": (write_bytes("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}'), NO_PIECES),

@@ -7,8 +7,8 @@ from pathlib import Path
 from base_bert import check_vocab_size
 from bert import BertModel
 from config import TASKS
-from datasets import Rows, TaskData, read_rows, warning_lines
-from support.errors import UserError
+from datasets import Rows, TaskData, count_of, name_some, read_rows, unknown_rows, warning_lines
+from support.errors import UserError, one_line
 from support.files import file_digest
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
@@ -91,7 +91,8 @@ def fingerprint(rows: Rows) -> str:
 def tokenize_split(
     settings: TokenSettings, split_rows: dict[str, Rows], tokenizer: BertTokenizer
 ) -> dict[str, TaskData]:
-    """Tokenize what `read_split` read, and say how much --max_length cuts off."""
+    """Tokenize what `read_split` read; say what --max_length cuts off, and which texts are all unknown."""
+    special_ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id]
     data = {}
     for task, rows in split_rows.items():
         data[task] = tokenize_cached(
@@ -104,6 +105,13 @@ def tokenize_split(
         num_cut = int((data[task].sequences.lengths >= settings.max_length).sum())
         if num_cut:
             print(f"{rows.path}: {num_cut} sequences reach the limit of {settings.max_length} word pieces")
+        unknown = unknown_rows(data[task], special_ids)
+        if unknown:
+            ids = name_some([one_line(row_id, 60) for row_id in unknown])
+            print(
+                f"warning: {rows.path}: {count_of(len(unknown), 'row')} with a sentence of unknown words only"
+                f" ([UNK]), kept (id{'' if len(unknown) == 1 else 's'} {ids})"
+            )
     return data
 
 

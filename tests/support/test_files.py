@@ -13,6 +13,7 @@ import pytest
 from support import files
 from support.errors import UserError
 from support.files import ROOT, lock_folder, read_bytes, read_json, write_text
+from support.text_files import read_data_file
 
 NO_FILES = {
     "absent": (lambda path: None, "No such file or directory"),
@@ -56,6 +57,16 @@ def test_bad_json(tmp_path, case):
         read_json(path)
     assert str(caught.value).startswith(f"{path}: {message}")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("read", [read_bytes, read_json, read_data_file])
+def test_git_lfs_pointer_is_called_one(tmp_path, read):
+    path = tmp_path / "file"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4f\nsize 438\n")
+    with pytest.raises(UserError) as caught:
+        read(path)
+    message = "a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull', or download it"
+    assert str(caught.value) == f"{path}: {message} by hand"
 
 
 def test_write_text_makes_folders_and_keeps_line_ends(tmp_path):
