@@ -302,7 +302,7 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
 
         setattr(owner, name, wrapped)
 
-    def start_training(args, run, *rest, **options):
+    def start_training(run, *rest, **options):
         cell.started_at = cell.step = run.state.step
 
     def start_step(*args, step, **options):
