@@ -40,7 +40,7 @@ test: $(VENV)/installed-dev  ## check layout and lint, run all tests (about thre
 quick: $(VENV)/installed-dev  ## run the tests that take less than two seconds each
 	$(PYTEST) -m "not slow"
 
-faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files, random command lines (an hour)
+faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files, random command lines (ten minutes)
 	$(RUN) -m tests.campaign.faults
 
 data: $(VENV)/installed  ## download the course's data into data/

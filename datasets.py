@@ -106,6 +106,7 @@ WARNINGS = {
     "byte order mark": "begins with a byte order mark, ignored",
     "CRLF": "has Windows line ends (CRLF), accepted",
     "CR": "has lone carriage returns (old Mac line ends), taken for line ends",
+    "blanks in the header": "has blanks around names of columns, ignored",
     "no label": "{rows} without a label, left out",
     "empty sentence": "{rows} with an empty sentence, left out",
     "too few fields": "{rows} with fewer fields than the header has columns, left out",
@@ -139,7 +140,7 @@ class Rows:
 def warning_text(kind: str, lines: list[int]) -> str:
     """A warning without the file's name: `2 rows without a label, left out (lines 17, 204)`."""
     text = WARNINGS[kind].format(rows=count_of(len(lines), "row"))
-    if kind in ("byte order mark", "CRLF"):
+    if kind in ("byte order mark", "CRLF", "blanks in the header"):
         return text
     if kind == "CR":
         return f"{text} (first in line {lines[0]})"
@@ -209,7 +210,8 @@ def check_delimiter(text: str, columns: list[str], path: Path) -> None:
     """Raise a UserError if something other than tabs seems to separate the columns."""
     first_line = re.match("[^\r\n]*", text)[0][:2000]
     for delimiter, name in DELIMITERS.items():
-        if "\t" not in first_line and set(columns) & set(first_line.replace('"', "").split(delimiter)):
+        names = [part.strip() for part in first_line.replace('"', "").strip().split(delimiter)]
+        if "\t" not in first_line and len(names) > 1 and set(columns) & set(names):
             raise UserError(f"{path}:1: separated by {name}, it seems; {expected(columns)}")
 
 
@@ -320,6 +322,10 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     line, header = next(table, (1, None))
     if header is None:
         raise UserError(f"{path}: the file is empty; {expected(columns)}")
+    names = [name.strip() for name in header]
+    if any(name != given and name in columns for name, given in zip(names, header, strict=True)):
+        warnings["blanks in the header"] = [line]
+    header = names
     check_header(header, columns, f"{path}:{line}")
 
     reader = RowReader(path, header, spec, split, warnings)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import write_text
+from support.files import read_head, write_text
 
+TITLE = "# Speed, measured"
 BY_HAND = "<!-- written by hand below -->"
 INTRODUCTION = """
 Written by `python -m benchmarks.speed` from speed.json; only what follows the last line of this part is kept.
@@ -326,7 +327,7 @@ SHOW: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
 
 def make_page(measured: dict) -> str:
     """The page, without what is written by hand."""
-    blocks = ["# Speed, measured", paragraph(INTRODUCTION)]
+    blocks = [TITLE, paragraph(INTRODUCTION)]
     for section, (title, show) in SHOW.items():
         if section in measured:
             found = measured[section]
@@ -338,6 +339,10 @@ def make_page(measured: dict) -> str:
     rows = [target_row(target, measured) for target in TARGETS]
     blocks += ["## Targets", table(["", "measured", "target", ""], rows)]
     return "\n\n".join(blocks) + "\n"
+
+
+def is_page(path: Path) -> bool:
+    return read_head(path).startswith(TITLE.encode())
 
 
 def write_page(path: Path, measured: dict) -> None:

@@ -40,7 +40,7 @@ from benchmarks.contenders import (
     make_pool,
     with_precisions,
 )
-from benchmarks.page import write_page
+from benchmarks.page import is_page, write_page
 from benchmarks.workers import check_losses, race, start_workers
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig, TaskSpec
@@ -49,7 +49,7 @@ from evaluation import TASK_KINDS
 from support.command_line import OneLineParser, number, run_script
 from support.device import describe_machine, is_bf16_fast, resolve_device
 from support.errors import UserError
-from support.files import ROOT, read_json, write_text
+from support.files import ROOT, check_replaceable, read_json, write_text
 from tokenizer import BertTokenizer
 from training.flags import COUNT, PRECISIONS
 
@@ -474,11 +474,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file is there and holds what this command measured."""
+    return path.exists() and path.stat().st_size > 0 and set(read_json(path)) <= set(SECTIONS)
+
+
 def run(argv: list[str] | None) -> None:
     args = get_args(argv)
     torch.set_num_threads(args.num_threads)
-    bench, path = Bench(args), Path(args.results_dir) / "speed.json"
-    stored = read_json(path) if path.exists() else {}
+    path = Path(args.results_dir) / "speed.json"
+    check_replaceable(path, "record of measurements", is_record, "--results_dir")
+    check_replaceable(path.with_name("speed.md"), "page of measurements", is_page, "--results_dir")
+    bench, stored = Bench(args), read_json(path) if is_record(path) else {}
     facts = {
         "command": ["python", "-m", "benchmarks.speed", *(sys.argv[1:] if argv is None else argv)],
         "machine": describe_machine(args.device),

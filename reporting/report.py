@@ -24,7 +24,7 @@ from reporting.pages import Table, command_line, percent, render_html, render_ma
 from reporting.read_run import read_metrics, read_scores
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
-from support.files import whole_file, write_text
+from support.files import check_replaceable, read_head, whole_file, write_text
 from training.flags import read_run
 from training.resolve import data_settings, head_name, output_settings
 from training.run_folder import ARGS_FILE, read_args_file
@@ -33,6 +33,11 @@ NUM_MISTAKES = 5  # shown for each task
 MAX_TEXT = 160  # characters shown of a sentence
 # Between a run's scores and those recomputed from its prediction files, which hold float32 numbers as text.
 SCORE_TOLERANCE = 1e-6
+# How our pages begin, so that no other file is taken for one and replaced.
+OWN_PAGES = {
+    "report.md": lambda path: read_head(path).startswith(b"# Run "),
+    "report.html": lambda path: b"<title>Run " in read_head(path),
+}
 
 
 @dataclass
@@ -47,9 +52,15 @@ class Picture:
 
     def write(self, run_dir: Path) -> Path:
         path = run_dir / self.path
+        check_replaceable(path, "picture of a run", is_picture)
         with whole_file(path) as temporary:
             temporary.write_bytes(self.png)
         return path
+
+
+def is_picture(path: Path) -> bool:
+    head = read_head(path)
+    return head.startswith(b"\x89PNG") and b"Matplotlib" in head
 
 
 def draw(path: str, caption: str, figure) -> Picture | None:
@@ -355,7 +366,12 @@ def report(argv: list[str] | None) -> None:
         *page["conflict"].get("pictures", ()),
         *(task["picture"] for task in page["tasks"]),
     ]
-    for picture in filter(None, pictures):
+    pictures = list(filter(None, pictures))
+    for path, is_own in OWN_PAGES.items():
+        check_replaceable(run_dir / path, "page of a run", is_own)
+    for picture in pictures:
+        check_replaceable(run_dir / picture.path, "picture of a run", is_picture)
+    for picture in pictures:
         picture.write(run_dir)
     for name, render in (("report.md", render_markdown), ("report.html", render_html)):
         write_text(run_dir / name, render(f"{name}.jinja", **page))

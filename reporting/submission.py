@@ -15,7 +15,7 @@ from datasets import read_rows
 from evaluation import PREDICTION_STYLES, check_predictions, prediction_name
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
-from support.files import ROOT, whole_file
+from support.files import ROOT, check_replaceable, whole_file
 from training.flags import task_list
 
 ZIP_NAME = "cs224n_default_final_project_submission.zip"
@@ -71,6 +71,15 @@ def find_code() -> list[Path]:
     return sorted(path for path in found if path.is_file())  # no pipes
 
 
+def is_submission(path: Path) -> bool:
+    """Whether a file is a zip with the project's main script in it, as this command or the course's makes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(Path(name).name == "multitask_classifier.py" for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeError):  # no zip, or an odd one
+        return False
+
+
 def write_zip(path: Path, predictions: list[Path], code: list[Path]) -> None:
     """Write the zip whole or not at all; names inside are fixed, whatever the folders are called."""
     # strict_timestamps: a file from before 1980, as some package managers date all of theirs, is no error.
@@ -96,6 +105,8 @@ def submit(argv: list[str] | None) -> None:
     parser.add_argument("--output", type=Path, default=Path(ZIP_NAME), help=f"the zip (default: {ZIP_NAME})")
     parser.add_argument("--check_only", action="store_true", help="check, write no zip")
     args = parser.parse_args(argv)
+    if not args.check_only:
+        check_replaceable(args.output, "submission", is_submission, "--output")
     folder = args.run_dir / "predictions" if (args.run_dir / "predictions").is_dir() else args.run_dir
     files, errors, warnings = check_folder(folder, args.data_dir, args.tasks)
     for warning in warnings:

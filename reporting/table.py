@@ -21,7 +21,13 @@ from evaluation import prediction_name
 from reporting.jobs import Job, Stage, run_jobs
 from reporting.poster import ROWS
 from reporting.read_run import read_scores
-from reporting.table_pages import TEST_FILES, format_claims, format_comparison, write_results
+from reporting.table_pages import (
+    TEST_FILES,
+    check_results_dir,
+    format_claims,
+    format_comparison,
+    write_results,
+)
 from reporting.table_statistics import DevData, FinishedRun, Table, read_finished_run
 from support.command_line import OneLineParser, number, run_script
 from support.device import is_bf16_fast
@@ -320,6 +326,7 @@ def run(argv: list[str] | None) -> None:
             check_settings(args, row, seed, folder_of(args.runs_dir, row, seed))
     if args.dry_run:
         return print_plan(args)
+    check_results_dir(args.results_dir)
     jobs = [make_job(args, row, seed) for seed in args.seeds for row in args.rows]  # a seed of all rows first
     num_threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     failed = [] if args.no_train else run_jobs(jobs, args.jobs, num_threads)

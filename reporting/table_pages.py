@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from reporting.poster import CLAIMS, POSTER_TEST, ROWS, SCORES, Claim
 from reporting.report import list_values, training_seconds
 from reporting.significance import Interval, mean_and_sd, verdict, with_overalls
 from reporting.table_statistics import Table
-from support.files import whole_file, write_text
+from support.errors import UserError
+from support.files import read_head, whole_file, write_text
 
 # Rows whose conflicts are drawn: without surgery, with it, and where tasks meet additional data.
 CONFLICT_ROWS = ("diff", "surgery_diff", "surgery_diff_extra")
@@ -29,6 +31,7 @@ PICTURES = {
     "confusion.png": "Sentiment: the best seed of the row with the best overall.",
     "similarity.png": "Similarity: the same run.",
 }
+HEADING = b"# The poster's table, measured\n"  # of templates/table.md.jinja
 TEST_FILES = [f"predictions/{prediction_name(task, 'test', 'starter')}" for task in DEFAULT_TASKS]
 
 
@@ -287,6 +290,22 @@ def draw_figures(table: Table) -> dict[str, object]:
 def dev_scores(summary: dict) -> dict[str, float]:
     scores = {task: select_score(summary, task, TASKS) for task in summary["tasks"]}
     return scores | ({"mean": summary["mean"]} if len(scores) > 1 else {})
+
+
+def check_results_dir(folder: Path) -> None:
+    """Make sure that a table's files replace nothing but those of an earlier table.
+
+    Raises:
+        UserError: if one of them is there without our page beside it; a run's predictions, for example.
+    """
+    page = folder / "table.md"
+    if page.is_file() and read_head(page).startswith(HEADING):
+        return
+    for name in ("table.md", "table.csv", "runs.csv", "table.tex", *PICTURES, *TEST_FILES):
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"--results_dir {folder}: {name} there is no earlier table's; expected another folder"
+            )
 
 
 def write_results(

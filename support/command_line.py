@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import difflib
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -17,12 +18,53 @@ from support.errors import UserError
 
 Result = TypeVar("Result")
 
+DASHES = (
+    "-",
+    "\u2010",
+    "\u2012",
+    "\u2013",
+    "\u2014",
+    "\u2212",
+)  # as text processors make them of two hyphens
+NO_DASHES = str.maketrans(dict.fromkeys((*DASHES, "_"), ""))
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports an error as one line; the usage of this many flags would bury it."""
+    """Reports an error as one line; the usage of this many flags would bury it. Knows nearly right names."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = {simplify(flag): flag for flag in self._option_string_actions if flag.startswith("--")}
+            near = [nearest(word.partition("=")[0], flags) for word in unknown if word[0:1] in DASHES]
+            hint = f"; did you mean {near[0]}?" if near and near[0] else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
+
+    def _check_value(self, action: argparse.Action, value) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = nearest(str(value), {simplify(str(choice)): choice for choice in action.choices})
+            if near:
+                error.message += f"; did you mean {near}?"
+            raise
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def simplify(name: str) -> str:
+    """A name without what is easily mistaken in it: dashes of all kinds, underscores, capitals."""
+    return name.lower().translate(NO_DASHES)
+
+
+def nearest(word: str, names: Mapping[str, str]) -> str | None:
+    """The one of `names`, by their simplified spellings, that a word was probably meant to be."""
+    word = simplify(word[:100])
+    found = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+    found = found or [name for name in names if len(word) > 2 and name.startswith(word)]
+    return names[found[0]] if found else None
 
 
 def printable(text: str) -> str:

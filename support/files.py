@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from support.errors import UserError, quote
 ROOT = Path(__file__).resolve().parent.parent  # of the project
 MAX_TEXT_BYTES = 2**24  # of JSON, a vocabulary, predictions; the largest real one has half of it
 MAX_DATA_BYTES = 2**28  # of a file of sentences; Quora has a tenth of it
+HEAD_BYTES = 4096
 LOCK_FILE = ".lock"
 GIT_LFS_START = b"version https://git-lfs"
 
@@ -94,6 +96,36 @@ def default_mode() -> int:
     umask = os.umask(0o077)  # there is no way to ask for it without setting it
     os.umask(umask)
     return 0o666 & ~umask
+
+
+def read_head(path: Path) -> bytes:
+    """The first bytes of a file: enough to tell what wrote it."""
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def check_replaceable(path: Path, kind: str, is_own: Callable[[Path], bool], flag: str = "") -> None:
+    """Make sure that writing to a path replaces nothing but what we have written there before.
+
+    Whatever else lies there is somebody's: an input of this command, perhaps, or a link to one.
+
+    Args:
+        kind: of the file to be written, for messages.
+        is_own: whether a file that is not empty is one of that kind.
+        flag: that has named the path, if one has.
+
+    Raises:
+        UserError: if the path is taken by a folder, a dangling link or a file that is not ours.
+    """
+    place = f"{flag} {path}".strip()
+    if path.is_dir():
+        raise UserError(f"{place}: is a folder; expected a file")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{place}: is a link to {os.readlink(path)}, which does not exist")
+    if path.exists() and not (is_regular(path) and (not path.stat().st_size or is_own(path))):
+        raise UserError(
+            f"{place}: exists and is no {kind}; expected a new name, or an earlier {kind} to replace"
+        )
 
 
 @contextmanager

@@ -6,7 +6,8 @@
 
 The files come from the public repository https://github.com/gpoesia/minbert-default-final-project (commit
 7ac8260, folder `data`). Each one is compared with the blob id that git gave it in that commit, so it does not
-matter which mirror it came from. Running the command again fetches only what is missing or wrong.
+matter which mirror it came from. Running the command again fetches only what is missing or wrong; a wrong
+file, which may be somebody's own, is kept as NAME.csv.old.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import socket
 import sys
 import urllib.parse
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch.hub
@@ -88,6 +90,17 @@ def fetch(url: str, path: Path, blob_id: str) -> None:
             raise UserError(
                 f"{path.name}: what came from {url} is {problem}; name another source by --base_url"
             )
+        keep_aside(path)
+
+
+def keep_aside(path: Path) -> None:
+    """Give a file that is in the way, perhaps somebody's own version of the data, another name."""
+    if not os.path.lexists(path) or path.is_symlink() or not is_regular(path) or not path.stat().st_size:
+        return
+    names = (path.with_name(f"{path.name}.old{number or ''}") for number in count())
+    kept = next(name for name in names if not os.path.lexists(name))
+    path.rename(kept)
+    print(f"{path.name}: what was there is now {kept.name}")
 
 
 def download(names: list[str], base_url: str, folder: Path) -> None:

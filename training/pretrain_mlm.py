@@ -31,7 +31,7 @@ from base_bert import (
     resolve_pretrained,
 )
 from bert import BertModel
-from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig
+from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import BatchOrder, Rows, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.command_line import StopRequest, catch_signals, number, run_script
@@ -75,6 +75,7 @@ from training.run_parser import (
 from training.sources import EXTRA_SOURCES, add_sources, text_key
 
 LAST = "last"  # the checkpoint that an unfinished run goes on from
+NEW = "encoder.new"  # the finished encoder, before its files get their names
 TENSORS_FILE = "training.safetensors"  # in it
 ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
 # In the order in which --overwrite removes them: a folder with config.json is finished, one with args.json is
@@ -264,7 +265,7 @@ def find_run(folder: Path, pretrained: str, overwrite: bool) -> dict | None:
     Raises:
         UserError: if the folder holds a finished run (without --overwrite) or files of something else.
     """
-    present = [name for name in OUTPUT_FILES if (folder / name).exists()]
+    present = [name for name in (*OUTPUT_FILES, NEW) if (folder / name).exists()]
     present += [path.name for path in versions(folder / LAST)]
     if not present:
         return None
@@ -382,7 +383,7 @@ def load_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW) -> MlmStat
 
 def save_encoder(folder: Path, model: BertForMaskedLM, tokenizer: BertTokenizer) -> None:
     """Write the finished encoder; `config.json` comes last, so that a folder with it is complete."""
-    new = folder / "encoder.new"
+    new = folder / NEW
     model.bert.save_pretrained(new)
     tokenizer.save_pretrained(new)
     for name in reversed(ENCODER_FILES):
@@ -486,20 +487,19 @@ def train(
 # --- from the command line ------------------------------------------------------------------------
 
 
-def resolve_args(args: argparse.Namespace, config: BertConfig) -> None:
-    """Fit --max_length to the encoder, and --device and --precision to this machine, in place."""
-    args.max_length = min(args.max_length, config.max_position_embeddings)
+def resolve_machine(args: argparse.Namespace) -> None:
+    """Fit --device and --precision to this machine, in place."""
     device = resolve_device(args.device)
     args.device = str(device)
     if args.precision == "auto":
         args.precision = "bf16" if is_bf16_fast(device) else "fp32"
-    print(f"chosen: max_length {args.max_length}, device {device}, precision {args.precision}")
 
 
 def start(args: argparse.Namespace) -> None:
     """Train, from where a stopped run left off if there is one, and write the encoder."""
     folder = Path(args.output_dir)
     stored = find_run(folder, args.pretrained, args.overwrite)
+    resolve_machine(args)  # before the data are read, which takes a while
     sentences, dev_sentences = read_sentences(
         Path(args.data_dir),
         args.tasks,
@@ -508,7 +508,8 @@ def start(args: argparse.Namespace) -> None:
         eval_max_examples=args.eval_max_examples,
     )
     model, tokenizer, report = load_encoder(args.pretrained, args.seed)
-    resolve_args(args, model.bert.config)
+    args.max_length = min(args.max_length, model.bert.config.max_position_embeddings)
+    print(f"chosen: max_length {args.max_length}, device {args.device}, precision {args.precision}")
     text, dev_text = (
         MaskedText(found, tokenizer, args.max_length, args.mlm_prob) for found in (sentences, dev_sentences)
     )

@@ -7,7 +7,6 @@ objects of `training.settings`.
 
 import argparse
 import math
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from kernels.fused import find_compiler, pays_off
 from pcgrad import GRAD_METHODS
 from support.device import is_bf16_fast, make_autocast, resolve_device
 from support.errors import UserError
+from support.files import check_replaceable, read_head
 from training.settings import (
     HEAD_DROPOUT_PROB,
     DataSettings,
@@ -280,30 +280,18 @@ def check_outputs(output: OutputSettings) -> None:
     files = output.prediction_files.items()
     for (task, split), path in (item for item in files if item[0][1] in output.predict_splits):
         flag = f"--{task}_{split}_out"
-        if path.is_dir():
-            raise UserError(f"{flag} {path}: is a folder; expected a file")
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"{flag} {path}: is a link to {os.readlink(path)}, which does not exist")
-        # An input of this command, a setting or a checkpoint of the run, or whatever else lies there.
-        if path.exists() and not is_prediction_file(path):
-            raise UserError(
-                f"{flag} {path}: exists and is no prediction file; expected a new name, or an earlier"
-                " prediction file to replace"
-            )
+        check_replaceable(path, "prediction file", is_prediction_file, flag)
         if path.resolve() in taken:
             raise UserError(f"{flag} {path}: already taken by {taken[path.resolve()]}")
         taken[path.resolve()] = flag
 
 
 def is_prediction_file(path: Path) -> bool:
-    """Whether a file is empty or begins as a prediction file of any task does."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        header = file.read(200).partition(b"\n")[0].decode("utf-8", "replace")
+    """Whether a file begins as a prediction file of any task does."""
+    header = read_head(path).partition(b"\n")[0].decode("utf-8", "replace")
     names = [part.strip() for part in header.replace("\t", ",").split(",")]
     columns = {column for spec in TASKS.values() for column in (spec.prediction_column, spec.handout_column)}
-    return not header or (len(names) == 2 and names[0] == "id" and names[1] in columns)
+    return len(names) == 2 and names[0] == "id" and names[1] in columns
 
 
 def check_own_predictions(args: argparse.Namespace, stored: dict, rows: dict[str, dict[str, Rows]]) -> None:

@@ -167,7 +167,8 @@ def text_key(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 def read_table(lines: Iterable[str], columns, **dialect) -> Iterator[dict]:
     reader = csv.DictReader(lines, fieldnames=columns, strict=True, **dialect)
-    names = [name for name in reader.fieldnames or () if name]
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    names = list(filter(None, reader.fieldnames))
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
     for row in reader:

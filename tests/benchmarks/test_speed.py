@@ -293,6 +293,23 @@ def test_errors_are_one_line(flags, message, encoder, tmp_path, capsys):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("speed.md", "My notes on speed.\n"),
+        ("speed.json", '{"kmh": 130}'),
+        ("speed.json", "my notes"),
+    ],
+)
+def test_files_that_are_not_ours_are_kept(tmp_path, monkeypatch, capsys, name, text):
+    monkeypatch.setattr(speed, "Bench", None)  # nothing is read or measured before
+    (tmp_path / name).write_text(text)
+    assert main(["step", "--results_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / name) in error
+    assert (tmp_path / name).read_text() == text
+
+
 def test_first_step_is_seen_in_the_output_and_a_failure_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "ROOT", tmp_path)
     script = tmp_path / "multitask_classifier.py"

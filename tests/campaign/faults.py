@@ -1,6 +1,6 @@
 """A fault campaign: runs are killed and resumed, broken files are read, and nothing may go wrong.
 
-    python -m tests.campaign.faults                     # everything, about an hour; writes results/faults.md
+    python -m tests.campaign.faults                 # everything, ten minutes; writes results/faults.md
     python -m tests.campaign.faults kills --kills 50 --seed 1
 
 - kills: small runs are killed at random moments (by signals, inside a save, by a power cut), resumed,
@@ -48,12 +48,13 @@ from heads import PAIR_HEADS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
 from support.device import describe_machine
-from support.files import ROOT, write_text
+from support.files import ROOT, check_replaceable, read_head, write_text
 from tests.campaign import forks
 from tests.campaign.forks import DOING, Died, Ended, Strike
 from tests.tiny import make_data, make_encoder
 from training.run_folder import ARGS_FILE, describe_code, describe_versions
 
+TITLE = "# Faults"
 NUM_SETTINGS = 10  # different runs to kill
 PLOT_SHARE = 0.05  # of the runs that also draw their curves, which takes a second
 # Imported once, for all forks: it takes seconds.
@@ -66,9 +67,10 @@ KINDS = {
     "SIGTERM": (143, -15),
     "SIGTERM twice": (143, -15),
     "SIGINT": (130, -2),
+    "SIGHUP": (129, -1),
     "damaged last/": (-9,),
 }
-SIGNALS = {"SIGKILL at a random time": signal.SIGKILL, "SIGINT": signal.SIGINT}
+SIGNALS = {"SIGKILL at a random time": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
 FACTORS = {
     "sampler": tuple(SAMPLERS),
     "grad_method": tuple(GRAD_METHODS),
@@ -479,7 +481,7 @@ def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) ->
     facts += [f"{machine['processor']}, {machine['cores']} cores, 1 thread a run", sys.platform]
     num_wrong, num_cases = (sum(getattr(o, name) for o in outcomes) for name in ("num_wrong", "num_cases"))
     lines = [
-        "# Faults",
+        TITLE,
         "",
         f"Made by `{shlex.join(['python', '-m', 'tests.campaign.faults', *argv])}`; its docstring says how.",
         f"**{num_wrong} of {num_cases} cases were wrong.**",
@@ -499,6 +501,10 @@ def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) ->
     for path, name in hide.items():
         page = page.replace(path, name)
     return page
+
+
+def is_page(path: Path) -> bool:
+    return read_head(path).startswith(TITLE.encode())
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -522,6 +528,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(sections):
         parser.error(f"section {min(unknown)!r}; expected some of {', '.join(sections)}")
+    if args.output:
+        check_replaceable(args.output, "page of a campaign", is_page, "--output")
     if args.output is None and args.sections == sections and args.kills >= 200 and args.cases >= 10_000:
         args.output = ROOT / "results" / "faults.md"
     return args

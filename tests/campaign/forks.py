@@ -251,7 +251,7 @@ def run_forked(
 def run_in_child(work: Callable[[], int], folder: Path, files: tuple, seconds: float) -> None:
     code = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGALRM):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -302,7 +302,7 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
 
         setattr(owner, name, wrapped)
 
-    def start_training(args, run, *rest, **options):
+    def start_training(run, *rest, **options):
         cell.started_at = cell.step = run.state.step
 
     def start_step(*args, step, **options):

@@ -17,12 +17,14 @@ from tests.reporting.read_pages import NASTY, HtmlPage, markdown_rows
 from tests.tiny import make_data
 from training.flags import get_args
 
+PNG = b"\x89PNG Software Matplotlib"
+
 
 @pytest.fixture(autouse=True)
 def no_drawing(request, monkeypatch):
     """Pictures take most of a page's time; only tests that are about them wait for it."""
     if "picture" not in request.node.name and "plot" not in request.node.name:
-        monkeypatch.setattr(Figure, "savefig", lambda figure, buffer, **settings: buffer.write(b"png"))
+        monkeypatch.setattr(Figure, "savefig", lambda figure, buffer, **settings: buffer.write(PNG))
 
 
 def change_json(path, change):
@@ -134,6 +136,21 @@ def test_a_page_can_be_made_twice_and_nothing_else_changes(run_dir):
     assert (run_dir / "report.html").read_bytes() == first
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(run_dir.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "report/conflict.png", "curves.png"])
+def test_files_of_the_same_name_that_are_not_ours_are_kept(run_dir, name, capsys):
+    path = run_dir / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("my own notes on this run")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert main([str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{path}: exists and is no " in error
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    path.unlink()
+    path.symlink_to("args.json" if path.parent == run_dir else "../args.json")
+    assert main([str(run_dir)]) == 2
 
 
 # --- runs with something missing --------------------------------------------------------------------------

@@ -108,13 +108,47 @@ def test_names_in_the_zip_do_not_depend_on_folders(place):
 
 def test_links_are_not_written_through(place):
     (place / "elsewhere").write_text("as it was")
-    for name in ("x.zip", "x.zip.tmp"):
-        (place / name).symlink_to("elsewhere")
+    (place / "x.zip.tmp").symlink_to("elsewhere")
     for path in (place / "run" / "predictions").iterdir():
         os.utime(path, (0, 0))  # from before 1980, which zip files cannot say
     assert run(place) == 0
     assert (place / "elsewhere").read_text() == "as it was"
     assert not (place / "x.zip").is_symlink() and zipfile.is_zipfile(place / "x.zip")
+
+
+def test_an_earlier_submission_is_replaced(place):
+    assert run(place) == 0
+    first = (place / "x.zip").read_bytes()
+    path = place / "run" / "predictions" / "sst-dev-output.csv"
+    path.write_text(path.read_text().replace(", 1 ", ", 2 "))
+    assert run(place) == 0
+    assert (place / "x.zip").read_bytes() != first
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("thesis.tex", "years of work")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("data/sts-train.csv", None),
+        ("run/predictions/sst-dev-output.csv", None),
+        ("mine.zip", other_zip),
+        ("link.zip", lambda path: path.symlink_to("data/sts-train.csv")),
+    ],
+)
+def test_nothing_else_is_replaced(place, name, make, capsys):
+    path = place / name
+    if make:
+        make(path)
+    before = path.read_bytes()
+    assert run(place, "--output", str(path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--output {path}: exists and is no submission" in error
+    assert path.read_bytes() == before
+    assert run(place, "--output", str(path), "--check_only") == 0
 
 
 # --- what is refused --------------------------------------------------------------------------------------

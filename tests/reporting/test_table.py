@@ -77,6 +77,16 @@ def starts(runs_dir):
     return {log.stem: sum(line.startswith("$ ") for line in log.read_text().splitlines()) for log in logs}
 
 
+def test_results_in_a_runs_folder_are_refused_before_anything_runs(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "run_jobs", None)
+    path = tmp_path / "predictions" / "sst-test-output.csv"
+    path.parent.mkdir()
+    path.write_text("id \t Predicted_Sentiment \n")
+    assert main(command(place, "--rows diff --seeds 0", results_dir=tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--results_dir {tmp_path}: predictions/sst-test-output.csv" in error
+
+
 # --- rows and flags ---------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,10 @@ from reporting import pages
 from reporting.poster import CLAIMS, ROWS, SCORES
 from reporting.significance import Interval, mean_and_sd
 from reporting.table_pages import (
+    HEADING,
     PICTURES,
     TEST_FILES,
+    check_results_dir,
     claims_table,
     differences_table,
     draw_figures,
@@ -33,6 +35,7 @@ from reporting.table_pages import (
     write_results,
 )
 from reporting.table_statistics import Table
+from support.errors import UserError
 from tests.fake_runs import SCRIPT, all_tasks, make_table
 from tests.reporting.read_pages import markdown_rows
 from tests.tiny import make_data
@@ -309,9 +312,24 @@ def test_files_of_an_earlier_table_go(tmp_path, one_run, monkeypatch):
     (tmp_path / "predictions").mkdir()
     for name in ("scores.png", "predictions/sst-test-output.csv", "mine.png"):
         (tmp_path / name).write_text("old")
+    (tmp_path / "table.md").write_bytes(HEADING)
+    check_results_dir(tmp_path)
     written = write_results(one_run, tmp_path, COMMAND, None)
     assert [path.name for path in written] == ["table.md", "table.csv", "runs.csv", "table.tex"]
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*written, tmp_path / "mine.png"}
+
+
+@pytest.mark.parametrize("name", ["table.md", "runs.csv", "scores.png", "predictions/sts-test-output.csv"])
+def test_files_that_are_no_earlier_tables_are_kept(tmp_path, name):
+    check_results_dir(tmp_path)
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / name).write_text("a run's, or one's own")
+    with pytest.raises(UserError, match=f"^--results_dir {tmp_path}: {name} there is no earlier table's"):
+        check_results_dir(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no earlier table's"):
+        check_results_dir(tmp_path)
 
 
 def test_pictures_show_the_rows_and_the_best_run(table):

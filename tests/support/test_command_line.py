@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from support.command_line import Stopped, catch_signals, printable, run_script
+import multitask_classifier
+import prepare_submit
+import results_table
+from benchmarks import speed
+from reporting import report
+from support.command_line import OneLineParser, Stopped, catch_signals, printable, run_script
 from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
 from support.errors import UserError
 from support.files import ROOT
+from training import pretrain_mlm
 
 CODE = """
 import resource, sys
@@ -52,6 +58,49 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     keep_freed_memory()
+
+
+# --- names that are nearly right ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("--max_step 5", "--max_steps"),
+        ("--max-steps 5", "--max_steps"),
+        ("--MaxSteps 5", "--max_steps"),
+        ("-max_steps 5", "--max_steps"),
+        ("\u2014max_steps 5", "--max_steps"),
+        ("--max_setps=5", "--max_steps"),
+        ("--max", "--max_steps"),
+        ("folder --fine_tune_mode full", "--fine-tune-mode"),
+        ("--seed 3", None),
+        ("stray", None),
+        ("--" + "max_steps" * 10_000, None),
+        ("--sampler Round-Robin", "round_robin"),
+        ("--sampler sqroot", "sqrt"),
+        ("--sampler \x1b[31m", None),
+        ("--sampler nothing_like_it", None),
+    ],
+)
+def test_a_nearly_right_name_is_recognised(argv, meant, capsys):
+    parser = OneLineParser(prog="x", allow_abbrev=False)
+    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--fine-tune-mode")
+    parser.add_argument("--sampler", choices={"round_robin": 1, "sqrt": 2})
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(argv.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.endswith(f"; did you mean {meant}?\n") if meant else "did you mean" not in error
+
+
+def test_every_script_knows_nearly_right_names(capsys):
+    for script in (multitask_classifier, prepare_submit, results_table, report, pretrain_mlm, speed):
+        with pytest.raises(SystemExit):
+            script.main(["step", "--hlep", "--output_dir", "x"])
+        error = capsys.readouterr().err
+        assert error.endswith("; did you mean --help?\n") and error.count("\n") == 1
 
 
 # --- signals and errors ---------------------------------------------------------------------------

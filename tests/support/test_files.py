@@ -12,7 +12,7 @@ import pytest
 
 from support import files
 from support.errors import UserError
-from support.files import ROOT, lock_folder, read_bytes, read_json, write_text
+from support.files import ROOT, check_replaceable, lock_folder, read_bytes, read_head, read_json, write_text
 from support.text_files import read_data_file
 
 NO_FILES = {
@@ -96,6 +96,45 @@ def test_write_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         write_text(path, "next")
     assert path.read_text() == "old"
+
+
+def link_to(target):
+    return lambda path: path.symlink_to(target)
+
+
+TAKEN = {
+    "a data file": (lambda path: path.write_text("id\tsentence\n"), "exists and is no page; expected"),
+    "a folder": (Path.mkdir, "is a folder; expected a file"),
+    "a pipe": (os.mkfifo, "exists and is no page; expected a new name, or an earlier page to replace"),
+    "a link to a data file": (link_to("data.csv"), "exists and is no page; expected"),
+    "a link to a device": (link_to("/dev/null"), "exists and is no page; expected"),
+    "a link to nothing": (link_to("absent"), "is a link to absent, which does not exist"),
+}
+FREE = {
+    "nothing": lambda path: None,
+    "an empty file": Path.touch,
+    "an earlier page": lambda path: path.write_text("# Page\n"),
+    "a link to an earlier page": link_to("page.md"),
+}
+
+
+def is_page(path):
+    return read_head(path).startswith(b"# Page")
+
+
+@pytest.mark.parametrize("case", [*TAKEN, *FREE])
+def test_only_our_own_files_are_replaced(tmp_path, case):
+    (tmp_path / "data.csv").write_text("id\tsentence\n")
+    (tmp_path / "page.md").write_text("# Page\n")
+    path = tmp_path / "output"
+    make, message = TAKEN.get(case) or (FREE[case], None)
+    make(path)
+    if message is None:
+        check_replaceable(path, "page", is_page)
+        return
+    with pytest.raises(UserError) as caught:
+        check_replaceable(path, "page", is_page, "--output")
+    assert str(caught.value).startswith(f"--output {path}: {message}")
 
 
 # --- the lock -------------------------------------------------------------------------------------

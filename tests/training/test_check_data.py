@@ -96,6 +96,11 @@ BAD_DATA = {
         b"PK\x03\x04rest",
         ": looks like a zip archive or a spreadsheet; unpack it, or export it as tab-separated text",
     ),
+    "pointer of Git LFS": Case(
+        "train",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
+        ": looks like a pointer of Git LFS instead of the file; fetch that with 'git lfs pull'",
+    ),
     "NUL byte": row("2\ta3\tth\0ree\t1", NUL),
     "nothing but NUL bytes": Case("train", "\0" * 5000, f":1: {NUL}"),
     "not UTF-8": Case(
@@ -142,6 +147,16 @@ BAD_DATA = {
     ),
     "semicolons": Case(
         "test", "id;sentence\na1;one\n", f":1: separated by semicolons, it seems; {TEST_COLUMNS}"
+    ),
+    "commas and blanks": Case(
+        "train", "id , sentence , sentiment\n", f":1: separated by commas, it seems; {COLUMNS}"
+    ),
+    "one column": Case("train", "sentence\none\n", f":1: no column 'id'; {COLUMNS}, found sentence"),
+    "one column and a blank": Case("dev", "id \na1\n", f":1: no column 'sentence'; {COLUMNS}, found id"),
+    "column twice, once with a blank": Case(
+        "train",
+        GOOD.replace("\tid", "id \tid"),
+        f":1: two columns 'id'; {COLUMNS}, found id, id, sentence, sentiment",
     ),
     # Quotation marks and fields.
     "quote never closed": row(
@@ -213,6 +228,11 @@ BAD_DATA = {
         "train",
         GOOD.replace("\n", "\r"),
         ": has lone carriage returns (old Mac line ends), taken for line ends (first in line 1)",
+    ),
+    "blanks in the header": warning(
+        "train",
+        GOOD.replace("id\tsentence\tsentiment", "id \t sentence\t\u00a0sentiment "),
+        ": has blanks around names of columns, ignored",
     ),
     "no label": warning(
         "train", GOOD + "2\ta3\tx\t\n3\ta4\tx\t \n", ": 2 rows without a label, left out (lines 4, 5)"
@@ -332,6 +352,7 @@ ERRORS_ON_THE_PAGE = {
 }
 WARNINGS_ON_THE_PAGE = {
     "byte order mark": "byte order mark",
+    "blanks in the header": "blanks around the header's names",
     "CRLF": "Windows",
     "CR": "old Mac line ends",
     "no label": "without a label",
@@ -369,6 +390,7 @@ def test_what_is_accepted_is_read_rightly(folder):
         "\ufeff" + text,
         "\n\n" + text,
         text[:-1],
+        text.replace("\tid\tsentence\t", " \t id\tsentence \t"),
     )
     for variant in (*variants, text.replace("\n", "\n\n\n")):
         path.write_bytes(variant.encode())

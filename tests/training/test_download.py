@@ -127,6 +127,18 @@ def test_bad_reply_changes_nothing(server, tmp_path, capsys, case):
     assert f"{server.url}/second.csv {reason}" in error and "--base_url" in error
 
 
+def test_files_with_other_content_are_kept(server, tmp_path, capsys):
+    for number, content in (("", b"my own rows"), ("1", b"my newer rows")):
+        (tmp_path / "first.csv").write_bytes(content)
+        assert run(tmp_path, "--base_url", server.url) == 0
+        assert (tmp_path / f"first.csv.old{number}").read_bytes() == content
+        assert f"first.csv: what was there is now first.csv.old{number}\n" in capsys.readouterr().out
+    (tmp_path / "first.csv").write_bytes(b"")  # nothing to lose
+    assert run(tmp_path, "--base_url", server.url) == 0
+    old = {"first.csv.old": b"my own rows", "first.csv.old1": b"my newer rows"}
+    assert files_in(tmp_path) == ALL_RIGHT | old
+
+
 def test_host_that_does_not_answer(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.1)
     before = socket.getdefaulttimeout()

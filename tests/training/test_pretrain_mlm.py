@@ -30,6 +30,8 @@ from training.masked_lm import BertForMaskedLM, MaskedText, load_head, mask_toke
 from training.pretrain_mlm import (
     ENCODER_FILES,
     LAST,
+    NEW,
+    OUTPUT_FILES,
     TENSORS_FILE,
     evaluate,
     main,
@@ -448,9 +450,10 @@ def test_learning_rate_and_log(place, monkeypatch):
     "act, code, saved",
     [
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 5),  # finishes the update, saves, ends
+        (lambda: os.kill(os.getpid(), signal.SIGHUP), 129, 5),
         (interrupt, 130, 4),  # ends at once, as a kill does: back to the last save
     ],
-    ids=["signal", "kill"],
+    ids=["SIGTERM", "SIGHUP", "kill"],
 )
 def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act, code, saved):
     out = f"stopped{code}"
@@ -549,9 +552,15 @@ def test_finished_run_is_kept_without_overwrite(place, capsys, tmp_path):
     assert run(place, "--seed 5 --overwrite", "again") == 0
     assert (place / "again" / "model.safetensors").read_bytes() != kept
     assert len((place / "again" / "metrics.jsonl").read_text().splitlines()) == 5
-    # --overwrite is for our own runs: neither another encoder's folder nor the one that is read.
+    # --overwrite is for our own runs: not for other files, another encoder's folder or the one that is read.
     assert run(place, "--overwrite", "encoder") == 2
     assert "not this script's" in capsys.readouterr().err and (place / "encoder" / "config.json").exists()
+    for name in (*OUTPUT_FILES, NEW):
+        (tmp_path / name).write_text("somebody's")
+        for flags in ("", "--overwrite"):
+            assert run(place, flags, str(tmp_path)) == 2
+            assert name in capsys.readouterr().err and (tmp_path / name).read_text() == "somebody's"
+        (tmp_path / name).unlink()
     assert run(place, f"--overwrite --pretrained {place / 'again'}", "again") == 2
     assert "--pretrained itself" in capsys.readouterr().err and (place / "again" / "config.json").exists()
 
@@ -589,6 +598,22 @@ def test_bad_flags_end_in_one_line(place, capsys, flags, named):
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1 and error.startswith("training.pretrain_mlm: error: ")
     assert not (place / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "out", "message"),
+    [
+        ("--device moon", "bad", "--device moon: not to be had"),
+        ("", "run", "holds a finished encoder"),
+        ("--overwrite", "encoder", "not this script's"),
+        ("--overwrite --pretrained {place}/run", "run", "is --pretrained itself"),
+    ],
+)
+def test_what_needs_no_data_is_said_before_they_are_read(place, monkeypatch, capsys, flags, out, message):
+    monkeypatch.setattr(pretrain_mlm, "read_rows", None)
+    capsys.readouterr()
+    assert run(place, flags.format(place=place), out) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_bad_row_names_file_and_line(place, capsys, tmp_path):

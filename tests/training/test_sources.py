@@ -118,8 +118,8 @@ def test_scale_is_stretched(source, tmp_path):
     assert [label for _, label in found] == [0.0, 4.375, 5.0] and unusable == 0
 
 
-def test_byte_order_mark_and_windows_line_ends(source, tmp_path):
-    source("s", b"\xef\xbb\xbfa\tb\ty\r\nx\tz\t3\r\n")
+def test_byte_order_mark_windows_line_ends_and_blanks_in_the_header(source, tmp_path):
+    source("s", b"\xef\xbb\xbfa \t b\ty\r\nx\tz\t3\r\n")
     assert read_source("s", tmp_path) == ([(("x", "z"), 2.5)], 0)
 
 
