@@ -265,7 +265,6 @@ def train(
     """Train from `run.state` to --max_steps, or until patience runs out or a signal ends the process."""
     model, state, loop, step_settings = run.model, run.state, run.settings.loop, run.settings.step
     stop = StopRequest() if stop is None else stop
-    pad_token_id = run.tokenizer.pad_token_id
     orders = {
         task: BatchOrder(data.lengths, loop.batch_sizes[task], loop.seed, task)
         for task, data in train_data.items()
@@ -281,10 +280,7 @@ def train(
         #    that was stopped in an evaluation starts with it when it goes on.
         is_last = state.step >= loop.max_steps
         if state.step > state.evaluated and (is_last or state.step % loop.eval_every == 0):
-            run.check_weights()
-            evaluation = stop.interruptible(
-                lambda: evaluate(model, dev_part, pad_token_id, step_settings.autocast)
-            )
+            evaluation = evaluate_run(run, dev_part, stop)
             if evaluation is None:
                 break
             log_evaluation(run, dev_part, *evaluation)
@@ -355,6 +351,24 @@ def make_task_batches(
         TaskBatch(task, [to_device(train_data[task].batch(chosen, pad_token_id), device) for chosen in drawn])
         for task, drawn in examples
     ]
+
+
+def evaluate_run(
+    run: Run, dev_data: dict[str, TaskData], stop: StopRequest
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """What `evaluate` returns; None if a stop is requested before or meanwhile.
+
+    Raises:
+        UserError: if weights or predictions are not finite, which no later step would mend.
+    """
+    run.check_weights()
+    settings = run.settings.step
+    try:
+        return stop.interruptible(
+            lambda: evaluate(run.model, dev_data, run.tokenizer.pad_token_id, settings.autocast)
+        )
+    except UserError as error:
+        raise UserError(f"step {run.state.step}: {error}; {run.last_saved_text()}") from None
 
 
 def log_window(run: Run, progress: Progress, factor: float) -> None:
