@@ -243,7 +243,8 @@ class BertModel(BertPreTrainedModel):
         wide = paddings
         if hidden_states.device.type == "cpu":
             wide = [padding.widen(MIN_WIDTH) for padding in paddings]
-        hidden_states = self.encoder(hidden_states, packing, wide).to(self.word_embeddings().dtype)  # (M, H)
+        dtype = next(self.parameters()).dtype
+        hidden_states = self.encoder(hidden_states, packing, wide).to(dtype)  # (M, H)
 
         # 3. Back to a rectangle for each batch.
         outputs = []
