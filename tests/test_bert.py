@@ -4,6 +4,7 @@ Shapes: B sentences, T padded length, H hidden_size, M tokens.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -506,6 +507,19 @@ def test_too_long_input():
         batches = [(torch.ones(2, length, dtype=torch.long),) * 3 for length in lengths]
         with pytest.raises(ValueError, match=f"{longest + 1} positions.*at most {longest}"):
             model.encode(batches)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0), (7,), (1, 2, 3)])
+def test_batch_without_sentences_or_positions(shape):
+    model = make_model()
+    empty, whole = torch.ones(shape, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    for encode in (lambda: model(empty), lambda: model.encode([(whole,) * 3, (empty,) * 3])):
+        with pytest.raises(
+            ValueError, match=rf"^input_ids has shape {re.escape(str(shape))}; expected .B, T"
+        ):
+            encode()
+    with pytest.raises(ValueError, match="batches is empty"):
+        model.encode([])
 
 
 def test_unknown_activation():
