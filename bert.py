@@ -196,7 +196,7 @@ class BertModel(BertPreTrainedModel):
             `last_hidden_state` (B, T, H), zeros at padding, and `pooler_output` (B, H).
 
         Raises:
-            ValueError: if T exceeds max_position_embeddings.
+            ValueError: if T exceeds max_position_embeddings, or there is no sentence or no position.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -219,7 +219,14 @@ class BertModel(BertPreTrainedModel):
         Returns:
             for each batch what `forward` returns.
         """
+        if not batches:
+            raise ValueError("batches is empty; expected at least one")
         for input_ids, _, _ in batches:
+            if input_ids.ndim != 2 or not input_ids.numel():
+                raise ValueError(
+                    f"input_ids has shape {tuple(input_ids.shape)}; expected (B, T), sentences and positions,"
+                    " at least one of each"
+                )
             if input_ids.shape[1] > self.config.max_position_embeddings:
                 raise ValueError(
                     f"input_ids has {input_ids.shape[1]} positions; this encoder was built for at most"
@@ -244,7 +251,7 @@ class BertModel(BertPreTrainedModel):
         if hidden_states.device.type == "cpu":
             rectangles = [padding.widen(MIN_WIDTH) for padding in paddings]
         hidden_states = self.encoder(hidden_states, packing, rectangles)  # (M, H)
-        hidden_states = hidden_states.to(self.word_embeddings().dtype)  # float32 for pooling and heads
+        hidden_states = hidden_states.to(next(self.parameters()).dtype)  # float32 for pooling and heads
 
         # 3. Back to a rectangle for each batch.
         outputs = []

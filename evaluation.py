@@ -29,11 +29,16 @@ from support.files import read_bytes
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's r, in [-1, 1]; 0 if either side is constant, where r is undefined."""
+    """Pearson's r, in [-1, 1]; 0 where a side is constant (r is undefined), NaN where one is not finite."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return math.nan  # not 0, which is better than many a real r
     # Asked before centring, because a mean is rounded: that of three times 0.1 is not 0.1.
     if x.min() == x.max() or y.min() == y.max():
         return 0.0
+    # The largest between 1/2 and 1, or squares of numbers beyond 1e154 would be infinite; r has no scale, and
+    # a power of two rounds nothing.
+    x, y = (np.ldexp(values, -np.frexp(np.abs(values).max())[1]) for values in (x, y))
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt((x @ x) * (y @ y))
     return max(-1.0, min(1.0, float(x @ y / scale))) if scale > 0 else 0.0
@@ -204,6 +209,7 @@ def select_score(summary: dict, select_by: str, tasks: dict[str, TaskSpec]) -> f
 
 MAX_EVAL_TOKENS = 4096  # word pieces per forward pass, padding included
 MAX_EVAL_EXAMPLES = 4096  # examples per head call; the head only sees vectors
+NUM_NAMED = 3  # ids in a message
 
 
 class Model(Protocol):
@@ -251,6 +257,9 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
 
     Returns:
         (N,) on the scale of the labels: int64 classes, or float32.
+
+    Raises:
+        UserError: if a logit is not finite; what it decodes to may well be a class like any other.
     """
     was_training = model.training
     model.train(False)
@@ -275,7 +284,20 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
         ]
     finally:
         model.train(was_training)
-    return TASK_KINDS[model.tasks[task].kind].decode(torch.cat(logits)).cpu().numpy()
+    logits = torch.cat(logits)  # (N, C)
+    check_finite(task, logits, data.rows.ids)
+    return TASK_KINDS[model.tasks[task].kind].decode(logits).cpu().numpy()
+
+
+def check_finite(task: str, logits: torch.Tensor, ids: Sequence[str]) -> None:
+    """Refuse logits (N, C) that are not finite, by the ids of their examples."""
+    bad = (~logits.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        named = ", ".join(one_line(ids[n], 60) for n in bad[:NUM_NAMED])
+        raise UserError(
+            f"{task}: {len(bad)} of {len(ids)} predictions are not finite, the first for id {named};"
+            " train with a smaller --lr"
+        )
 
 
 def evaluate(

@@ -26,6 +26,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,7 @@ class TaskBatch:
 class StepResult:
     """What one update did. Tasks without a batch have loss nan, and zeros in the other fields."""
 
-    losses: Tensor  # (K,) mean over the task's micro-batches, before task weights
+    losses: Tensor  # (K,) mean over the task's examples, before task weights
     gram: Tensor  # (K, K) inner products of the task gradients, already multiplied by --task_weights
     group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
     weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping
@@ -186,8 +187,12 @@ def backward_all(
         losses (K,), as in `StepResult`, and the number of real word pieces.
     """
     memory.start_step([piece["input_ids"] for batch in task_batches for piece in batch.micro_batches])
+    num_draws = Counter(batch.task for batch in task_batches)
+    num_examples = Counter()
+    for batch in task_batches:
+        num_examples[batch.task] += sum(len(piece["labels"]) for piece in batch.micro_batches)
     # Of each micro-batch; read at the end, so that a GPU need not wait.
-    tasks, losses, num_tokens = [], [], []
+    tasks, shares, losses, num_tokens = [], [], [], []
     for micro_step in range(max(len(batch.micro_batches) for batch in task_batches)):
         # All tasks go through the encoder together: large products, and a weight is read once for all.
         chosen = [batch for batch in task_batches if micro_step < len(batch.micro_batches)]
@@ -195,20 +200,25 @@ def backward_all(
         torch.manual_seed(make_seed(settings.seed, step, micro_step))
         with settings.autocast():
             micro_losses = model.losses(pieces, memory)
+        # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
+        # often as it was drawn.
+        micro_shares = [len(piece["labels"]) / num_examples[task] for task, piece in pieces]
+        weights = [
+            settings.task_weights.get(task, 1.0) * (num_draws[task] * share)
+            for (task, _), share in zip(pieces, micro_shares, strict=True)
+        ]
         # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
-        total = sum(
-            loss * (settings.task_weights.get(batch.task, 1.0) / len(batch.micro_batches))
-            for loss, batch in zip(micro_losses, chosen, strict=True)
-        )
-        total.backward()
+        sum(loss * weight for loss, weight in zip(micro_losses, weights, strict=True)).backward()
         tasks += [memory.tasks.index(task) for task, _ in pieces]
+        shares += micro_shares
         losses += [loss.detach() for loss in micro_losses]
         num_tokens += [piece["attention_mask"].sum() for _, piece in pieces]
     memory.finish_grads()
 
-    task_numbers, num_tasks = torch.tensor(tasks), len(memory.tasks)
-    sums = torch.zeros(num_tasks).index_add(0, task_numbers, torch.stack(losses).cpu())  # (K,)
-    return sums / task_numbers.bincount(minlength=num_tasks), int(torch.stack(num_tokens).sum())
+    means = torch.zeros(len(memory.tasks))  # (K,)
+    means.index_add_(0, torch.tensor(tasks), torch.stack(losses).cpu() * torch.tensor(shares))
+    means[[task not in num_examples for task in memory.tasks]] = math.nan
+    return means, int(torch.stack(num_tokens).sum())
 
 
 def combination_weights(
@@ -268,7 +278,6 @@ def train(
     """Train from `run.state` to --max_steps, or until patience runs out or a signal ends the process."""
     model, state, loop, step_settings = run.model, run.state, run.settings.loop, run.settings.step
     stop = StopRequest() if stop is None else stop
-    pad_token_id = run.tokenizer.pad_token_id
     orders = {
         task: BatchOrder(data.lengths, loop.batch_sizes[task], loop.seed, task)
         for task, data in train_data.items()
@@ -284,10 +293,7 @@ def train(
         #    that was stopped in an evaluation starts with it when it goes on.
         is_last = state.step >= loop.max_steps
         if state.step > state.evaluated and (is_last or state.step % loop.eval_every == 0):
-            run.check_weights()
-            evaluation = stop.interruptible(
-                lambda: evaluate(model, dev_part, pad_token_id, step_settings.autocast)
-            )
+            evaluation = evaluate_run(run, dev_part, stop)
             if evaluation is None:
                 break
             log_evaluation(run, dev_part, *evaluation)
@@ -358,6 +364,24 @@ def make_task_batches(
         TaskBatch(task, [to_device(train_data[task].batch(chosen, pad_token_id), device) for chosen in drawn])
         for task, drawn in examples
     ]
+
+
+def evaluate_run(
+    run: Run, dev_data: dict[str, TaskData], stop: StopRequest
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """What `evaluate` returns; None if a stop is requested before or meanwhile.
+
+    Raises:
+        UserError: if weights or predictions are not finite, which no later step would mend.
+    """
+    run.check_weights()
+    settings = run.settings.step
+    try:
+        return stop.interruptible(
+            lambda: evaluate(run.model, dev_data, run.tokenizer.pad_token_id, settings.autocast)
+        )
+    except UserError as error:
+        raise UserError(f"step {run.state.step}: {error}; {run.last_saved_text()}") from None
 
 
 def log_window(run: Run, progress: Progress, factor: float) -> None:

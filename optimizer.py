@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-# Elements; a block of the five buffers that AdamW touches stays in a core's L2 cache. Torch's default, which
+# Elements; a block of the six buffers that AdamW touches stays in a core's L2 cache. Torch's default, which
 # goes over memory once per operation, takes 2.7 times as long for MiniLM's 23 million parameters
 # (results/speed.md).
 BLOCK_SIZE = 2**17
+# A decay of at least this share is subtracted by itself, as in the course's reference: its numbers, rounding
+# included, are met to 2e-7. Of a smaller one float32 would make nothing or far too much; it is subtracted
+# together with the step, with one rounding for both.
+OWN_DECAY = 8e-8
 
 
 def adamw_update(
@@ -27,11 +31,11 @@ def adamw_update(
     """One AdamW update in place, block by block, so that each block is read from memory once.
 
     Args:
-        hyperparameters: beta1, beta2, step size, eps, and the share of the parameter that its decay leaves;
-            float64 (5,), on the CPU. A tensor, because compiled code would be compiled again for each new
-            number, and the learning rate is new in every step.
+        hyperparameters: beta1, beta2, step size, eps, and the share of the parameter that decays, together
+            with the step and after it; float64 (6,), on the CPU. A tensor, because compiled code would be
+            compiled again for each new number, and the learning rate is new in every step.
     """
-    beta1, beta2, step_size, eps, keep = hyperparameters.tolist()
+    beta1, beta2, step_size, eps, early_decay, late_decay = hyperparameters.tolist()
     tensors = (param, grad, exp_avg, exp_avg_sq)
     blocks = [tensors]
     if param.device.type == "cpu" and all(tensor.is_contiguous() for tensor in tensors):
@@ -39,9 +43,13 @@ def adamw_update(
     for p, g, m, v in blocks:
         m.lerp_(g, 1 - beta1)  # m = beta1 * m + (1 - beta1) * g
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # v = beta2 * v + (1 - beta2) * g * g
-        p.addcdiv_(m, v.sqrt().add_(eps), value=-step_size)  # eps before the bias correction, see AdamW
-        if keep != 1:
-            p.mul_(keep)  # the decay, of the updated parameter
+        denominator = v.sqrt().add_(eps)  # eps before the bias correction, see AdamW
+        if early_decay:  # (p - step) * (1 - decay), as one subtraction
+            p.sub_((p * early_decay).addcdiv_(m, denominator, value=step_size * (1 - early_decay)))
+        else:
+            p.addcdiv_(m, denominator, value=-step_size)
+        if late_decay:  # not p * (1 - decay): the factor would be rounded, by up to half of such a decay
+            p.add_(p, alpha=-late_decay)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -49,8 +57,9 @@ class AdamW(torch.optim.Optimizer):
 
     Three deliberate differences from `torch.optim.AdamW`, all as in the course's reference: `eps` is added
     before the bias correction of the second moment, not after it; the decay uses the updated parameter;
-    bias correction can be switched off. On the CPU, large tensors are updated block by block, so that each
-    block is read from memory once, whatever the number of operations.
+    bias correction can be switched off. A decay too small for float32 is not lost (OWN_DECAY). On the CPU,
+    large tensors are updated block by block, so that each block is read from memory once, whatever the
+    number of operations.
 
     Args:
         params: parameters, or dicts of parameters and options, as for any torch optimizer.
@@ -131,16 +140,22 @@ class AdamW(torch.optim.Optimizer):
             factor = rectification(beta2, step)
             adaptive = factor is not None
             step_size = step_size * factor if adaptive else lr / (1 - beta1**step)
-        keep = 1 - lr * group["weight_decay"]
+        decay = lr * group["weight_decay"]
+        early_decay, late_decay = (decay, 0.0) if decay < OWN_DECAY else (0.0, decay)
         moments = state["exp_avg"], state["exp_avg_sq"]
         if adaptive:
             # The order in which `adamw_update` and its twin unpack them.
-            hyperparameters = torch.tensor([beta1, beta2, step_size, group["eps"], keep], dtype=torch.float64)
-            self.update(param, grad, *moments, hyperparameters)
+            hyperparameters = [beta1, beta2, step_size, group["eps"], early_decay, late_decay]
+            self.update(param, grad, *moments, torch.tensor(hyperparameters, dtype=torch.float64))
         else:  # RAdam's first steps: momentum alone, while the second moment is only collected
             moments[0].lerp_(grad, 1 - beta1)
             moments[1].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            param.add_(moments[0], alpha=-step_size).mul_(keep)
+            if early_decay:
+                param.sub_((param * early_decay).add_(moments[0], alpha=step_size * (1 - early_decay)))
+            else:
+                param.add_(moments[0], alpha=-step_size)
+            if late_decay:
+                param.add_(param, alpha=-late_decay)
 
 
 def rectification(beta2: float, step: int) -> float | None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from kernels.fused import PLAIN, Kernels
 from kernels.layout import MATRIX, OTHER, SHARED, WORDS, ParamRow, make_layout
-from kernels.task_grads import GradTarget
+from kernels.task_grads import GradTarget, is_plain, not_plain
 from optimizer import has_weight_decay
 from pcgrad import gram_matrix
 
@@ -54,6 +54,7 @@ class FlatMemory:
         self.tasks, self.kernels = tuple(heads), kernels
         word_embeddings = encoder.word_embeddings()
         linear_groups = [group for group in encoder.linear_groups() if is_trainable(*group)]
+        check_layers(encoder, [layer for group in linear_groups for layer in group])
 
         # 1. Lay out and move: from here on every parameter is a view of `data`.
         kinds = {id(layer.weight): MATRIX for group in linear_groups for layer in group}
@@ -128,12 +129,6 @@ class FlatMemory:
                 target = self._make_target(module.weight)
                 if module.weight is not encoder.word_embeddings():
                     self.tables.append(target)
-        num_missing = self.layout.num_shared - sum(target.weight.numel() for target in self.targets.values())
-        if num_missing:
-            raise ValueError(
-                f"{num_missing} trainable parameters of the encoder are in layers whose gradients"
-                " cannot be kept by task; see kernels/task_grads.py"
-            )
 
     def _make_target(self, *params: nn.Parameter) -> GradTarget:
         """One target for parameters that lie end to end; it is found by the first of them."""
@@ -254,6 +249,15 @@ class FlatMemory:
         for (owner, decays), param in self.flat_params.items():
             is_shown = owner == SHARED or owner in tasks
             param.grad = self.grad[self.layout.blocks[owner, decays]] if is_shown else None
+
+
+def check_layers(encoder: nn.Module, linear_layers: Collection[nn.Module]) -> None:
+    """Refuse an encoder with trainable parameters in a layer that `task_grads` does not know, by its name."""
+    for name, module in encoder.named_modules():
+        has_own = any(param.requires_grad for param in module.parameters(recurse=False))
+        is_known = is_plain(module) and (module in linear_layers or not isinstance(module, nn.Linear))
+        if (has_own or module in linear_layers) and is_trainable(module) and not is_known:
+            raise ValueError(not_plain(f"{name or 'the encoder'} is a {type(module).__name__}"))
 
 
 def is_trainable(*modules: nn.Module) -> bool:

@@ -108,7 +108,9 @@ def fused_adamw_update(
     hyperparameters: torch.Tensor,
 ) -> None:
     """`optimizer.adamw_update`; the hyperparameters stay a tensor, whose values are not compiled in."""
-    beta1, beta2, step_size, eps, keep = hyperparameters.unbind()
+    beta1, beta2, step_size, eps, early_decay, late_decay = hyperparameters.unbind()
     exp_avg.add_((grad - exp_avg) * (1 - beta1))
     exp_avg_sq.mul_(beta2).add_(grad * grad * (1 - beta2))
-    param.sub_(step_size * exp_avg / (exp_avg_sq.sqrt() + eps)).mul_(keep)
+    step = step_size * (1 - early_decay) * exp_avg / (exp_avg_sq.sqrt() + eps)
+    param.sub_(step + early_decay * param)
+    param.sub_(late_decay * param)

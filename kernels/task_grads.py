@@ -22,6 +22,8 @@ from torch import nn
 
 from kernels.packing import Packing
 
+PLAIN_LAYERS = (nn.Linear, nn.LayerNorm, nn.Embedding)
+
 
 @dataclass
 class GradTarget:
@@ -57,9 +59,38 @@ class GradTarget:
             self.write(task, a @ b)
 
 
-def is_by_task(packing: Packing, *params: nn.Parameter) -> bool:
-    """Whether gradients are to be kept by task, and one of these parameters has any."""
-    return bool(packing.tasks) and torch.is_grad_enabled() and any(param.requires_grad for param in params)
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is nothing but its weight and bias, so that they can be read instead of calling it.
+
+    Adapters, parametrizations and pruning make it another class, or hook into its call.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    is_called_as_it_is = not any(hooks) and "forward" not in vars(layer)
+    return type(layer) in PLAIN_LAYERS and is_called_as_it_is and getattr(layer, "bias", 0) is not None
+
+
+def is_by_task(packing: Packing, *layers: nn.Module) -> bool:
+    """Whether gradients are to be kept by task, and one of these layers has any.
+
+    Raises:
+        ValueError: if one of them is not plain then.
+    """
+    if not packing.tasks or not torch.is_grad_enabled():
+        return False
+    if not any(param.requires_grad for layer in layers for param in layer.parameters()):
+        return False
+    for layer in layers:
+        if not is_plain(layer):
+            raise ValueError(not_plain(type(layer).__name__))
+    return True
+
+
+def not_plain(what: str) -> str:
+    """Why a layer is refused."""
+    return (
+        f"{what}: its gradients cannot be kept by task; expected nn.Linear, nn.LayerNorm or nn.Embedding"
+        " itself, with a bias and without hooks (adapters train without FlatMemory)"
+    )
 
 
 class TaskLinear(torch.autograd.Function):
@@ -85,9 +116,15 @@ class TaskLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, packing: Packing, *layers: nn.Linear) -> torch.Tensor:
-    """Linear layers that share their input, side by side in one product: (M, in) -> (M, sum of out)."""
+    """Linear layers that share their input, side by side in one product: (M, in) -> (M, sum of out).
+
+    Without tasks, layers that are not plain are called.
+    """
+    by_task = is_by_task(packing, *layers)
+    if not all(map(is_plain, layers)):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    if is_by_task(packing, *weights):
+    if by_task:
         # The target's weight says which type to compute in: autocast would convert it again for every
         # product.
         with torch.autocast(x.device.type, enabled=False):
@@ -131,7 +168,7 @@ class TaskLayerNorm(torch.autograd.Function):
 
 def layer_norm(x: torch.Tensor, packing: Packing, layer: nn.LayerNorm) -> torch.Tensor:
     """LayerNorm over the last dimension: (M, H) -> (M, H)."""
-    if is_by_task(packing, layer.weight):
+    if is_by_task(packing, layer):
         if x.device.type != "cpu":  # only the CPU's kernel takes bfloat16 input with float32 weights
             x = x.to(layer.weight.dtype)
         return TaskLayerNorm.apply(x, packing, layer, layer.weight, layer.bias)
@@ -160,6 +197,6 @@ class TaskEmbedding(torch.autograd.Function):
 
 def embedding(ids: torch.Tensor, packing: Packing, layer: nn.Embedding) -> torch.Tensor:
     """Rows of a table: (M,) integers -> (M, H)."""
-    if is_by_task(packing, layer.weight):
+    if is_by_task(packing, layer):
         return TaskEmbedding.apply(layer.weight, ids, packing, packing.target(layer.weight))
     return layer(ids)

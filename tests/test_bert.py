@@ -4,6 +4,7 @@ Shapes: B sentences, T padded length, H hidden_size, M tokens.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from config import BertConfig
 from kernels import cpu, packing
 from kernels.cpu import CpuAttention
 from kernels.packing import Packing, Padding, make_paddings
+from kernels.task_grads import PLAIN_LAYERS
+from optimizer import AdamW
 from support.errors import UserError
 from tests.tiny import randomise
 
@@ -396,6 +399,103 @@ def test_long_sentences_take_torchs_attention_and_come_to_the_same(monkeypatch, 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * scale)  # float32
 
 
+# --- layers that are more than their weights ---------------------------------------------------------------
+
+
+class LowRank(nn.Linear):
+    """A linear layer with a trainable adapter of rank 4, starting at zero (https://arxiv.org/abs/2106.09685)."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(4, base.in_features) / 4)
+        self.up = nn.Parameter(torch.zeros(base.out_features, 4))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Wrapped(nn.Module):
+    """The same as a module with a base layer, which has no weight of its own."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 4), nn.Linear(4, base.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("adapter", [LowRank, Wrapped])
+@pytest.mark.parametrize("names", [("query", "value"), ("dense",)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_of_rank_four_train(adapter, names, autocast):
+    """They start as the encoder itself, learn, and leave everything else as it was."""
+    model = make_model().requires_grad_(False)
+    inputs = make_inputs(model.config)
+    with torch.no_grad():
+        expected = model(**inputs)
+    for module in list(model.modules()):
+        for name in names:
+            if isinstance(getattr(module, name, None), nn.Linear):
+                setattr(module, name, adapter(getattr(module, name)))
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = AdamW([param for param in model.parameters() if param.requires_grad], lr=0.01)
+    target, losses = torch.randn(B, 32, generator=torch.Generator().manual_seed(0)), []
+    for step in range(20):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            outputs = model(**inputs)
+        if step == 0 and not autocast:
+            for key, found in outputs.items():
+                torch.testing.assert_close(found, expected[key], **FLOAT32)
+        loss = (outputs["last_hidden_state"][:, 3].float() - target).square().mean()
+        if names == ("dense",):
+            loss = loss + (outputs["pooler_output"].float() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    for name, param in model.named_parameters():
+        assert torch.equal(param, start[name]) != param.requires_grad, name
+
+
+def test_adapter_equals_its_merged_weights():
+    model, merged = make_model(), make_model()
+    for layer, plain in zip(model.encoder.layer, merged.encoder.layer, strict=True):
+        for name in ("query", "key"):
+            adapted = LowRank(getattr(layer.attention.self, name))
+            nn.init.normal_(adapted.up, std=0.3)
+            setattr(layer.attention.self, name, adapted)
+            with torch.no_grad():
+                getattr(plain.attention.self, name).weight += adapted.up @ adapted.down
+    inputs = make_inputs(model.config)
+    for key, found in model(**inputs).items():
+        torch.testing.assert_close(found, merged(**inputs)[key], rtol=0, atol=1e-4)  # float32, larger scores
+
+
+def test_hooks_of_every_layer_fire_and_may_change_its_output():
+    model = make_model()
+    inputs = make_inputs(model.config)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PLAIN_LAYERS)}
+    assert len(layers) == 3 + 1 + 2 * 8 + 1
+    expected, fired = model(**inputs), []
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *args, name=name: fired.append(name))
+    for key, found in model(**inputs).items():
+        torch.testing.assert_close(found, expected[key], **FLOAT32)
+    assert sorted(fired) == sorted(layers)
+    for name, layer in layers.items():
+        hook = layer.register_forward_hook(lambda module, args, output: output * 1.5)
+        found = model(**inputs)
+        assert not torch.allclose(found["pooler_output"], expected["pooler_output"], atol=1e-4), name
+        hook.remove()
+
+
 # --- limits -------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +507,19 @@ def test_too_long_input():
         batches = [(torch.ones(2, length, dtype=torch.long),) * 3 for length in lengths]
         with pytest.raises(ValueError, match=f"{longest + 1} positions.*at most {longest}"):
             model.encode(batches)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0), (7,), (1, 2, 3)])
+def test_batch_without_sentences_or_positions(shape):
+    model = make_model()
+    empty, whole = torch.ones(shape, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    for encode in (lambda: model(empty), lambda: model.encode([(whole,) * 3, (empty,) * 3])):
+        with pytest.raises(
+            ValueError, match=rf"^input_ids has shape {re.escape(str(shape))}; expected .B, T"
+        ):
+            encode()
+    with pytest.raises(ValueError, match="batches is empty"):
+        model.encode([])
 
 
 def test_unknown_activation():

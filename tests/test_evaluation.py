@@ -81,6 +81,25 @@ def test_correlation_with_a_constant_is_zero(correlation):
     assert correlation([0.1] * 3, x) == 0 and correlation([0.1] * 3, [0.1] * 3) == 0  # a mean that rounds
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+def test_correlation_with_a_number_that_is_not_finite_is_no_score(correlation, bad):
+    """0 would be better than a negative r. Ranks of infinite numbers are ranks, though."""
+    x, y = [1, 2, bad, 4], [4.0, 3.0, 2.0, 1.0]
+    for found in (correlation(x, y), correlation(y, x)):
+        assert found < 0 if correlation is spearman and math.isinf(bad) else math.isnan(found)
+    if correlation is pearson:  # constant but for it, or nothing else
+        assert math.isnan(pearson([1, 1, bad], y[:3])) and math.isnan(pearson([bad] * 3, y[:3]))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+def test_pearson_of_very_small_and_very_large_numbers(scale):
+    """Their squares are 0 or infinite in float64; the correlation is not."""
+    x, y = np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])
+    assert pearson(scale * x, y) == pytest.approx(0.5, abs=1e-12)
+    assert pearson(x, -scale * y) == pytest.approx(-0.5, abs=1e-12)
+
+
 def test_pearson_does_not_leave_its_range():
     rng = np.random.default_rng(0)
     for x in rng.normal(size=(200, 9)):
@@ -548,3 +567,27 @@ def test_evaluate_scores_every_task(tokenizer):
     r = float(np.corrcoef(predictions["sts"], dev_data["sts"].rows.labels)[0, 1])
     assert summary["mean"] == pytest.approx((sum(accuracies) + r) / 3, abs=1e-6)  # float32 predictions
     assert summary["mean_2024"] == pytest.approx((sum(accuracies) + (r + 1) / 2) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", HEAD_NAMES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused_by_the_ids_of_their_examples(
+    tokenizer, monkeypatch, task, bad
+):
+    """Of classes, too, where the largest logit would hide them."""
+    model, data = make_model(tokenizer), make_data(tokenizer, task)
+    classify = model.classify
+
+    def spoil(task, *vectors):
+        logits = classify(task, *vectors)
+        logits[[2, 5, 7, 11], -1] = bad
+        return logits
+
+    monkeypatch.setattr(model, "classify", spoil)
+    expected = (
+        f"^{task}: 4 of 13 predictions are not finite, the first for id id2, id5, id7; train with a smal"
+    )
+    for judge in (lambda: predict(model, task, data, 0), lambda: evaluate(model, {task: data}, 0)):
+        with pytest.raises(UserError, match=expected):
+            judge()
+    assert model.training  # as before

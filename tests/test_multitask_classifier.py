@@ -536,6 +536,54 @@ def test_gradient_of_the_heads_that_is_not_finite_names_the_examples_too(place, 
     )
 
 
+def test_outputs_that_are_not_finite_end_the_run_at_its_evaluation(place, no_plot, capsys):
+    """One step makes weights that are finite, and products of them that are not."""
+    flags = "--max_steps 3 --eval_every 1 --lr 1e15 --head_lr 1e15 --warmup_steps 0 --clip_norm 0"
+    assert main(command(place, "nan_outputs", f"{flags} --precision fp32")) == 2
+    error = capsys.readouterr().err
+    assert "step 1: sst: 11 of 11 predictions are not finite, the first for id " in error
+    assert error.endswith("; train with a smaller --lr; there is no checkpoint yet\n")
+    assert error.count("\n") == 1
+    left = {path.name for path in (place / "nan_outputs").iterdir()}
+    assert not left & {"best", "last", "predictions", "scores.json"}
+
+
+def test_outputs_that_are_not_finite_leave_what_was_good(place, no_plot, capsys, monkeypatch):
+    """One bad example out of 11 at the second evaluation; then in predictions of the run that went on."""
+    real, bad_tasks = MultitaskBERT.classify, set()
+
+    def classify(model, task, *vectors):
+        logits = real(model, task, *vectors)
+        if task in bad_tasks and not model.training:
+            logits[3] = math.nan
+        return logits
+
+    def first_step(*args, step, **options):
+        bad_tasks.update({"para"} if step == 2 else set())
+        return real_step(*args, step=step, **options)
+
+    real_step = multitask_classifier.train_step
+    monkeypatch.setattr(MultitaskBERT, "classify", classify)
+    monkeypatch.setattr(multitask_classifier, "train_step", first_step)
+    folder = place / "nan_later"
+    assert main(command(place, "nan_later", "--max_steps 6 --eval_every 2")) == 2
+    error = capsys.readouterr().err
+    ids = read_rows(place / "data" / TASKS["para"].files["dev"], TASKS["para"], "dev").ids
+    assert f"step 4: para: 1 of 11 predictions are not finite, the first for id {ids[3]};" in error
+    assert error.endswith(f"{folder / 'last'} still holds step 2\n") and error.count("\n") == 1
+    for name in ("last", "best"):
+        assert json.loads((folder / name / "state.json").read_text())["step"] == 2
+    monkeypatch.setattr(multitask_classifier, "train_step", real_step)
+    bad_tasks.clear()
+    assert main(["--output_dir", str(folder), "--resume"]) == 0
+    files = {path: path.read_bytes() for path in [*folder.glob("predictions/*"), folder / "scores.json"]}
+    bad_tasks.add("sts")
+    for mode in ("--eval_only", "--predict_only"):
+        assert main(["--output_dir", str(folder), mode]) == 2
+        assert "sts: 1 of 11 predictions are not finite" in capsys.readouterr().err
+    assert len(files) == 7 and all(path.read_bytes() == before for path, before in files.items())
+
+
 def test_lack_of_memory_names_batch_and_flags(place, no_plot, capsys, monkeypatch):
     def no_memory(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")

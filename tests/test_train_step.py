@@ -30,15 +30,20 @@ def copy_weights(model):
 
 
 def textbook_grads(model, task_batches, task_weights):
-    """Losses by task, task gradients of the encoder (P,) by task, and the heads' gradients by parameter."""
+    """Losses by task, task gradients of the encoder (P,) by task, and the heads' gradients by parameter.
+
+    A task's loss is the mean over its examples, whatever batches they are in, times its number of draws.
+    """
     shared = [param for param in model.bert.parameters() if param.requires_grad]
     losses, task_grads, head_grads = {}, {}, {}
     for batch in task_batches:
         head = list(model.heads[batch.task].parameters())
+        draws = [each.micro_batches for each in task_batches if each.task == batch.task]
+        num_examples = sum(len(piece["labels"]) for pieces in draws for piece in pieces)
         for piece in batch.micro_batches:
-            loss = model.loss(batch.task, piece)
-            losses.setdefault(batch.task, []).append(loss.item())
-            weighted = loss * task_weights.get(batch.task, 1.0) / len(batch.micro_batches)
+            loss = model.loss(batch.task, piece) * len(piece["labels"]) / num_examples
+            losses[batch.task] = losses.get(batch.task, 0.0) + loss.item()
+            weighted = loss * task_weights.get(batch.task, 1.0) * len(draws)
             grads = torch.autograd.grad(weighted, [*shared, *head], materialize_grads=True, allow_unused=True)
             vector = torch.cat([grad.flatten() for grad in grads[: len(shared)]]).double()
             task_grads[batch.task] = task_grads.get(batch.task, 0.0) + vector
@@ -123,7 +128,7 @@ def test_steps_equal_textbook_steps(options, pooling):
         assert found.applied
         present = [k for k, task in enumerate(memory.tasks) if task in losses]
         for k, task in enumerate(memory.tasks):
-            expected = float(np.mean(losses[task])) if task in losses else math.nan
+            expected = losses.get(task, math.nan)
             assert float(found.losses[k]) == pytest.approx(expected, rel=1e-4, nan_ok=True)  # float32, grown
             assert (found.weights[k] != 0) == (task in losses)
         gram = torch.zeros(3, 3, dtype=torch.float64)  # zero where a task is absent
@@ -181,6 +186,44 @@ def test_step_in_bfloat16_is_near_that_in_float32(accumulate):
     assert not torch.equal(low_losses, losses)
     assert ((low_rows - rows).norm(dim=1) / rows.norm(dim=1)).max() < 0.03
     assert (low_grad - grad).norm() / grad.norm() < 0.03
+
+
+def cut(batch: dict, sizes: list[int]) -> list[dict]:
+    """A batch in pieces of so many examples; first sentences come before second ones."""
+    num_examples, pieces, start = len(batch["labels"]), [], 0
+    for size in sizes:
+        examples = slice(start, start + size)
+        piece = {
+            name: torch.cat([part[examples] for part in tensor.split(num_examples)])
+            for name, tensor in batch.items()
+        }
+        pieces.append(piece)
+        start += size
+    return pieces
+
+
+@pytest.mark.parametrize("sizes", [[8, 1], [1, 8], [3, 3, 3], [7, 1, 1]])
+@pytest.mark.parametrize("apart", [False, True])
+def test_every_example_of_a_step_counts_once(sizes, apart):
+    """Accumulated, or in draws of their own: nine examples of each task are as one batch of nine.
+
+    A task that was drawn n times counts n times, so that its weight is divided by n here.
+    """
+    outcomes = []
+    for pieces in ([9], sizes):
+        model = make_model(dropout=False).train()
+        memory, optimizer = make_training(model)
+        batches = [(task, cut(make_batch(task, size=9, seed=3), pieces)) for task in DEFAULT_TASKS]
+        draws = [TaskBatch(task, each) for task, each in batches]
+        if apart:
+            draws = [TaskBatch(task, [piece]) for task, each in batches for piece in each]
+        task_weights = dict.fromkeys(DEFAULT_TASKS, 3 / len(draws))
+        result = take_step((model, memory, optimizer), draws, grad_method="sum", task_weights=task_weights)
+        heads = torch.cat([memory.head_grad(task) for task in memory.tasks])
+        outcomes.append([result.losses, result.gram, shared_grads(memory), heads])
+    for whole, cut_up in zip(*outcomes, strict=True):
+        scale = float(whole.abs().max())
+        torch.testing.assert_close(cut_up, whole, rtol=0, atol=1e-5 * scale)  # float32, in another order
 
 
 # --- what an update changes ---------------------------------------------------------------------------------

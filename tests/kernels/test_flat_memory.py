@@ -441,7 +441,66 @@ def test_what_cannot_be_laid_out_is_refused():
         make_memory(model)
     model = make_two_heads()
     model["encoder"].extra = nn.Conv1d(2, 3, 1)
-    with pytest.raises(ValueError, match="9 trainable parameters of the encoder"):
+    with pytest.raises(ValueError, match="^extra is a Conv1d: its gradients cannot be kept by task"):
         make_memory(model)
     model["encoder"].extra.requires_grad_(False)
     make_memory(model)
+
+
+class Adapted(nn.Linear):
+    """A low-rank adapter as a subclass."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.down, self.up = nn.Linear(in_features, 2, bias=False), nn.Linear(2, out_features, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+def freeze_base(layer: Adapted) -> Adapted:
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+# Name in the refusal -> what is done to the encoder.
+NOT_PLAIN = {
+    "left is a Adapted": lambda encoder: setattr(encoder, "left", Adapted(H, 5)),
+    "right is a Adapted": lambda encoder: setattr(encoder, "right", freeze_base(Adapted(H, 3))),
+    "left is a Sequential": lambda encoder: setattr(encoder, "left", nn.Sequential(nn.Linear(H, 5))),
+    "left is a Linear": lambda encoder: encoder.left.register_forward_hook(lambda *args: None),
+    "right is a Linear": lambda encoder: setattr(encoder, "right", nn.Linear(H, 3, bias=False)),
+    "norm is a LayerNorm": lambda encoder: encoder.norm.register_forward_pre_hook(lambda *args: None),
+    "words is a Embedding": lambda encoder: encoder.words.register_full_backward_hook(lambda *args: None),
+    "positions.parametrizations.weight is a ParametrizationList": lambda encoder: (
+        nn.utils.parametrize.register_parametrization(encoder.positions, "weight", nn.Identity())
+    ),
+    "extra is a Linear": lambda encoder: setattr(encoder, "extra", nn.Linear(2, 2)),  # in no group
+    "the encoder is a TinyEncoder": lambda encoder: setattr(encoder, "own", nn.Parameter(torch.zeros(2))),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_layers_that_do_more_than_their_weights_say_are_refused_by_name(name):
+    model = make_two_heads()
+    NOT_PLAIN[name](model["encoder"])
+    with pytest.raises(
+        ValueError, match=f"^{name}: its gradients cannot be kept by task; expected nn.Linear"
+    ):
+        make_memory(model)
+
+
+def test_layers_changed_later_are_refused_and_frozen_ones_are_called():
+    model = make_two_heads()
+    memory, calls = make_memory(model), []
+    hook = model["encoder"].norm.register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(ValueError, match="^LayerNorm: its gradients cannot be kept by task"):
+        run_backward(model, memory)
+    hook.remove()
+    run_backward(model, memory)
+    model = make_two_heads()
+    model["encoder"].norm.requires_grad_(False)
+    model["encoder"].norm.register_forward_hook(lambda *args: calls.append(1))
+    run_backward(model, make_memory(model))
+    assert calls == [1]

@@ -20,6 +20,7 @@ from kernels.fused import (
 )
 from optimizer import AdamW, adamw_update
 from pcgrad import gram_matrix, weighted_sum
+from tests.test_optimizer import check_course, check_decay
 
 # Both sides compute in float32 and add in another order.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -30,10 +31,10 @@ def random_grads(num_tasks: int, num_columns: int, dtype: torch.dtype = torch.fl
     return torch.randn(num_tasks, num_columns, generator=generator).to(dtype)
 
 
-def make_update(size: int, keep: float, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+def make_update(size: int, decays: tuple, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Parameter, gradient, and both moments in the middle of a run; the hyperparameters of a step."""
     param, grad, exp_avg, exp_avg_sq = random_grads(4, size, seed=seed)
-    hyperparameters = torch.tensor([0.9, 0.999, 0.01, 1e-6, keep], dtype=torch.float64)
+    hyperparameters = torch.tensor([0.9, 0.999, 0.01, 1e-6, *decays], dtype=torch.float64)
     return [param, grad, 0.1 * exp_avg, 0.01 * exp_avg_sq.square()], hyperparameters
 
 
@@ -51,9 +52,9 @@ def check_kernels(kernels: Kernels, num_columns: int, dtype: torch.dtype, num_ta
     kernels.weighted_sum(grads, weights, found)
     torch.testing.assert_close(found, expected, **FLOAT32)
     assert torch.equal(grads, kept)
-    for keep in (1.0, 0.75):
-        found, hyperparameters = make_update(num_columns, keep)
-        start, expected = make_update(num_columns, keep)[0], make_update(num_columns, keep)[0]
+    for decays in ((0.0, 0.0), (0.25, 0.0), (0.0, 0.25)):
+        found, hyperparameters = make_update(num_columns, decays)
+        start, expected = (make_update(num_columns, decays)[0] for _ in range(2))
         adamw_update(*expected, hyperparameters)
         kernels.adamw_update(*found, hyperparameters)
         for a, b in zip(found, expected, strict=True):
@@ -79,6 +80,11 @@ def test_functions_by_hand():
     out = torch.full((3,), torch.nan)
     fused_weighted_sum(grads[:2], torch.tensor([0.5, -2.0]), out)
     assert out.tolist() == [-14.0, -1.5, -1.5]
+
+
+def test_decay_equals_the_course_and_is_not_lost_when_small():
+    check_course(update=fused_adamw_update)
+    check_decay(update=fused_adamw_update)
 
 
 # --- compiling ----------------------------------------------------------------------------------------------
@@ -112,9 +118,10 @@ def test_compiled_kernels_equal_their_plain_twins(monkeypatch, capsys):
     for each in (kernels.gram_matrix, kernels.weighted_sum, kernels.adamw_update):
         each.plain = refuse
     check_kernels(kernels, 1013, torch.bfloat16)
+    check_decay(update=kernels.adamw_update)
     # Others than were compiled with.
-    hyperparameters = torch.tensor([0.5, 0.75, 0.1, 1.0, 0.5], dtype=torch.float64)
-    found, expected = (make_update(1013, 0.75, seed=1)[0] for _ in range(2))
+    hyperparameters = torch.tensor([0.5, 0.75, 0.1, 1.0, 0.25, 0.5], dtype=torch.float64)
+    found, expected = (make_update(1013, (0.25, 0.5), seed=1)[0] for _ in range(2))
     kernels.adamw_update(*found, hyperparameters)
     adamw_update(*expected, hyperparameters)
     for a, b in zip(found, expected, strict=True):
