@@ -128,6 +128,23 @@ class AdamW(torch.optim.Optimizer):
                 self._update(param, param.grad, state, group)
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As any torch optimizer does; also what `torch.optim.AdamW` has saved, whose moments are the same.
+
+        Options that it does not have, such as `rectify`, keep the values they have here.
+
+        Raises:
+            ValueError: naming what AdamW as it is here cannot go on from.
+        """
+        groups = state_dict["param_groups"]
+        shapes = [param.shape for group in self.param_groups for param in group["params"]]
+        keys = [key for group in groups for key in group["params"]]
+        shapes = dict(zip(keys, shapes, strict=False))  # torch compares their numbers
+        defaults = [*self.param_groups, *[{}] * len(groups)]
+        taken = [take_options(group, own) for group, own in zip(groups, defaults, strict=False)]
+        state = {key: take_state(key, each, shapes.get(key)) for key, each in state_dict["state"].items()}
+        super().load_state_dict({"state": state, "param_groups": taken})
+
     def _update(self, param, grad, state, group):
         (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
         step_size, adaptive = lr, True
@@ -156,6 +173,40 @@ class AdamW(torch.optim.Optimizer):
                 param.add_(moments[0], alpha=-step_size)
             if late_decay:
                 param.add_(param, alpha=-late_decay)
+
+
+# Options of torch's own optimizers: values that ask for what is not done here, and what changes no number.
+REFUSED_OPTIONS = {"amsgrad": True, "maximize": True, "decoupled_weight_decay": False}
+IGNORED_OPTIONS = {*REFUSED_OPTIONS, "foreach", "capturable", "differentiable", "fused"}
+
+
+def take_state(key: int, state: dict, shape: torch.Size | None) -> dict:
+    """A parameter's saved state as `AdamW` has it; ValueError if it is another optimizer's or parameter's."""
+    if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+        raise ValueError(
+            f"the saved state of parameter {key} has {', '.join(sorted(state)) or 'nothing'}; expected step,"
+            " exp_avg, exp_avg_sq, as of AdamW"
+        )
+    for name in ("exp_avg", "exp_avg_sq"):
+        if shape is not None and state[name].shape != shape:
+            raise ValueError(
+                f"the saved {name} of parameter {key} has shape {tuple(state[name].shape)}; expected"
+                f" {tuple(shape)}"
+            )
+    return state | {"step": int(state["step"])}  # torch's is a tensor
+
+
+def take_options(group: dict, own: dict) -> dict:
+    """A group's saved options as `AdamW` has them; ValueError if one asks for what it does not do."""
+    for name, value in REFUSED_OPTIONS.items():
+        # Without decay, Adam's is as good as AdamW's.
+        matters = name != "decoupled_weight_decay" or group.get("weight_decay")
+        if group.get(name) == value and matters:
+            raise ValueError(f"the saved options have {name}={value}, which this AdamW does not do")
+    taken = {name: value for name, value in group.items() if name not in IGNORED_OPTIONS}
+    if "lr" in taken:
+        taken["lr"] = float(taken["lr"])  # torch's may be a tensor
+    return own | taken
 
 
 def rectification(beta2: float, step: int) -> float | None:

@@ -224,6 +224,69 @@ def test_state_dict_round_trip_continues_bit_for_bit(rectify, tmp_path):
     assert torch.equal(resumed, whole[-1])
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam])
+def test_state_of_torchs_adamw_is_gone_on_from(tmp_path, make, decay):
+    """Five steps there and seven here are twelve there, but for where the decay stands, as above."""
+    if make is torch.optim.Adam:
+        decay = 0.0  # its decay is part of the gradient
+    options = {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-30, "weight_decay": decay}
+    start, grads = torch.linspace(-1, 1, 13, dtype=torch.float64), random_grads(12, 13)
+    whole = run_steps(partial(make, **options), start, grads)
+
+    param = nn.Parameter(start.clone())
+    theirs = make([param], **options)
+    for grad in grads[:5]:
+        param.grad = grad.clone()
+        theirs.step()
+    torch.save(theirs.state_dict(), tmp_path / "optimizer.pt")
+    ours = nn.Parameter(param.detach() * (1 - 0.01 * decay))
+    optimizer = AdamW([{"params": [ours], "initial_lr": 0.5}], lr=0.7)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    (group,) = optimizer.param_groups
+    assert {name: group[name] for name in options} == options
+    assert group["initial_lr"] == 0.5 and group["correct_bias"] and not group["rectify"]
+    for grad in grads[5:]:
+        ours.grad = grad.clone()
+        optimizer.step()
+    assert optimizer.state[ours]["step"] == 12 and type(optimizer.state[ours]["step"]) is int
+    torch.testing.assert_close(ours.detach() / (1 - 0.01 * decay), whole[-1], rtol=1e-11, atol=1e-13)
+    again = AdamW([nn.Parameter(start.clone())])
+    again.load_state_dict(optimizer.state_dict())  # ours again
+    assert again.param_groups[0].keys() == group.keys()
+
+
+# Optimizer and options whose state is refused -> what the message names.
+OTHER_STATES = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}, "has momentum_buffer; expected step, exp_avg, exp_avg_sq"),
+    "Adagrad": (torch.optim.Adagrad, {}, "has step, sum; expected step, exp_avg"),
+    "AdamW with amsgrad": (torch.optim.AdamW, {"amsgrad": True}, "amsgrad=True"),
+    "AdamW that maximizes": (torch.optim.AdamW, {"maximize": True}, "maximize=True"),
+    "Adam with decay": (torch.optim.Adam, {"weight_decay": 0.1}, "decoupled_weight_decay=False"),
+    "two groups": (AdamW, {}, "different number of parameter groups"),
+    "two parameters": (AdamW, {}, "doesn't match the size of optimizer's group"),
+    "another shape": (AdamW, {}, r"exp_avg of parameter 0 has shape \(3,\); expected \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_STATES)
+def test_state_that_does_not_fit_is_refused_by_name(case):
+    make, options, message = OTHER_STATES[case]
+    params = [nn.Parameter(torch.ones(3 if case == "another shape" else 2))]
+    params += [nn.Parameter(torch.ones(2))] * (case == "two parameters")
+    groups = [{"params": params}]
+    groups += [{"params": [nn.Parameter(torch.ones(2))]}] * (case == "two groups")
+    other = make(groups, lr=0.1, **options)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    other.step()
+    mine = nn.Parameter(torch.ones(2))
+    optimizer = AdamW([mine], lr=0.25)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.25  # nothing was taken
+
+
 BAD_OPTIONS = {
     "lr": [-1e-3, math.nan],
     "betas": [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.999), (0.9, math.nan)],
