@@ -13,7 +13,6 @@ FILE_STARTS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or export it as tab-separated text",
     b"BZh": "a bzip2 archive; unpack it",
     b"\xfd7zXZ\x00": "an xz archive; unpack it",
-    b"version https://git-lfs.": "a pointer of Git LFS instead of the file; fetch that with 'git lfs pull'",
     b"\xff\xfe": UTF_16,
     b"\xfe\xff": UTF_16,
 }
