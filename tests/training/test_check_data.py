@@ -99,7 +99,8 @@ BAD_DATA = {
     "pointer of Git LFS": Case(
         "train",
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
-        ": a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull', or download it by hand",
+        ": a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull', or download it by"
+        " hand",
     ),
     "NUL byte": row("2\ta3\tth\0ree\t1", NUL),
     "nothing but NUL bytes": Case("train", "\0" * 5000, f":1: {NUL}"),
