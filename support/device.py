@@ -32,7 +32,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
 
 

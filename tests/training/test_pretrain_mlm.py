@@ -603,7 +603,7 @@ def test_bad_flags_end_in_one_line(place, capsys, flags, named):
 @pytest.mark.parametrize(
     ("flags", "out", "message"),
     [
-        ("--device moon", "bad", "--device moon: not to be had"),
+        ("--device moon", "bad", "--device moon: not available"),
         ("", "run", "holds a finished encoder"),
         ("--overwrite", "encoder", "not this script's"),
         ("--overwrite --pretrained {place}/run", "run", "is --pretrained itself"),
