@@ -28,7 +28,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt
 	  || { echo "error: a package could not be downloaded or installed; the reason is above"; exit 2; }
 	@touch $@
 
-train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predictions (about a minute)
+train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predictions (one to three minutes)
 	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
 	  --batch_size 16 --max_steps 160 --eval_every 40
 
