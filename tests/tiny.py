@@ -136,3 +136,9 @@ def shared_grads(memory: FlatMemory) -> torch.Tensor:
     """All task gradients of the encoder, in the order of the flat buffer, (K, P)."""
     pieces = [memory.stored_grads(section) for section in memory.layout.sections]
     return torch.cat([memory.other_grads[:, :0].float(), *(piece.float() for piece in pieces)], dim=1)
+
+
+def make_sst_model(tokenizer: BertTokenizer, seed: int = 0) -> MultitaskBERT:
+    """The smallest model there is: one sentence task."""
+    torch.manual_seed(seed)
+    return MultitaskBERT(BertModel(make_config(len(tokenizer))), {"sst": TASKS["sst"]}, {"sst": "single"})

@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from bert import BertModel
-from config import TASKS
-from heads import MultitaskBERT
 from support.errors import UserError
 from support.files import whole_file, write_text
-from tests.tiny import make_config, make_encoder
-from tokenizer import BertTokenizer
+from tests.tiny import make_sst_model
 from training import checkpoint
 from training.checkpoint import (
     copy_tensors,
@@ -27,16 +24,6 @@ from training.checkpoint import (
     write_checkpoint,
     write_model,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return BertTokenizer.from_pretrained(make_encoder(tmp_path_factory.mktemp("encoder")))
-
-
-def make_model(tokenizer, seed=0):
-    torch.manual_seed(seed)
-    return MultitaskBERT(BertModel(make_config(len(tokenizer))), {"sst": TASKS["sst"]}, {"sst": "single"})
 
 
 def same(a, b):
@@ -84,7 +71,7 @@ def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tm
 
 
 def test_round_trip(tokenizer, tmp_path):
-    model, other = make_model(tokenizer), make_model(tokenizer, seed=1)
+    model, other = make_sst_model(tokenizer), make_sst_model(tokenizer, seed=1)
     state = {"step": 3, "cosine_ema": [[0.1, -1 / 3]], "best_score": None}
     save(tmp_path / "last", model, tokenizer, state)
     assert load_state(tmp_path / "last") == state  # JSON keeps every bit of a float
@@ -95,7 +82,7 @@ def test_round_trip(tokenizer, tmp_path):
 
 
 def test_checkpoint_is_an_encoder_folder(tokenizer, tmp_path):
-    model = make_model(tokenizer)
+    model = make_sst_model(tokenizer)
     save(tmp_path / "best", model, tokenizer, {})
     encoder = BertModel.from_pretrained(tmp_path / "best")
     assert same(model.bert, encoder)
@@ -104,7 +91,7 @@ def test_checkpoint_is_an_encoder_folder(tokenizer, tmp_path):
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
 def test_checksums_are_those_of_sha256sum(tokenizer, tmp_path):
-    save(tmp_path / "last", make_model(tokenizer), tokenizer, {})
+    save(tmp_path / "last", make_sst_model(tokenizer), tokenizer, {})
     assert os.system(f"cd {tmp_path}/last && sha256sum --check --strict --quiet SHA256SUMS") == 0
     listed = {line.split()[1] for line in (tmp_path / "last" / "SHA256SUMS").read_text().splitlines()}
     assert listed == set(names(tmp_path / "last")) - {"SHA256SUMS"}
@@ -240,7 +227,7 @@ DAMAGES = {
 def test_every_damage_is_found_and_the_one_before_takes_its_place(tokenizer, tmp_path, capsys, name, damage):
     folder = tmp_path / "last"
     for step in (1, 2):
-        save(folder, make_model(tokenizer, seed=step), tokenizer, {"step": step}, keep=2)
+        save(folder, make_sst_model(tokenizer, seed=step), tokenizer, {"step": step}, keep=2)
     assert find_damage(folder) is None and find_checkpoint(folder) == folder
     assert not capsys.readouterr().out
     DAMAGES[damage](folder / name)

@@ -7,13 +7,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from bert import BertModel
-from config import TASKS
-from heads import MultitaskBERT
 from kernels.fused import PLAIN, Kernels
 from support.errors import UserError
-from tests.tiny import make_config, make_encoder
-from tokenizer import BertTokenizer
+from tests.tiny import make_sst_model
 from training import run_folder
 from training.checkpoint import write_checkpoint
 from training.run_folder import (
@@ -29,16 +25,6 @@ from training.run_folder import (
     write_args,
 )
 from training.settings import LoopSettings, OptimizerSettings, OutputSettings, RunSettings
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return BertTokenizer.from_pretrained(make_encoder(tmp_path_factory.mktemp("encoder")))
-
-
-def make_model(tokenizer, seed=0):
-    torch.manual_seed(seed)
-    return MultitaskBERT(BertModel(make_config(len(tokenizer))), {"sst": TASKS["sst"]}, {"sst": "single"})
 
 
 def settings(folder, precision="fp32", accumulates=False, compiled=False):
@@ -65,11 +51,11 @@ def test_run_trains_with_the_kernels_and_types_that_its_settings_say(tokenizer, 
     kernels = Kernels(adamw_update=lambda *args: None)
     monkeypatch.setattr(run_folder, "compile_kernels", lambda: kernels)
     for compiled, expected in ((True, kernels), (False, PLAIN)):
-        run = Run(settings(tmp_path, compiled=compiled), make_model(tokenizer), tokenizer)
+        run = Run(settings(tmp_path, compiled=compiled), make_sst_model(tokenizer), tokenizer)
         assert run.memory.kernels is expected and run.optimizer.update is expected.adamw_update
     types = {("fp32", False): None, ("bf16", False): torch.bfloat16, ("bf16", True): torch.bfloat16}
     for (precision, accumulates), copy in types.items():
-        memory = Run(settings(tmp_path, precision, accumulates), make_model(tokenizer), tokenizer).memory
+        memory = Run(settings(tmp_path, precision, accumulates), make_sst_model(tokenizer), tokenizer).memory
         assert getattr(memory.weight_copy, "dtype", None) == copy
         # Sums of several batches are kept in float32.
         assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and not accumulates else torch.float32)
@@ -288,7 +274,7 @@ def test_state_survives_json_to_the_bit():
 
 
 def test_weights_that_are_not_finite_do_not_replace_good_ones(tokenizer, tmp_path):
-    run = Run(settings(tmp_path), make_model(tokenizer), tokenizer)
+    run = Run(settings(tmp_path), make_sst_model(tokenizer), tokenizer)
     run.save_last()
     run.state.step = 7
     run.memory.data[3] = float("inf")
@@ -298,7 +284,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(tokenizer, tmp_pat
 
 
 def test_lost_lines_of_the_log_are_warned_about(tokenizer, tmp_path, capsys):
-    run = Run(settings(tmp_path), make_model(tokenizer), tokenizer)
+    run = Run(settings(tmp_path), make_sst_model(tokenizer), tokenizer)
     for number in range(3):
         run.log({"step": number})
     run.log_file.write_bytes(run.log_file.read_bytes() + b'{"step": 3}\n{"st')
