@@ -140,23 +140,20 @@ def test_only_our_own_files_are_replaced(tmp_path, case):
 # --- the lock -------------------------------------------------------------------------------------
 
 HOLD = """
-import sys
+import os, sys, time
 from pathlib import Path
 from support.files import lock_folder
 with lock_folder(Path(sys.argv[1])):
-    if sys.argv[2] == "fork":  # a child that outlives it
-        import os, time
-        if os.fork() == 0:
-            time.sleep(60)
-    print(os.getpid() if sys.argv[2] == "fork" else "held", flush=True)
-    sys.stdin.read()
+    if sys.argv[2] == "alone" or os.fork() == 0:  # a child outlives the holder
+        print("ready", flush=True)  # by the child: only now is all done that a fork does in it
+        time.sleep(60)
+    os.waitpid(-1, 0)
 """
 
 
 def hold(folder, mode="alone"):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), mode],
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
         text=True,

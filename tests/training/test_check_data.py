@@ -340,6 +340,7 @@ ERRORS_ON_THE_PAGE = {
     "the file is empty": "empty",
     "no usable row": "usable row",
     "separated by": "other separators",
+    "Git LFS": "Git LFS",
     "no column": "column is missing",
     "two columns": "twice",
     "quotation mark in": "quotation marks",
