@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -335,7 +336,10 @@ class Steps:
         self.waiting: deque[tuple[int, Examples, Callable[[], StepResult]]] = deque()
         self.captured = None
         if run.settings.captured:
-            self.captured = make_captured_step(run, train_data)
+            step_settings = run.settings.step
+            self.captured = CapturedStep(
+                run.model, run.memory, run.optimizer, train_data, step_settings, triton_kernels()
+            )
             self.captured.leave(run.state.cosine_ema)
         self.is_checked = False
 
@@ -396,10 +400,10 @@ class Steps:
         return num_tokens
 
 
-def make_captured_step(run: Run, train_data: dict[str, TaskData]) -> CapturedStep:
-    from kernels import triton_kernels  # only there is Triton needed
+def triton_kernels() -> ModuleType:
+    from kernels import triton_kernels  # only on a GPU is Triton to be had
 
-    return CapturedStep(run.model, run.memory, run.optimizer, train_data, run.settings.step, triton_kernels)
+    return triton_kernels
 
 
 def make_task_batches(run: Run, examples: Examples, train_data: dict[str, TaskData]) -> list[TaskBatch]:
