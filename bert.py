@@ -192,7 +192,7 @@ class BertModel(BertPreTrainedModel):
         Args:
             input_ids: (B, T) integers in [0, vocab_size); T is at most max_position_embeddings.
             attention_mask: (B, T), 1 for real word pieces and 0 for padding, wherever it stands; None means
-                no padding.
+                no padding. With a GPU it is better left on the host, which lays out the word pieces.
             token_type_ids: (B, T), 0 for the first segment and 1 for the second; None means all 0.
 
         Returns:
@@ -237,7 +237,8 @@ class BertModel(BertPreTrainedModel):
                 )
 
         # 1. Lay the word pieces of all batches end to end.
-        paddings = make_paddings([attention_mask for _, attention_mask, _ in batches])
+        device = batches[0][0].device
+        paddings = [padding.to(device) for padding in make_paddings([mask for _, mask, _ in batches])]
         packing = Packing([padding.num_tokens for padding in paddings], task_numbers, targets)
 
         def pack(tensors: Sequence[Tensor]) -> Tensor:

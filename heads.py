@@ -208,7 +208,7 @@ class MultitaskBERT(nn.Module):
             torch.no_grad() if self.freeze_encoder else nullcontext()
         ):  # then nothing is kept for a backward pass
             outputs = self.bert(input_ids, attention_mask, token_type_ids)
-            return POOLINGS[self.pooling](outputs, attention_mask)
+            return POOLINGS[self.pooling](outputs, attention_mask.to(input_ids.device, non_blocking=True))
 
     def forward(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits of one task.
@@ -268,7 +268,7 @@ class MultitaskBERT(nn.Module):
             outputs = self.bert.encode(inputs, task_numbers, targets)
         # From here on each batch alone: heads are small, and their gradients are of one task anyway.
         return [
-            self.head_loss(task, output, batch["attention_mask"], batch["labels"])
+            self.head_loss(task, output, batch["attention_mask"].to(batch["labels"].device), batch["labels"])
             for (task, batch), output in zip(batches, outputs, strict=True)
         ]
 

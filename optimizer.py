@@ -235,7 +235,7 @@ def device_hyperparameters(
         applied: () bool, whether the update is to be made.
 
     Returns:
-        (B, 8) float32: beta1, beta2, step size, eps, share that decays with the step and after it, whether
+        (B, 8) float64: beta1, beta2, step size, eps, share that decays with the step and after it, whether
         the second moment is used (0: `rectify`'s first steps), `applied`.
     """
     (beta1, beta2), lrs = group["betas"], lrs.double()
@@ -261,7 +261,7 @@ def device_hyperparameters(
         adaptive,
         applied.double().expand_as(lrs),
     ]
-    return torch.stack(columns, dim=1).float()
+    return torch.stack(columns, dim=1)
 
 
 def has_weight_decay(param: nn.Parameter) -> bool:

@@ -184,6 +184,11 @@ class FlatMemory:
         where = self.ranges.get(id(param))
         return None if where is None else self.layout.columns(where).start
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What linear layers compute in."""
+        return torch.float32 if self.weight_copy is None else self.weight_copy.dtype
+
     def head_grad(self, task: str) -> torch.Tensor:
         """The flat gradient of one task's head, a view of `grad`."""
         return self.grad[self.layout.blocks[task, True].start : self.layout.blocks[task, False].stop]

@@ -67,6 +67,11 @@ class Padding:
         is_token[spare[:num_spare]] = True
         return cls(mask, is_token.nonzero().squeeze(1))
 
+    def to(self, device: torch.device) -> Padding:
+        """The same on a device: a mask that stays on the host until here costs a GPU no wait."""
+        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
+        return Padding(self.mask.to(device, non_blocking=True), positions)
+
     @property
     def num_tokens(self) -> int:
         return self.mask.numel() if self.positions is None else len(self.positions)

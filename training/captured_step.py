@@ -79,8 +79,12 @@ class CapturedStep:
         self.model, self.memory, self.optimizer = model, memory, optimizer
         self.data, self.settings, self.ops = data, settings, ops
         self.lengths = {task: each.lengths for task, each in data.items()}
+        self.max_length = ops.MAX_TILE
         self.device = memory.data.device
         self.is_cuda = self.device.type == "cuda"
+        if self.is_cuda:
+            card = torch.cuda.get_device_properties(self.device)
+            self.max_length = ops.max_tile(memory.compute_dtype, card.shared_memory_per_block_optin)
         self.stream = torch.cuda.Stream(self.device) if self.is_cuda else None
         self.pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # None: made once, not captured yet
@@ -132,7 +136,7 @@ class CapturedStep:
     def fits(self, examples: Sequence[tuple[str, list[np.ndarray]]]) -> bool:
         """Whether all sequences of a step fit into an attention tile; the others take the plain path."""
         return all(
-            self.lengths[task][chosen].max() <= self.ops.MAX_TILE
+            self.lengths[task][chosen].max() <= self.max_length
             for task, batches in examples
             for chosen in batches
         )

@@ -85,7 +85,7 @@ def gram_by_block(grads, starts, stops):
 
 
 def combine_adamw(grads, weights, param, exp_avg, exp_avg_sq, numbers):
-    beta1, beta2, step_size, eps, early, late, is_adaptive, is_applied = numbers.unbind()
+    beta1, beta2, step_size, eps, early, late, is_adaptive, is_applied = numbers.tolist()
     if not is_applied:
         return
     g = weights @ grads.float()
