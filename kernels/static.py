@@ -125,17 +125,34 @@ class TableRows:
     offsets: np.ndarray
 
 
-def sort_rows(offsets: np.ndarray, rows: np.ndarray) -> TableRows:
-    """Group `rows` by the table row, given as its offset, that each is added to."""
-    order = np.argsort(offsets, kind="stable")
-    offsets = offsets[order]
-    firsts = np.flatnonzero(np.diff(offsets, prepend=-1))  # where a table row begins
-    counts = np.diff(firsts, append=len(offsets))
+def sort_rows(numbers: np.ndarray, tasks: Sequence[slice], starts: Sequence[int], width: int) -> TableRows:
+    """Group hidden rows, numbered from 0, by the table row that each is added to.
+
+    Args:
+        numbers: (m,) what was looked up.
+        tasks: the hidden rows of each task.
+        starts: where the table's gradients of each task start.
+        width: elements of a table row.
+    """
+    # 16 bits, where they suffice, are sorted in linear time: 0.2 ms instead of 1.4 for 23,000 words.
+    keys = numbers.astype(np.uint16 if numbers.max() < 2**16 else np.int32)
+    order = np.concatenate([keys[task].argsort(kind="stable") + task.start for task in tasks])
+    offsets = np.concatenate(
+        [
+            keys[order[task]].astype(np.int64) * width + start
+            for task, start in zip(tasks, starts, strict=True)
+        ]
+    )
+    is_first = np.empty(len(offsets), dtype=bool)  # of those that are added to the same table row
+    is_first[0] = True
+    np.not_equal(offsets[1:], offsets[:-1], out=is_first[1:])
+    firsts = is_first.nonzero()[0]
+    counts = np.append(firsts[1:], len(offsets)) - firsts
     num_pieces = -(-counts // PIECE)  # of each table row
-    sums = np.concatenate([[0], np.cumsum(num_pieces)])
-    nth = np.arange(sums[-1]) - np.repeat(sums[:-1], num_pieces)  # of a piece among those of its table row
-    pieces = np.append(np.repeat(firsts, num_pieces) + nth * PIECE, len(offsets))
-    return TableRows(rows[order], pieces, sums, offsets[firsts])
+    sums = np.concatenate([[0], num_pieces.cumsum()])
+    nth = np.arange(sums[-1]) - sums[:-1].repeat(num_pieces)  # of a piece among those of its table row
+    pieces = np.append(firsts.repeat(num_pieces) + nth * PIECE, len(offsets))
+    return TableRows(order, pieces, sums, offsets[firsts])
 
 
 def pack_step(
@@ -188,15 +205,18 @@ def pack_step(
     rows = {name: scatter(values, real, num_rows, spare.get(name, 0)) for name, values in arrays.items()}
 
     # 3. What each table's gradient adds up.
-    task_of_row = np.repeat([batch.task for batch in batches], [len(batch.input_ids) for batch in batches])
-    numbers = {table: arrays[name] for table, name in zip(TABLES, TOKEN_FIELDS, strict=True)}
+    tasks = slices_by_task(batches)
     tables = {}
-    for table, start in table_starts.items():
-        offsets = (
-            task_of_row.astype(np.int64) * task_stride + start + numbers[table].astype(np.int64) * hidden_size
-        )
-        sorted_rows = sort_rows(offsets, real)
-        tables |= {f"{table}.{name}": getattr(sorted_rows, name) for name in ROWS_FIELDS}
+    for table, name in zip(TABLES, TOKEN_FIELDS, strict=True):
+        if table in table_starts:
+            table_rows = sort_rows(
+                arrays[name],
+                list(tasks.values()),
+                [task * task_stride + table_starts[table] for task in tasks],
+                hidden_size,
+            )
+            tables |= {f"{table}.{field}": getattr(table_rows, field) for field in ROWS_FIELDS}
+            tables[f"{table}.order"] = real[table_rows.order]
 
     labels = {f"labels.{n}": batch.labels for n, batch in enumerate(batches)}
     return shape, rows | {
@@ -204,6 +224,17 @@ def pack_step(
         "starts": real[firsts],
         "lengths": lengths,
     } | tables | labels
+
+
+def slices_by_task(batches: Sequence[PackedBatch]) -> dict[int, slice]:
+    """Task -> its sequences' rows, all end to end without spare ones."""
+    slices: dict[int, slice] = {}
+    row = 0
+    for batch in batches:
+        first = slices[batch.task].start if batch.task in slices else row
+        row += len(batch.input_ids)
+        slices[batch.task] = slice(first, row)
+    return slices
 
 
 def scatter(values: np.ndarray, at: np.ndarray, size: int, fill: int) -> np.ndarray:

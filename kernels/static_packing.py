@@ -89,12 +89,12 @@ class StaticPacking(Packing):
     def write_sums(self, target: GradTarget, dy: Tensor, times: Tensor | None = None) -> None:
         """Gradients of a bias, or of LayerNorm's scale: of each task the sum of dy (* times), (K, H)."""
         sums = dy.new_empty(self.shape.num_tasks, dy.shape[1], dtype=torch.float32)
-        self.ops.sum_by_task(dy, self.ends, sums, times)
+        self.ops.sum_by_task(dy.contiguous(), self.ends, sums, times)
         target.write_all(sums)
 
     def write_rows(self, target: GradTarget, ids: Tensor, dy: Tensor) -> None:
         """Gradients of a table: rows of dy (M, H) are added to those that `ids` looked up."""
-        self.ops.sum_rows(dy.float().contiguous(), *self.table_rows[id(target)], self.table_grads)
+        self.ops.sum_rows(dy.contiguous(), *self.table_rows[id(target)], self.table_grads)
 
     def owned_rows(self, dtype: torch.dtype) -> Tensor:
         """(K, M, 1) 1 where a row is in a task's range."""
