@@ -11,8 +11,8 @@ too much; they are `tl.constexpr`, compiled in, as is what stays the same in a r
 and in an order that never changes, so equal input gives equal bits.
 
 Launchers never wait for the device, and what they launch and allocate depends on shapes alone: a CUDA graph
-can capture them. There is no autograd; a backward function takes the gradient of the forward one's result.
-Tensors are contiguous where nothing else is said.
+can capture them, after a first call with these shapes, which compiles. There is no autograd; a backward
+function takes the gradient of the forward one's result. Tensors are contiguous where nothing else is said.
 
 Randomness: `p` in [0, 1) is the share of elements that dropout takes; `rng` (2,) int64 on the device holds a
 seed, new in every step, and 1, or 0 to switch dropout off in a captured graph; `site` is an integer of its
@@ -203,11 +203,11 @@ def attention_backward_kernel(
             kept = probs * factor
             dprobs *= factor
         dvalues += tl.dot(tl.trans(kept.to(grads.dtype)), grads, input_precision="ieee")
-        dscores = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None]) * scale
-        dscores = dscores.to(keys.dtype)
+        dscores = (probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None])).to(keys.dtype)
         dkeys += tl.dot(tl.trans(dscores), queries, input_precision="ieee")
-        tl.store(dqkv + offsets, tl.dot(dscores, keys, input_precision="ieee"), mask=inside)
-    tl.store(dqkv + width + key_offsets, dkeys, mask=inside_keys)
+        dqueries = tl.dot(dscores, keys, input_precision="ieee")
+        tl.store(dqkv + offsets, dqueries * scale, mask=inside)
+    tl.store(dqkv + width + key_offsets, dkeys * scale, mask=inside_keys)
     tl.store(dqkv + 2 * width + key_offsets, dvalues, mask=inside_keys)
 
 
@@ -283,7 +283,7 @@ def attention_backward(
 # --- dropout, residual sum and LayerNorm --------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site", "num_rows"])
 def norm_forward_kernel(
     x, residual, weight, bias, y, normalised, rstd, eps, p, rng, site, num_rows,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -309,7 +309,7 @@ def norm_forward_kernel(
     tl.store(y + offsets, result * scales[None, :] + shifts[None, :], mask=inside)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site", "num_rows"])
 def norm_backward_kernel(
     dy, normalised, rstd, weight, dx, dresidual, p, rng, site, num_rows,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -474,12 +474,13 @@ def sum_by_task(
 
 @triton.jit
 def gram_kernel(
-    grads, starts, stops, out, stride, K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr
-):
+    grads, starts, stops, out, stride,
+    ALIGNMENT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One program for each range of columns."""
     block = tl.program_id(0)
-    start = tl.load(starts + block)
-    length = (tl.load(stops + block) - start).to(tl.int32)
+    start = tl.multiple_of(tl.load(starts + block), ALIGNMENT)
+    length = tl.multiple_of((tl.load(stops + block) - start).to(tl.int32), ALIGNMENT)
     rows = tl.arange(0, BLOCK_K)
     offsets = rows.to(tl.int64) * stride + start
     left, right = offsets[:, None, None], offsets[None, :, None]
@@ -496,7 +497,7 @@ def gram_kernel(
     tl.store(place, tl.sum(total, 2), mask=(rows < K)[:, None] & (rows < K)[None, :])
 
 
-def gram_by_block(grads: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+def gram_by_block(grads: Tensor, starts: Tensor, stops: Tensor, alignment: int = 1) -> Tensor:
     """Inner products of the task gradients within each of several ranges of columns.
 
     Replaces `pcgrad.gram_matrix` for each layer group, and reads each element once. What is not finite in a
@@ -505,6 +506,7 @@ def gram_by_block(grads: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
     Args:
         grads: (K, n), K from 1 to 8, of any float type; its rows may lie apart.
         starts, stops: (b,) int64, the ranges; best of at most BLOCK_COLUMNS columns each.
+        alignment: a power of two that divides all of them; from 4 on, a load takes several numbers at once.
 
     Returns:
         (b, K, K) float32.
@@ -514,8 +516,9 @@ def gram_by_block(grads: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
     block_k = triton.next_power_of_2(num_tasks)
     out = grads.new_empty(len(starts), num_tasks, num_tasks, dtype=torch.float32)
     gram_kernel[(len(starts),)](
-        grads, starts, stops, out, grads.stride(0), K=num_tasks, BLOCK_K=block_k, COLUMNS=512 // block_k
-    )
+        grads, starts, stops, out, grads.stride(0),
+        ALIGNMENT=alignment, K=num_tasks, BLOCK_K=block_k, COLUMNS=512 // block_k,
+    )  # fmt: skip
     return out
 
 

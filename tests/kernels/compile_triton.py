@@ -59,6 +59,7 @@ def record_launches(dtype: torch.dtype, head_size: int, max_length: int) -> list
     tk.sum_by_task(x, integer[:num_tasks], sums)
     tk.sum_by_task(x, integer[:num_tasks], sums, x, accumulate=True)
     tk.gram_by_block(grads, integer.long(), integer.long())
+    tk.gram_by_block(grads, integer.long(), integer.long(), alignment=16)
     tk.combine_adamw(grads, number[:num_tasks], *[vector] * 3, numbers, vector.to(dtype), vector)
     tk.combine_adamw(sums[:1], number[:1], *[vector] * 3, numbers.float())
     return launches
