@@ -89,13 +89,11 @@ def compile_launch(kernel: JITFunction, named: dict, options: dict, capability: 
 def main(capability: int, dtype: torch.dtype, head_size: int, max_length: int) -> None:
     for kernel, named, options in record_launches(dtype, head_size, max_length):
         shared = compile_launch(kernel, named, options, capability)
-        if "TILE" in named:
+        if "TILE" in named and capability >= 80:
             tile = tk.TILES[named["TILE"]]
             assert shared <= (tile.shared_float32 if dtype == torch.float32 else tile.shared_16_bit)
-        tile = named.get("TILE", "")
-        print(
-            f"sm_{capability} {NAMES[dtype]} {head_size} {kernel.__name__} {tile}: {shared} bytes", flush=True
-        )
+        what = f"{kernel.__name__} {named.get('TILE', '')}".strip()
+        print(f"sm_{capability} {NAMES[dtype]} {head_size} {what}: {shared} bytes", flush=True)
 
 
 if __name__ == "__main__":

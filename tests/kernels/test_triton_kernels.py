@@ -395,7 +395,7 @@ def test_a_step_that_is_left_out_changes_nothing():
 
 @pytest.mark.slow
 def test_every_launch_compiles(tmp_path):
-    """Without a GPU, and without its interpreter: in a process of its own. The two smallest tiles stand for all;
+    """In a process of its own, without the interpreter. The two smallest tiles stand for all; by hand,
     `python -m tests.kernels.compile_triton` tries the others, and other cards.
     """
     code = "import torch, tests.kernels.compile_triton as c; c.main(80, torch.bfloat16, 32, max_length=64)"
