@@ -67,7 +67,9 @@ def max_tile(dtype: torch.dtype, shared_memory: int) -> int:
         rows: tile.shared_float32 if dtype == torch.float32 else tile.shared_16_bit
         for rows, tile in TILES.items()
     }
-    return max((rows for rows, need in needs.items() if need <= shared_memory), default=0)
+    # Cards before 8.0, which all have less, take up to twice as much (7.5, float16: 45,056 and 73,728 bytes).
+    times = 2 if shared_memory < 100_000 else 1
+    return max((rows for rows, need in needs.items() if need * times <= shared_memory), default=0)
 
 
 def are_contiguous(*tensors: Tensor | None) -> bool:

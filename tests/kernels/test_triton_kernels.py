@@ -410,6 +410,6 @@ def test_every_launch_compiles(tmp_path):
 def test_max_tile_by_card():
     """Tesla T4, GeForce RTX 30 and 40, A100, H100."""
     cards = (65_536, 101_376, 166_912, 232_448)
-    assert [tk.max_tile(torch.float16, shared) for shared in cards] == [64, 128, 256, 256]
-    assert [tk.max_tile(torch.float32, shared) for shared in cards] == [64, 128, 256, 256]
+    assert [tk.max_tile(torch.float16, shared) for shared in cards] == [32, 128, 256, 256]
+    assert [tk.max_tile(torch.float32, shared) for shared in cards] == [0, 128, 256, 256]
     assert tk.max_tile(torch.float32, 0) == 0
