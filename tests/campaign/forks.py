@@ -42,7 +42,7 @@ DOING = (
     *("reading data, encoder or checkpoint", "training, no checkpoint yet", "training", "evaluating"),
     *("writing best/", "writing last/", "scores and predictions"),
 )
-STARTING, FIRST_TRAINING, TRAINING, EVALUATING, SAVING_BEST, SAVING_LAST, FINISHING = range(len(DOING))
+FIRST_TRAINING, TRAINING = 1, 2
 # What touches the disk, by module; writing to an opened file is counted separately.
 OPERATIONS = {
     os: ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "link", "symlink", "truncate"),
@@ -177,7 +177,7 @@ def find_differences(folder: Path, reference: dict[str, object]) -> list[str]:
 class Cell(ctypes.Structure):
     """Numbers that a child writes, and that outlive it."""
 
-    NAMES = ("doing", "step", "started_at", "saved_step", "num_saves", "num_operations")
+    NAMES = ("doing", "started_at", "saved_step", "num_saves", "num_operations")
     _fields_ = [(name, ctypes.c_int64) for name in NAMES]
 
     def what(self) -> str:
@@ -274,26 +274,10 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
         plot: draw the curves at the end, which takes a second.
     """
 
-    def wrap(owner, name, doing, before=None, after=None):
-        function = getattr(owner, name)
-
-        def wrapped(*args, **options):
-            outside, cell.doing = cell.doing, doing
-            if before:
-                before(*args, **options)
-            result = function(*args, **options)
-            if after:
-                after(*args)
-            cell.doing = outside
-            return result
-
-        setattr(owner, name, wrapped)
-
-    def start_training(run, *rest, **options):
-        cell.started_at = cell.step = run.state.step
+    def start_training(run, *rest):
+        cell.started_at = run.state.step
 
     def start_step(*args, step, **options):
-        cell.step = step
         if strike_at and step == strike_at[0]:
             signal.raise_signal(strike_at[1])
 
@@ -301,13 +285,29 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
         cell.saved_step = run.state.step
         cell.num_saves += 1
 
+    def nothing(*args, **options):
+        pass
+
+    def wrap(owner, name, doing, before=nothing, after=nothing):
+        function, number = getattr(owner, name), DOING.index(doing)
+
+        def wrapped(*args, **options):
+            outside, cell.doing = cell.doing, number
+            before(*args, **options)
+            result = function(*args, **options)
+            after(*args)
+            cell.doing = outside
+            return result
+
+        setattr(owner, name, wrapped)
+
     main = multitask_classifier
-    wrap(main, "train", TRAINING, start_training)
-    wrap(main, "train_step", TRAINING, start_step)
-    wrap(main, "evaluate", EVALUATING)
-    wrap(main, "evaluate_best", FINISHING)
-    wrap(main.Run, "save_best", SAVING_BEST)
-    wrap(main.Run, "save_last", SAVING_LAST, after=note_save)
+    wrap(main, "train", "training", start_training)
+    wrap(main, "train_step", "training", start_step)
+    wrap(main, "evaluate", "evaluating")
+    wrap(main, "evaluate_best", "scores and predictions")
+    wrap(main.Run, "save_best", "writing best/")
+    wrap(main.Run, "save_last", "writing last/", after=note_save)
     if not plot:
         main.plot_run = lambda folder: None
 
