@@ -370,15 +370,14 @@ def test_batches_hold_similar_lengths_and_come_in_random_order():
     """Padding of single sentences stays below 5 %; without sorting it is about half on this data.
 
     An epoch sorted by length would be a curriculum that nobody asked for: rank correlation with time is 0 on
-    average with a standard error of 0.04; sorted groups would give 0.4 to 1.
+    average with a standard error of 0.1; the two sorted groups of these 100 batches would give 0.4 to 1.
     """
-    lengths = make_lengths(8544)
-    order = BatchOrder(lengths, 16, seed=0, task="sst")
-    for epoch in range(2):
-        batches = [lengths[batch] for batch in epoch_of(order, epoch)]
+    for num_examples, seed in [(8544, 0), (1600, 0), (1600, 1)]:
+        lengths = make_lengths(num_examples)
+        batches = [lengths[batch] for batch in epoch_of(BatchOrder(lengths, 16, seed, task="sst"), 0)]
         assert 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches) < 0.05
         ranks = np.argsort(np.argsort([batch.mean() for batch in batches]))
-        assert abs(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1]) < 0.13
+        assert abs(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1]) < 0.3
 
 
 # --- samplers -----------------------------------------------------------------------------------------------
