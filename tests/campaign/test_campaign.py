@@ -32,7 +32,7 @@ def apart():
     """Calls a function in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context) as executor:
-        yield lambda function, *args: executor.submit(function, folder, *args).result(timeout=300)
+        yield lambda function, *args: executor.submit(function, folder, *args).result(timeout=900)
         executor.submit(os._exit, 0)  # an orderly end takes seconds
 
 
