@@ -172,7 +172,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("text", "changes", "message"), BROKEN)
+@pytest.mark.parametrize(("text", "changes", "message"), BROKEN, ids=range(len(BROKEN)))
 def test_broken_sources_name_the_line(source, tmp_path, text, changes, message):
     source("s", text, **changes)
     with pytest.raises(UserError, match="s.txt") as error:
