@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from evaluation import predict, read_predictions
 from reporting import sentences
 from reporting.predict import main
 from support.errors import UserError
+from support.files import ROOT
 from tests.tiny import make_data, make_encoder
 from training.predictor import Predictor
 
@@ -289,6 +291,38 @@ def test_prompt_on_a_terminal(place, monkeypatch, capsys):
         asked = [tuple(json.loads(answer).values())[: 1 + (task == "sts")] for answer in answers]
         assert asked == ([("a gripping film",), ("an honest try",)] if task == "sst" else [STS[0]])
         assert "Ctrl-D ends" in captured.err and f"{TASKS[task].text_columns[0]}> " in captured.out
+
+
+# --- the page about it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def code_blocks(place):
+    """The Python code of docs/use.md, on a run that is there."""
+    text = (ROOT / "docs" / "use.md").read_text(encoding="utf-8").replace("runs/first", str(place / "run"))
+    return [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+
+
+def test_python_on_the_page(code_blocks, capsys):
+    names = {}
+    for code in code_blocks[:2]:
+        exec(code, names)  # noqa: S102
+    assert len(capsys.readouterr().out.splitlines()) == 3 and names["logits"].shape == (2, 5)
+
+
+@pytest.mark.slow
+def test_hugging_face_datasets_on_the_page(code_blocks, place, tmp_path):
+    """With a stand-in for the package; in the project's folder, our file would be imported instead."""
+    (tmp_path / "datasets").mkdir()
+    stand_in = f"load_dataset = lambda name, split: {{'text': {['two' + chr(10) + 'lines', *SST]!r}}}"
+    (tmp_path / "datasets" / "__init__.py").write_text(stand_in)
+    code = code_blocks[2].replace("path/to/this/project", str(ROOT))
+    code = code.replace('"python"', repr(sys.executable)) + "print(json.dumps(answers))"
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [answer["sentence"] for answer in json.loads(done.stdout)] == ["two lines", *SST]
 
 
 # --- what it leaves alone, and errors -----------------------------------------------------------------------
