@@ -189,7 +189,7 @@ OTHERS = {*FILE_FLAGS, *(f"{name}_out" for name in FILE_FLAGS)}
 OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train")}
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last"}
-OTHERS |= {"max_bad_steps", "predict_splits", "prediction_style"}
+OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
 OTHERS |= {"resume", "overwrite", "eval_only", "predict_only"}
 
 
@@ -231,6 +231,48 @@ def test_prediction_file_flags(run, place):
     folder = run(" ".join([ALL_TASKS, *(f"--{name}_out {path}" for name, path in paths.items())]))
     written = {f"{name.replace('_', '-')}-output.csv": path.read_text() for name, path in paths.items()}
     assert written == prediction_files(run(ALL_TASKS)) and not (folder / "predictions").exists()
+
+
+def final_scores(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+@slow
+def test_final_eval_part(run, capsys):
+    folder = run("--eval_max_examples 3 --final_eval part")
+    scores = final_scores(folder)
+    assert scores == {"step": 3, "final_eval": "part", "dev": lines(folder, "dev")[0]["dev"]}
+    assert prediction_files(folder) == prediction_files(run())  # of whole splits all the same
+    assert again(folder, "--eval_only") == 0 and final_scores(folder) == scores
+    assert again(folder, "--eval_only --final_eval full") == 0 and final_scores(folder) == final_scores(run())
+    full = run("--eval_max_examples 3")
+    assert again(full, "--eval_only --final_eval part") == 0  # never in the place of a whole evaluation
+    assert final_scores(full) == final_scores(run()) and "stays as it is" in capsys.readouterr().out
+
+
+@slow
+def test_final_eval_none_and_only_what_is_asked_for(run, place, capsys):
+    folder = run("--final_eval none --predict_splits none")
+    assert not (folder / "scores.json").exists() and not (folder / "predictions").exists()
+    for mode, message in (
+        ("--eval_only", "give --final_eval full or part"),
+        ("--predict_only", "give --predict_splits dev,test"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            again(folder, mode)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    capsys.readouterr()
+    assert again(folder, "--predict_only --predict_splits dev --predict_tasks sst") == 0
+    assert "sts" not in capsys.readouterr().out and not (folder / "scores.json").exists()  # not even read
+    assert prediction_files(folder) == {"sst-dev-output.csv": prediction_files(run())["sst-dev-output.csv"]}
+    assert again(folder, "--eval_only --final_eval full") == 0
+    assert final_scores(folder) == final_scores(run())
+
+
+@slow
+def test_predict_tasks(run):
+    some = prediction_files(run("--predict_tasks sts,sst"))
+    assert len(some) == 4 and some.items() < prediction_files(run()).items()
 
 
 @slow
@@ -344,7 +386,7 @@ def test_damaged_settings_are_refused(tmp_path, change):
 MARKED = {
     "mode": ({"output_dir", "resume", "overwrite", "eval_only", "predict_only"}, True, True),
     "place": ({"data_dir", "cache_dir", *(f"{task}_train" for task in TASKS)}, True, True),
-    "predictions": ({"predict_splits", "prediction_style"}, True, True),
+    "predictions": ({"final_eval", "predict_splits", "predict_tasks", "prediction_style"}, True, True),
     "length": ({"max_steps", "patience"}, True, False),
     "upkeep": ({"log_every", "keep_last", "max_bad_steps"}, True, False),
     "machine": ({"device", "use_gpu", "precision"}, False, True),
@@ -380,7 +422,10 @@ def test_marks_say_what_may_change():
         ("--extra_data sick,sick", "each once"),
         ("--extra_data sick=0", "--extra_data: value is 'sick=0'"),
         ("--tasks sst --extra_data sick", "--extra_data sick feeds sts"),
-        ("--predict_splits train", "--predict_splits: value is 'train'; expected dev, test or dev,test"),
+        ("--predict_splits train", "--predict_splits: value is 'train'; expected dev, test, dev,test"),
+        ("--predict_splits none,dev", "--predict_splits: value is 'none,dev'"),
+        ("--tasks sst --predict_tasks sts", "--predict_tasks names sts"),
+        ("--final_eval part", "--final_eval part needs --eval_max_examples"),
         ("--predict_splits dev,dev", "--predict_splits"),
         ("--option pretrain --fine-tune-mode full-model", "contradict"),
         ("--option finetune --freeze_encoder", "contradict"),
