@@ -190,6 +190,7 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
     if summary is None:
         return {"text": "Nothing was evaluated yet.", "table": None, "warnings": []}
     rows, warnings = [], []
+    most = None if summary["finished"] and not summary["is_part"] else args.eval_max_examples
     for task, scores in summary["tasks"].items():
         spec, result = TASKS[task], results[task]
         kind = TASK_KINDS[spec.kind]
@@ -197,17 +198,18 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
             row = [spec.title, name, f"{value:.4f}", "", ""]
             if name == kind.main_score and result.rows:
                 baseline = kind.baseline(result.rows.labels)
-                row[3:] = f"{baseline:.4f}", str(len(result.rows.labels))
+                row[3:] = f"{baseline:.4f}", str(len(result.rows.labels[:most]))
                 if not value > baseline:  # in this form nan is warned about, too
                     warnings.append(f"Warning: {task} is no better than the {kind.baseline_name}.")
             rows.append(row)
     rows += [[overall.title, "", f"{summary[name]:.4f}", "", ""] for name, overall in OVERALLS.items()]
-    limit = f", on at most {args.eval_max_examples} examples per task" if args.eval_max_examples else ""
+    limit = f", on at most {most} examples per task" if most else ""
     if summary["finished"]:
-        text = f"Scores of the best checkpoint by {args.select_by}, from step {summary['step']}."
+        text = f"Scores of the best checkpoint by {args.select_by}, from step {summary['step']}{limit}."
     else:
         best = f"by {args.select_by} was at step {summary['step']}{limit}"
-        text = f"The run is not finished. Its best evaluation so far {best}."
+        why = "had no last evaluation" if args.final_eval == "none" else "is not finished"
+        text = f"The run {why}. Its best evaluation so far {best}."
     text += " The baseline gives every example the same answer: the most frequent class, or some constant."
     header = ("task", "score", "dev", "baseline", "examples")
     return {"text": text, "table": Table(header, rows), "warnings": warnings}
@@ -325,12 +327,14 @@ def collect(run_dir: Path) -> dict:
     evaluated = [line for line in metrics if "dev" in line]
     if finished:
         scores = read_scores(run_dir)
-        summary = scores["dev"] | {"step": scores["step"], "finished": True}
+        is_part = scores.get("final_eval") == "part"
+        summary = scores["dev"] | {"step": scores["step"], "finished": True, "is_part": is_part}
     elif evaluated:
         best = max(evaluated, key=lambda line: line["score"])
         summary = best["dev"] | {"step": best["step"], "finished": False}
     results = {
-        task: read_dev(args, task, summary["tasks"].get(task) if finished else None) for task in args.tasks
+        task: read_dev(args, task, summary["tasks"].get(task) if finished and not is_part else None)
+        for task in args.tasks
     }
     curves = figures.plot_curves(metrics)
     return {

@@ -149,6 +149,19 @@ def test_loss_and_decode_by_hand(kind):
     assert sum(alone) / len(alone) == approx
 
 
+@pytest.mark.parametrize("kind", HAND_KINDS)
+def test_probabilities_are_those_that_the_loss_is_made_of(kind):
+    """The loss is the mean of -log p(label)."""
+    logits, labels, expected_loss, _ = HAND_KINDS[kind]
+    if not TASK_KINDS[kind].is_discrete:
+        assert TASK_KINDS[kind].probabilities is None
+        return
+    probabilities = TASK_KINDS[kind].probabilities(torch.tensor(logits, dtype=torch.float32))  # (B, classes)
+    assert probabilities.sum(-1).tolist() == pytest.approx([1.0] * len(labels), abs=1e-6)
+    chosen = probabilities[torch.arange(len(labels)), torch.tensor(labels).long()]
+    assert -chosen.log().mean().item() == pytest.approx(expected_loss, rel=1e-5)  # float32
+
+
 def test_binary_threshold_is_the_one_that_the_loss_trains_for():
     """The decoded class is the one with the smaller loss; at logit 0 both cost ln 2, and the answer is 0."""
     kind = TASK_KINDS["binary"]

@@ -9,6 +9,7 @@ import time
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -295,6 +296,64 @@ def test_no_room_for_the_special_tokens(small, max_length):
             message = f"max_length is {max_length}; the special tokens alone take {needed}"
             with pytest.raises(ValueError, match=message):
                 encode(*texts, max_length)
+
+
+def test_call_by_hand(small):
+    two = small(["the cat", "a"], padding=True, truncation=True, return_tensors="pt")
+    assert two["input_ids"].tolist() == [ids("[CLS] the cat [SEP]"), ids("[CLS] a [SEP] [PAD]")]
+    assert two["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert two["token_type_ids"].tolist() == [[0] * 4] * 2
+    assert all(tensor.dtype == torch.int64 for tensor in two.values())
+    pair = small("the cat", "a", padding="max_length", max_length=7)
+    assert pair["input_ids"] == ids("[CLS] the cat [SEP] a [SEP] [PAD]")
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 0] and pair["attention_mask"] == [1] * 6 + [0]
+    assert small("the cat", return_tensors="pt")["input_ids"].shape == (1, 4)
+    assert len(small(900 * "the ")["input_ids"]) == 902  # cut only if asked
+    assert small([], padding=True)["input_ids"] == []
+
+
+# (arguments, keyword arguments); texts of different lengths
+CALLS = [
+    ((["the cat sat", "a"],), {"padding": True, "truncation": True}),
+    ((["the cat sat", "a"],), {"padding": "longest", "truncation": True, "max_length": 4}),
+    ((["the cat sat", "a"],), {"padding": "max_length", "truncation": True, "max_length": 9}),
+    (
+        (["the cat sat", "a"], ["on a mat", "b c d e f"]),
+        {"padding": True, "truncation": True, "max_length": 8},
+    ),
+    ((["the cat sat", "a"], ["on a mat", "b"]), {}),
+    (("the cat sat",), {}),
+    (("the cat sat", "on a mat"), {"truncation": True, "max_length": 6}),
+]
+
+
+@pytest.mark.slow
+def test_call_equals_hugging_face(minilm, run_transformers, tmp_path):
+    folder = str(resolve_pretrained("minilm"))
+    code = f"""
+import json
+from transformers import BertTokenizer
+tokenizer = BertTokenizer.from_pretrained({folder!r})
+json.dump([dict(tokenizer(*args, **options)) for args, options in {CALLS!r}], open("results.json", "w"))
+"""
+    run_transformers(code, tmp_path)
+    expected = json.loads((tmp_path / "results.json").read_text())
+    assert [minilm(*args, **options) for args, options in CALLS] == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((["the cat", "a"],), {"return_tensors": "pt"}, "give padding=True"),
+        (("a",), {"return_tensors": "np"}, "return_tensors 'np'"),
+        (("a",), {"padding": "left"}, "padding is 'left'"),
+        (("a", ["b"]), {}, "one sentence and text_pair several"),
+        ((["a", "b"], ["c"]), {}, "shorter"),
+    ],
+)
+def test_calls_that_cannot_be_meant(small, args, options, message):
+    with pytest.raises(ValueError, match=message):
+        small(*args, **options)
 
 
 # --- files --------------------------------------------------------------------------------------------------
