@@ -14,6 +14,8 @@ Shapes: B examples, H hidden_size, C outputs of a task.
 import importlib.util
 import inspect
 import json
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -283,7 +285,7 @@ def use_st(chosen: TaskModel) -> list[str]:
     if chosen.head.spec.joint:
         several = chosen.output.activation == IDENTITY and len(chosen.labels) > 1
         return [
-            "from sentence_transformers import CrossEncoder  # 5.4 or later",
+            "from sentence_transformers import CrossEncoder  # tried with 6.2",
             "",
             *example_lines(chosen),
             f'model = CrossEncoder("{FOLDER}")',
@@ -328,13 +330,11 @@ def limits_of_st(chosen: TaskModel) -> list[str]:
     )
     lines = [text]
     if chosen.head.spec.joint:
-        lines.append(
-            "The head is in modules that CrossEncoder reads from version 5.4 on; do not use older ones."
-        )
+        lines.append("The head is in modules, which old versions of CrossEncoder pass over; 6.2 reads them.")
     elif not chosen.is_two_vector:
         lines.append("The vector that encode returns is the logits of the classes, in their order.")
     elif chosen.head.spec.single_number:
-        weight, bias = (float(tensor) for tensor in chosen.head.dense[0].parameters())
+        weight, bias = (tensor.item() for tensor in chosen.head.dense[0].parameters())
         lines.append(f"A pair's logit is {weight:.6g} * cosine {bias:+.6g}, with model.similarity's cosine.")
     else:
         lines.append(
@@ -366,16 +366,19 @@ def write_onnx(folder: Path, chosen: TaskModel) -> None:
         examples += [ones, ones.clone(), torch.zeros_like(ones)]
     plain = PlainModel(chosen.model, chosen.task, chosen.output.scores)
     num_bytes = sum(tensor.nbytes for tensor in plain.state_dict().values())
-    torch.onnx.export(
-        plain,
-        tuple(examples),
-        folder / "model.onnx",
-        input_names=names,
-        output_names=["logits", "scores"],
-        dynamic_shapes={"inputs": tuple(shapes)},
-        external_data=num_bytes > MAX_ONNX_BYTES,
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # of the exporter's own affairs
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            plain,
+            tuple(examples),
+            folder / "model.onnx",
+            input_names=names,
+            output_names=["logits", "scores"],
+            dynamic_shapes={"inputs": tuple(shapes)},
+            external_data=num_bytes > MAX_ONNX_BYTES,
+            verbose=False,
+        )
     about = {"model_type": "bert"} | asdict(chosen.bert.config) | label_maps(chosen.labels)
     write_json(folder / "config.json", about | {"problem_type": chosen.output.problem_type})
     write_tokenizer(folder, chosen)

@@ -123,12 +123,13 @@ def facts_table(source: Source, chosen: TaskModel) -> Table:
     args, stored = source.args, source.stored
     code = stored.get("git") or {}
     files = {Path(path).name: digest for path, digest in (stored.get("data_files") or {}).items()}
+    encoder = source.encoder[0] or Path(args.pretrained).name  # where a folder lies is nobody's business
     extra = ", ".join(args.extra_data)
     facts = {
         "tasks trained together": ", ".join(args.tasks),
         "gradients": args.grad_method,
         "seed": str(args.seed),
-        "encoder": f"{args.pretrained}, sha256 {stored.get('encoder_sha256', 'unknown')}",
+        "encoder": f"{encoder}, sha256 {stored.get('encoder_sha256', 'unknown')}",
         "checkpoint": f"sha256 {weights_digest(source.checkpoint)}",
         "code": f"commit {code.get('commit', 'unknown')}"
         + (f", with changes in {len(code['changed'])} files" if code.get("changed") else ""),
