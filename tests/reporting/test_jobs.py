@@ -106,13 +106,13 @@ def test_finished_jobs_are_not_run(folder):
     assert not (folder / "a" / "last").exists() and not (folder / "b" / "last").exists()
 
 
-@pytest.mark.parametrize("finished", [(), ("first/done",)])
-def test_stages_run_in_order_from_the_first_unfinished_one(folder, finished):
-    fill(folder, *finished)
+def test_stages_run_in_order_from_the_first_unfinished_one(folder):
     first = make_stage(folder / "first", "echo first >> ../marks; touch done")
     second = make_stage(folder / "second", "[ -e ../first/done ] && echo second >> ../marks; touch done")
     assert run_jobs([Job("second", [first, second])], at_once=1) == []
-    assert marks_of(folder, ["."]) == [["second"] if finished else ["first", "second"]]
+    (folder / "second" / "done").unlink()
+    assert run_jobs([Job("second", [first, second])], at_once=1) == []
+    assert marks_of(folder, ["."]) == [["first", "second", "second"]]
 
 
 FAILURES = {  # script: what it printed last, and the reason
@@ -149,27 +149,28 @@ def test_command_that_cannot_be_started_leaves_nothing_behind(folder):
     again.give_back_lock()
 
 
-@pytest.mark.parametrize("present", [None, "args.json", "best/", "metrics.jsonl"])
-def test_resume_is_for_runs_that_were_started(folder, present):
-    fill(folder, *([f"a/{present}"] if present else []))
-    start, resume = (make_stage(folder / "a", f"echo {name} >> marks; touch done") for name in ("new", "on"))
-    for stage in (replace(start, resume=resume.command), start):  # the second continues by itself
-        (folder / "a" / "done").unlink(missing_ok=True)
-        assert run_jobs([Job("a", [stage])], at_once=1) == []
-    assert marks_of(folder, "a") == [["on" if present == "args.json" else "new", "new"]]
+def test_resume_is_for_runs_that_were_started(folder):
+    for number, present in enumerate([None, "args.json", "best/", "metrics.jsonl"]):
+        path = folder / str(number)
+        fill(path, *filter(None, [present]))
+        start, resume = (make_stage(path, f"echo {name} >> marks; touch done") for name in ("new", "on"))
+        for stage in (replace(start, resume=resume.command), start):  # the second continues by itself
+            assert run_jobs([Job("a", [stage])], at_once=1) == []
+            (path / "done").unlink()
+        assert marks_of(folder, [path.name]) == [["on" if present == "args.json" else "new", "new"]]
 
 
-@pytest.mark.parametrize("num_threads", [None, 3])
-def test_environment_of_the_commands(folder, monkeypatch, num_threads):
+def test_environment_of_the_commands(folder, monkeypatch):
     """Modules of the project are found from any folder, and relative paths still start from there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.chdir(folder)
     code = "import support.files, sys; print(support.files.ROOT, *sys.path[1:3])"
-    script = f"echo $OMP_NUM_THREADS >> marks; '{sys.executable}' -c '{code}' >> marks; touch done"
-    stage = Stage(folder / "a", ["sh", "-c", f"mkdir a; cd a; {script}"], is_finished)
-    assert run_jobs([Job("a", [stage])], at_once=1, num_threads=num_threads) == []
-    assert marks_of(folder, "a") == [[str(num_threads or 7), str(ROOT), str(ROOT), "/elsewhere"]]
+    for name, num_threads, script in (("a", None, ""), ("b", 3, f"'{sys.executable}' -c '{code}' >> marks")):
+        script = f"mkdir {name}; cd {name}; echo $OMP_NUM_THREADS >> marks; {script or ':'}; touch done"
+        stage = Stage(folder / name, ["sh", "-c", script], is_finished)
+        assert run_jobs([Job(name, [stage])], at_once=1, num_threads=num_threads) == []
+    assert marks_of(folder, "ab") == [["7"], ["3", str(ROOT), str(ROOT), "/elsewhere"]]
     assert os.environ["OMP_NUM_THREADS"] == "7" and os.environ["PYTHONPATH"] == "/elsewhere"
 
 
@@ -179,16 +180,7 @@ def test_steps_done_takes_any_log(folder):
     for log, steps in {b'{"step": 2}\n{"step": 4, "loss": 1}\n': 4, b'{"step": 99}\n': 10}.items():
         (folder / "a" / "metrics.jsonl").write_bytes(log)
         assert job.steps_done() == steps
-    for log in (
-        b'{"step": 4}\n{"st',
-        b"",
-        b"\n\n",
-        b"\xff\n",
-        b"[1, 2]\n",
-        b"7\n",
-        b'{"step": null}\n',
-        b"{}",
-    ):
+    for log in (b'{"step": 4}\n{"st', b"", b"\n\n", b"\xff\n", b"[1, 2]\n", b"7\n", b'{"step": null}\n'):
         (folder / "a" / "metrics.jsonl").write_bytes(log)
         assert job.steps_done() == 0, log
     assert run_jobs([job], at_once=1) == [] and job.steps_done() == 10
@@ -207,23 +199,12 @@ def run_alone(folder, script, names, at_once):
         sys.exit(len(run_jobs(jobs, at_once)))
 
 
-@pytest.fixture
-def start_runner(folder):
+def start_runner(folder, script, names, at_once=2):
     """Starts a runner in another process: a fork, which need not import anything."""
-    runners = []
-
-    def start(script, names, at_once=2):
-        runner = multiprocessing.get_context("fork").Process(
-            target=run_alone, args=(folder, script, names, at_once)
-        )
-        runner.start()
-        runners.append(runner)
-        return runner
-
-    yield start
-    for runner in runners:
-        runner.kill()
-        runner.join()
+    arguments = (folder, script, names, at_once)
+    runner = multiprocessing.get_context("fork").Process(target=run_alone, args=arguments, daemon=True)
+    runner.start()
+    return runner
 
 
 def wait_for(condition):
@@ -242,8 +223,8 @@ def end_of(runner):
     return runner.exitcode
 
 
-def test_second_signal_does_not_wait_for_what_is_saved(folder, start_runner):
-    runner = start_runner(LONG, "ab")
+def test_second_signal_does_not_wait_for_what_is_saved(folder):
+    runner = start_runner(folder, LONG, "ab")
     wait_for_all(folder, "ab")
     os.kill(runner.pid, signal.SIGTERM)
     wait_for_all(folder, "ab", "signals")
@@ -253,9 +234,9 @@ def test_second_signal_does_not_wait_for_what_is_saved(folder, start_runner):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder, start_runner, number):
+def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder, number):
     fill(folder, "a/done")
-    runner = start_runner(LONG, "abcd")
+    runner = start_runner(folder, LONG, "abcd")
     wait_for_all(folder, "bc")
     # Ctrl-C reaches the whole process group.
     send = os.killpg if number == signal.SIGINT else os.kill
@@ -270,17 +251,17 @@ def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder
     assert not (folder / "d").exists()
 
     (folder / "go").touch()
-    assert end_of(start_runner(LONG, "abcd")) == 0
+    assert end_of(start_runner(folder, LONG, "abcd")) == 0
     assert marks_of(folder, "abcd") == [[], ["start", "again"], ["start", "again"], ["start"]]
 
 
-def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder, start_runner):
-    first = start_runner(LONG, "a", at_once=1)
+def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder):
+    first = start_runner(folder, LONG, "a", at_once=1)
     wait_for_all(folder, "a")
     first.kill()
     first.join()
 
-    second = start_runner(f'case "$0" in */a) {LONG};; *) {ONCE};; esac', "ab")
+    second = start_runner(folder, f'case "$0" in */a) {LONG};; *) {ONCE};; esac', "ab")
     wait_for_all(folder, "b", "done")  # what is free need not wait for the other
     assert second.is_alive() and not is_finished(folder / "a")
     (folder / "go").touch()
@@ -288,7 +269,7 @@ def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder, start_runn
     assert marks_of(folder, "ab") == [["start"], ["start"]] and not (folder / "a" / "signals").exists()
 
 
-def test_two_runners_share_the_work(folder, start_runner):
+def test_two_runners_share_the_work(folder):
     # No command ends before both are at work.
     script = """
         echo start >> marks
@@ -296,7 +277,7 @@ def test_two_runners_share_the_work(folder, start_runner):
         sleep 0.1
         touch done
     """
-    runners = [start_runner(script, "abcdef") for _ in range(2)]
+    runners = [start_runner(folder, script, "abcdef") for _ in range(2)]
     assert [end_of(runner) for runner in runners] == [0, 0]
     assert marks_of(folder, "abcdef") == [["start"]] * 6
     assert all(is_finished(folder / name) for name in "abcdef")
