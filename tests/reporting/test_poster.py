@@ -69,6 +69,16 @@ def test_a_row_changes_one_thing_of_the_row_it_is_compared_with_and_no_flag_is_w
         given, before = all_args[row].given, all_args[ROWS[row].versus].given
         assert {name for name in {*given, *before} if given.get(name) != before.get(name)} == changes
         assert ROWS[row].pretrain == (not changes)
+    # And what it changes it to; the baseline itself has concat heads and the plain sum.
+    baseline, head_2_layers = all_args["baseline"], all_args["diff_2_layers"].head_layers
+    assert (baseline.para_head, baseline.sts_head, baseline.grad_method) == ("concat", "concat", "sum")
+    assert (all_args["minbert"].tasks, all_args["surgery_sts_only"].surgery_tasks) == (("sst",), ("sts",))
+    assert all_args["sts_weighted"].task_weights == {"sts": 3} and head_2_layers == 2
+    for row in ("cosine", "diff"):
+        assert all_args[row].para_head == all_args[row].sts_head == row
+    for row, args in all_args.items():
+        surgery = row.startswith("surgery") or ROWS[row].group == "future"
+        assert row == "minbert" or args.grad_method == ("pcgrad" if surgery else "sum")
     assert all_args["diff_extra"].extra_data == all_args["surgery_diff_extra"].extra_data
 
 
