@@ -109,9 +109,9 @@ def test_predictions_by_hand():
     }
     assert cells == {(i, j): expected.get((i, j), "0\n0 %") for i in range(4) for j in range(4)}
     assert axis.get_title() == "accuracy 0.750, 8 examples"
-    labels, predictions = [0.0, 0.2, 1.0, 2.6, 5.0], [1.0, 2.0, 0.5, 2.0, 5.5]
+    labels, predictions = [0.0, 0.2, 1.0, 2.4, 5.0], [1.0, 2.0, 0.5, 2.0, 5.5]
     axis = figures.plot_regression(predictions, labels, (0, 5)).axes[0]
-    # 0.2 belongs to the half point 0, 2.6 to 2.5
+    # 0.2 belongs to the half point 0, 2.4 to 2.5
     assert lines_of(axis)["mean per 0.5 of truth"] == ([0, 1, 2.5, 5], [1.5, 0.5, 2.0, 5.5])
     # ranks of the truth 1 2 3 4 5, of the predictions 2 3.5 1 3.5 5
     ranks = [1, 2, 3, 4, 5], [2, 3.5, 1, 3.5, 5]

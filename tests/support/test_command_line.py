@@ -100,13 +100,12 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 LIBRARYS_OWN = RuntimeError("what a library has made of our exception")
 
 
-def stopped_by(number, made_of_it):
-    """Work that gets a signal, in a library that turns our exception into another one."""
+def stopped_by(number, made_of_it, handlers):
+    """Work that gets a signal, in a library that turns our exception into another one; notes the handlers."""
     try:
         signal.raise_signal(number)
     except Stopped:
-        now = [signal.getsignal(each) for each in NUMBERS]
-        assert now[:2] == [signal.SIG_DFL] * 2  # a second one kills
+        handlers += [signal.getsignal(each) for each in NUMBERS]
         raise made_of_it or Stopped from None
     pytest.fail("it should have stopped here")
 
@@ -115,7 +114,9 @@ def stopped_by(number, made_of_it):
 @pytest.mark.parametrize("made_of_it", [None, LIBRARYS_OWN, UserError("damaged")])
 def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
     before = [signal.getsignal(each) for each in NUMBERS]
-    assert run_script("x", partial(stopped_by, number, made_of_it)) == 128 + number
+    handlers = []
+    assert run_script("x", partial(stopped_by, number, made_of_it, handlers)) == 128 + number
+    assert handlers[:2] == [signal.SIG_DFL] * 2  # a second one kills
     assert capsys.readouterr().err == "x: interrupted\n"
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
@@ -130,7 +131,7 @@ def test_caught_signal_waits_but_for_work_that_is_interruptible():
         assert stop.interruptible(lambda: pytest.fail("it had come before")) is None
     for made_of_it in (None, LIBRARYS_OWN):
         with catch_signals() as stop:
-            assert stop.interruptible(partial(stopped_by, signal.SIGINT, made_of_it)) is None
+            assert stop.interruptible(partial(stopped_by, signal.SIGINT, made_of_it, [])) is None
             assert stop.requested
     # A hang-up that is ignored stays so, as under nohup.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
