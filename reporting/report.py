@@ -188,16 +188,22 @@ def settings_table(flags: dict, heads: dict[str, str], stored: dict, metrics: li
 
 
 def scores_section(
-    summary: dict | None, results: dict[str, DevResult], select_by: str, max_examples: int | None
+    summary: dict | None,
+    results: dict[str, DevResult],
+    select_by: str,
+    max_examples: int | None,
+    final_eval: str,
 ) -> dict:
     """Dev scores beside those of a model that ignores its input.
 
     Args:
         select_by, max_examples: which score chose the checkpoint, and on how many examples of a task.
+        final_eval: what the last evaluation is to look at.
     """
     if summary is None:
         return {"text": "Nothing was evaluated yet.", "table": None, "warnings": []}
     rows, warnings = [], []
+    most = None if summary["finished"] and not summary["is_part"] else max_examples
     for task, scores in summary["tasks"].items():
         spec, result = TASKS[task], results[task]
         kind = TASK_KINDS[spec.kind]
@@ -205,17 +211,18 @@ def scores_section(
             row = [spec.title, name, f"{value:.4f}", "", ""]
             if name == kind.main_score and result.rows:
                 baseline = kind.baseline(result.rows.labels)
-                row[3:] = f"{baseline:.4f}", str(len(result.rows.labels))
+                row[3:] = f"{baseline:.4f}", str(len(result.rows.labels[:most]))
                 if not value > baseline:  # in this form nan is warned about, too
                     warnings.append(f"Warning: {task} is no better than the {kind.baseline_name}.")
             rows.append(row)
     rows += [[overall.title, "", f"{summary[name]:.4f}", "", ""] for name, overall in OVERALLS.items()]
-    limit = f", on at most {max_examples} examples per task" if max_examples else ""
+    limit = f", on at most {most} examples per task" if most else ""
     if summary["finished"]:
-        text = f"Scores of the best checkpoint by {select_by}, from step {summary['step']}."
+        text = f"Scores of the best checkpoint by {select_by}, from step {summary['step']}{limit}."
     else:
         best = f"by {select_by} was at step {summary['step']}{limit}"
-        text = f"The run is not finished. Its best evaluation so far {best}."
+        why = "had no last evaluation" if final_eval == "none" else "is not finished"
+        text = f"The run {why}. Its best evaluation so far {best}."
     text += " The baseline gives every example the same answer: the most frequent class, or some constant."
     header = ("task", "score", "dev", "baseline", "examples")
     return {"text": text, "table": Table(header, rows), "warnings": warnings}
@@ -335,18 +342,21 @@ def collect(run_dir: Path) -> dict:
     evaluated = [line for line in metrics if "dev" in line]
     if finished:
         scores = read_scores(run_dir)
-        summary = scores["dev"] | {"step": scores["step"], "finished": True}
+        is_part = scores.get("final_eval") == "part"
+        summary = scores["dev"] | {"step": scores["step"], "finished": True, "is_part": is_part}
     elif evaluated:
         best = max(evaluated, key=lambda line: line["score"])
         summary = best["dev"] | {"step": best["step"], "finished": False}
     results = {}
     for task in tasks:
-        scores = summary["tasks"].get(task) if finished else None
+        scores = summary["tasks"].get(task) if finished and not is_part else None
         results[task] = read_dev(task, data_files[task, "dev"], prediction_files[task, "dev"], scores)
     curves = figures.plot_curves(metrics)
     return {
         "title": f"Run {run_dir.resolve().name}",
-        "scores": scores_section(summary, results, flags["select_by"], flags["eval_max_examples"]),
+        "scores": scores_section(
+            summary, results, flags["select_by"], flags["eval_max_examples"], flags["final_eval"]
+        ),
         "commands": "\n".join(map(command_line, filter(None, stored["commands"]))),
         "settings": settings_table(flags, {task: head_name(args, task) for task in tasks}, stored, metrics),
         "curves": draw("curves.png", "losses, dev scores, cosines, learning rate", curves),

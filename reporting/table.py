@@ -56,8 +56,9 @@ ROW_FLAGS = {
 }
 ROW_FLAGS |= {"epochs", "warmup_steps", "freeze_encoder", "option", "fine_tune_mode"}
 # What may differ from run to run: where and how it was computed, not what. (The table can read predictions in
-# the starter's form only.)
-FREE_FLAGS = flags_marked("mode", "place", "predictions", "machine", "upkeep") - {"prediction_style"}
+# the starter's form only, and scores on all of dev.)
+FREE_FLAGS = flags_marked("mode", "place", "predictions", "machine", "upkeep")
+FREE_FLAGS -= {"prediction_style", "final_eval"}
 
 
 # --- runs -------------------------------------------------------------------------------------------------

@@ -81,6 +81,19 @@ def make_page(run_dir):
 # --- the page ---------------------------------------------------------------------------------------------
 
 
+def test_scores_of_part_of_dev(run_dir):
+    """--final_eval part: they need not be those that the prediction files give."""
+    change_json(run_dir / "args.json", lambda stored: stored["args"].update(eval_max_examples=3))
+    change_json(run_dir / "scores.json", lambda scores: scores["dev"]["tasks"]["sst"].update(accuracy=0.125))
+    text, page = make_page(run_dir)
+    assert "on at most" not in text and "the run had 0.1250" in text
+    change_json(run_dir / "scores.json", lambda scores: scores.update(final_eval="part"))
+    text, page = make_page(run_dir)
+    assert ", on at most 3 examples per task." in text and "the run had" not in text
+    row = next(row for row in page.rows if row[:3] == [TASKS["sst"].title, "accuracy", "0.1250"])
+    assert row[-1] == "3"
+
+
 def test_settings_scores_baselines_and_conflict(run_dir):
     text, page = make_page(run_dir)
     summary = json.loads((run_dir / "scores.json").read_text())["dev"]
