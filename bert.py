@@ -23,7 +23,8 @@ from base_bert import BertPreTrainedModel
 from config import BertConfig
 from kernels.cpu import CpuAttention, compute_dtype, dropout
 from kernels.packing import Packing, Padding, make_paddings
-from kernels.task_grads import GradTarget, embedding, layer_norm, linear
+from kernels.static_packing import StaticPacking
+from kernels.task_grads import GradTarget, dropout_add_norm, embedding, layer_norm, linear
 from support.errors import UserError
 
 # Positions up to which attention is written out on the CPU. Beyond, the (T, T) scores that training keeps
@@ -72,6 +73,8 @@ class BertSelfAttention(nn.Module):
         # One product instead of three: large matrices keep the processor busier.
         qkv = linear(hidden_states, packing, self.query, self.key, self.value)  # (M, H) -> (M, 3 * H)
         dropout_prob = self.dropout_prob if self.training else 0.0
+        if packing.is_static:
+            return packing.attention(qkv, self.num_attention_heads, dropout_prob)
         if qkv.device.type == "cpu" and max(padding.mask.shape[1] for padding in paddings) <= MAX_CPU_WIDTH:
             with torch.autocast("cpu", enabled=False):  # it chooses its own types
                 return CpuAttention.apply(qkv, packing, paddings, self.num_attention_heads, dropout_prob)
@@ -97,9 +100,9 @@ class BertOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, packing: Packing) -> Tensor:
         x = linear(x, packing, self.dense)  # (M, H) or (M, I) -> (M, H)
-        x = dropout(x, self.dropout_prob, self.training, residual)
         # BERT normalises after the sum; most later models normalise before the layer.
-        return layer_norm(x, packing, self.LayerNorm)
+        dropout_prob = self.dropout_prob if self.training else 0.0
+        return dropout_add_norm(x, residual, packing, self.LayerNorm, dropout_prob)
 
 
 class BertAttention(nn.Module):
@@ -189,7 +192,7 @@ class BertModel(BertPreTrainedModel):
         Args:
             input_ids: (B, T) integers in [0, vocab_size); T is at most max_position_embeddings.
             attention_mask: (B, T), 1 for real word pieces and 0 for padding, wherever it stands; None means
-                no padding.
+                no padding. With a GPU it is better left on the host, which lays out the word pieces.
             token_type_ids: (B, T), 0 for the first segment and 1 for the second; None means all 0.
 
         Returns:
@@ -234,7 +237,8 @@ class BertModel(BertPreTrainedModel):
                 )
 
         # 1. Lay the word pieces of all batches end to end.
-        paddings = make_paddings([attention_mask for _, attention_mask, _ in batches])
+        device = batches[0][0].device
+        paddings = [padding.to(device) for padding in make_paddings([mask for _, mask, _ in batches])]
         packing = Packing([padding.num_tokens for padding in paddings], task_numbers, targets)
 
         def pack(tensors: Sequence[Tensor]) -> Tensor:
@@ -264,6 +268,28 @@ class BertModel(BertPreTrainedModel):
             pooler_output = self.pooler(last_hidden_state[:, 0], sentences)  # (B, H)
             outputs.append({"last_hidden_state": last_hidden_state, "pooler_output": pooler_output})
         return outputs
+
+    def encode_static(self, packing: StaticPacking) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """`encode` for the rows of a step of static shape: of each draw its outputs and its mask (R, T)."""
+        hidden_states = self.embeddings(
+            packing.input_ids, packing.position_ids, packing.token_type_ids, packing
+        )
+        hidden_states = self.encoder(hidden_states, packing, ())  # (M, H)
+        outputs = []
+        rectangles = packing.rectangles(hidden_states.to(next(self.parameters()).dtype))
+        for draw, (last_hidden_state, mask) in zip(packing.shape.draws, rectangles, strict=True):
+            sentences = Packing([draw.num_sequences], packing.targets and [draw.task], packing.targets)
+            pooler_output = self.pooler(last_hidden_state[:, 0], sentences)  # (R, H)
+            outputs.append(({"last_hidden_state": last_hidden_state, "pooler_output": pooler_output}, mask))
+        return outputs
+
+    def table_params(self) -> list[nn.Parameter]:
+        """The embedding tables, in the order of `kernels.static.TABLES`."""
+        tables = self.embeddings
+        return [
+            table.weight
+            for table in (tables.word_embeddings, tables.position_embeddings, tables.token_type_embeddings)
+        ]
 
     def word_embeddings(self) -> nn.Parameter:
         return self.embeddings.word_embeddings.weight  # (V, H)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from config import TaskSpec
+from kernels.static import PackedBatch
 from support.errors import UserError, one_line, quote
 from support.seeds import seed_of
 from support.text_files import BYTE_ORDER_MARK, decode, line_at, read_data_file
@@ -473,6 +474,15 @@ class TaskData:
         if limit is None or limit >= len(self):
             return self
         return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:limit]))
+
+    def packed_batch(self, examples: np.ndarray, task_number: int) -> PackedBatch:
+        """`batch` for a step of static shape: the same sequences end to end, without padding."""
+        sequences, chosen = self.sequences, self.index[examples].T.ravel()
+        lengths = sequences.offsets[chosen + 1] - sequences.offsets[chosen]
+        firsts = np.cumsum(lengths) - lengths
+        at = np.repeat(sequences.offsets[chosen] - firsts, lengths) + np.arange(lengths.sum())
+        tokens = (sequences.input_ids[at], sequences.token_type_ids[at])
+        return PackedBatch(task_number, *tokens, lengths, self.rows.labels[examples])
 
     def batch(self, examples: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
         """Padded sequences of the chosen examples, first sentences before second ones; labels (B,) if any."""

@@ -21,6 +21,7 @@ from evaluation import TASK_KINDS
 from kernels.cpu import dropout
 from kernels.flat_memory import FlatMemory
 from kernels.fused import PLAIN, Kernels
+from kernels.static_packing import StaticPacking, static_dropout
 
 if TYPE_CHECKING:  # the flags take their choices from here, and --help should not have to import the encoder
     from bert import BertModel
@@ -207,7 +208,7 @@ class MultitaskBERT(nn.Module):
             torch.no_grad() if self.freeze_encoder else nullcontext()
         ):  # then nothing is kept for a backward pass
             outputs = self.bert(input_ids, attention_mask, token_type_ids)
-            return POOLINGS[self.pooling](outputs, attention_mask)
+            return POOLINGS[self.pooling](outputs, attention_mask.to(input_ids.device, non_blocking=True))
 
     def forward(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits of one task.
@@ -265,12 +266,35 @@ class MultitaskBERT(nn.Module):
         ]
         with torch.no_grad() if self.freeze_encoder else nullcontext():
             outputs = self.bert.encode(inputs, task_numbers, targets)
-        losses = []
         # From here on each batch alone: heads are small, and their gradients are of one task anyway.
-        for (task, batch), output in zip(batches, outputs, strict=True):
-            pooled = POOLINGS[self.pooling](output, batch["attention_mask"])  # (R, H)
-            losses.append(TASK_KINDS[self.tasks[task].kind].loss(self.logits(task, pooled), batch["labels"]))
-        return losses
+        return [
+            self.head_loss(task, output, batch["attention_mask"].to(batch["labels"].device), batch["labels"])
+            for (task, batch), output in zip(batches, outputs, strict=True)
+        ]
+
+    def static_losses(self, packing: StaticPacking) -> list[torch.Tensor]:
+        """`losses` for the rows of a step of static shape, one loss a draw."""
+        tasks = list(self.tasks)
+        with static_dropout(packing):
+            with torch.no_grad() if self.freeze_encoder else nullcontext():
+                outputs = self.bert.encode_static(packing)
+            return [
+                self.head_loss(tasks[draw.task], output, mask, labels)
+                for draw, (output, mask), labels in zip(
+                    packing.shape.draws, outputs, packing.labels, strict=True
+                )
+            ]
+
+    def head_loss(
+        self,
+        task: str,
+        outputs: dict[str, torch.Tensor],
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean loss of one batch from what the encoder gives for it, mask (R, T), labels (B,)."""
+        pooled = POOLINGS[self.pooling](outputs, attention_mask)  # (R, H)
+        return TASK_KINDS[self.tasks[task].kind].loss(self.logits(task, pooled), labels)
 
     def loss(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss over a batch with `labels` (B,)."""

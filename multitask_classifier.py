@@ -26,11 +26,12 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ from evaluation import (
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
 from optimizer import lr_factor, set_lr
-from pcgrad import GRAD_METHODS, GRAD_REDUCTIONS, update_cosine_ema
+from pcgrad import combination_weights, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
@@ -60,6 +61,7 @@ from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.seeds import make_seed
 from tokenizer import BertTokenizer
+from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
 from training.flags import RESUME_MAY_CHANGE, get_args
 from training.metrics import average, step_record
@@ -102,6 +104,7 @@ from training.run_folder import (
 )
 from training.settings import LoopSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
+from training.step_result import StepResult
 
 # --- a step ---------------------------------------------------------------------------------------
 
@@ -114,17 +117,9 @@ class TaskBatch:
     micro_batches: list[dict[str, Tensor]]  # each as `MultitaskBERT.losses` takes it
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one update did. Tasks without a batch have loss nan, and zeros in the other fields."""
-
-    losses: Tensor  # (K,) mean over the task's examples, before task weights
-    gram: Tensor  # (K, K) inner products of the task gradients, already multiplied by --task_weights
-    group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
-    weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping
-    grad_norm: float  # of the combined gradient, encoder and heads, before clipping
-    num_tokens: int  # real word pieces
-    applied: bool  # False: something was not finite and nothing was updated
+# For each draw of a step its task and the examples of its micro-batches, by number.
+Examples = list[tuple[str, list[np.ndarray]]]
+MAX_WAITING = 16  # steps that a GPU may be behind with its results
 
 
 def train_step(
@@ -160,18 +155,29 @@ def train_step(
 
     # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
     #    in the optimizer's moments, it stays there.
+    head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
     weights, grad_norm = torch.zeros(len(memory.tasks)), math.nan
     if losses[present].isfinite().all() and gram.isfinite().all():
         weights = combination_weights(
-            gram, present, memory.tasks, len(task_batches), settings, step, cosine_ema
+            gram,
+            present,
+            draw_step_orders(settings.seed, step, len(present)),
+            grad_method=settings.grad_method,
+            grad_reduction=settings.grad_reduction,
+            num_batches=len(task_batches),
+            cosine_ema=cosine_ema,
+            adjusted=settings.adjusted(drawn),
         )
-        grad_norm = combined_norm(gram, weights, [memory.head_grad(task) for task in drawn])
+        grad_norm = combined_norm(gram, weights, head_squares)
 
     # 4. Update: weighted sum of the task gradients, clipping, AdamW.
     applied = math.isfinite(grad_norm)
     if applied:
         apply_update(memory, optimizer, weights, drawn, grad_norm, settings.clip_norm)
-    return StepResult(losses, gram, group_grams, weights, grad_norm, num_tokens, applied)
+        cosine_ema = update_cosine_ema(cosine_ema, gram)
+    return StepResult(
+        losses, gram, group_grams, weights, head_squares, cosine_ema, grad_norm, num_tokens, applied
+    )
 
 
 def backward_all(
@@ -221,35 +227,11 @@ def backward_all(
     return means, int(torch.stack(num_tokens).sum())
 
 
-def combination_weights(
-    gram: Tensor,
-    present: list[int],
-    tasks: Sequence[str],
-    num_batches: int,
-    settings: StepSettings,
-    step: int,
-    cosine_ema: Tensor | None,
-) -> Tensor:
-    """(K,) the weight of each task's gradient in the combined one; `present` are the tasks with a batch."""
-    method = GRAD_METHODS[settings.grad_method]
-    # A generator of its own: nothing else that a run draws may change the order of projections.
-    generator = torch.Generator().manual_seed(make_seed(settings.seed, step))
-    ema = None if cosine_ema is None else cosine_ema[present][:, present]
-    adjusted = [settings.surgery_tasks is None or tasks[k] in settings.surgery_tasks for k in present]
-    weights = torch.zeros(len(tasks))
-    weights[present] = method.weights(gram[present][:, present], generator, ema, adjusted)
-    if GRAD_REDUCTIONS[settings.grad_reduction]:
-        # The mean over task batches, not over tasks: a task that was drawn twice counts twice. A method that
-        # is a mean has already divided by the number of tasks: that is undone.
-        weights *= (len(present) if method.is_mean else 1) / num_batches
-    return weights
-
-
-def combined_norm(gram: Tensor, weights: Tensor, head_grads: Iterable[Tensor]) -> float:
+def combined_norm(gram: Tensor, weights: Tensor, head_squares: Tensor) -> float:
     """Length of the combined gradient, encoder and heads together."""
     # The encoder's share follows from the gram matrix: |w G|^2 = w (G G^T) w^T. No other pass over memory.
     shared_square = max(0.0, float(weights @ gram @ weights))  # rounding may leave it just below 0
-    return math.sqrt(shared_square + sum(float(grad.square().sum()) for grad in head_grads))
+    return math.sqrt(shared_square + sum(head_squares.tolist()))
 
 
 def apply_update(
@@ -276,7 +258,7 @@ def train(
     run: Run, train_data: dict[str, TaskData], dev_data: dict[str, TaskData], stop: StopRequest | None = None
 ) -> None:
     """Train from `run.state` to --max_steps, or until patience runs out or a signal ends the process."""
-    model, state, loop, step_settings = run.model, run.state, run.settings.loop, run.settings.step
+    model, state, loop = run.model, run.state, run.settings.loop
     stop = StopRequest() if stop is None else stop
     orders = {
         task: BatchOrder(data.lengths, loop.batch_sizes[task], loop.seed, task)
@@ -286,6 +268,7 @@ def train(
     plan = plan_tasks(loop.sampler, [len(data) for data in train_data.values()], loop.max_steps, loop.seed)
     print_plan(loop, plan, orders)
 
+    steps = Steps(run, train_data)
     progress = Progress(state.step, loop.max_steps)
     model.train()
     while not stop.requested:
@@ -306,37 +289,23 @@ def train(
         #    iterator or scheduler to save.
         started = time.perf_counter()
         examples = draw_examples(loop, plan[state.step], orders, state.batches_drawn)
-        task_batches = make_task_batches(run, examples, train_data)
         lr_options = {"warmup_steps": loop.warmup_steps, "total_steps": loop.max_steps}
         factor = lr_factor(loop.schedule, state.step, **lr_options)
         set_lr(run.optimizer, factor)
 
         # 3. Update.
-        with out_of_memory_hint(partial(describe_step, run, task_batches)):
-            result = train_step(
-                model,
-                run.memory,
-                run.optimizer,
-                task_batches,
-                step_settings,
-                step=state.step,
-                cosine_ema=state.cosine_ema,
-            )
-        state.step += 1
-        state.tokens += result.num_tokens
+        with out_of_memory_hint(partial(describe_step, run, examples, train_data)):
+            steps.start(examples)
 
-        # 4. Record the step. One that was skipped must name the examples to blame.
-        if result.applied:
-            state.bad_steps = 0
-            state.window.append(step_record(result, run.memory))
-            state.cosine_ema = update_cosine_ema(state.cosine_ema, result.gram)
-        else:
-            log_skipped_step(run, result, examples, train_data)
-        progress.add_step(time.perf_counter() - started, result.num_tokens)
+        # 4. Record what is finished; all of it where a line of the log or an evaluation comes next.
+        is_logged = state.step % loop.log_every == 0 or state.step == loop.max_steps
+        num_tokens = steps.record(is_logged or state.step % loop.eval_every == 0)
+        progress.add_step(time.perf_counter() - started, num_tokens)
 
         # 5. Log the average of the steps since the last line.
-        if state.window and (state.step % loop.log_every == 0 or state.step == loop.max_steps):
+        if state.window and is_logged:
             log_window(run, progress, factor)
+    steps.record(wait=True)
     progress.close()
     if stop.requested:
         stop_run(run, stop)
@@ -345,7 +314,7 @@ def train(
 
 def draw_examples(
     loop: LoopSettings, tasks: Iterable[int], orders: dict[str, BatchOrder], batches_drawn: dict[str, int]
-) -> list[tuple[str, list[np.ndarray]]]:
+) -> Examples:
     """For each draw of a step, its task and the examples of its micro-batches; counts in `batches_drawn`."""
     drawn = []
     for task in (loop.tasks[k] for k in tasks):
@@ -355,9 +324,89 @@ def draw_examples(
     return drawn
 
 
-def make_task_batches(
-    run: Run, examples: list[tuple[str, list[np.ndarray]]], train_data: dict[str, TaskData]
-) -> list[TaskBatch]:
+class Steps:
+    """A run's steps: those that are started, and the record of those that are finished.
+
+    On the CPU a step is finished when it is started. A GPU makes it while the host prepares the next ones,
+    and its result is read some steps later.
+    """
+
+    def __init__(self, run: Run, train_data: dict[str, TaskData]):
+        self.run, self.train_data = run, train_data
+        self.waiting: deque[tuple[int, Examples, Callable[[], StepResult]]] = deque()
+        self.captured = None
+        if run.settings.captured:
+            step_settings = run.settings.step
+            self.captured = CapturedStep(
+                run.model, run.memory, run.optimizer, train_data, step_settings, triton_kernels()
+            )
+            self.captured.leave(run.state.cosine_ema)
+        self.is_checked = False
+
+    def start(self, examples: Examples) -> None:
+        """Start the update from `run.state`, and count it."""
+        state = self.run.state
+        if self.captured and self.captured.fits(examples):
+            result = self._start_captured(examples)
+        else:
+            result = self._plain(examples)
+        state.step += 1
+        self.waiting.append((state.step, examples, result))
+
+    def _plain(self, examples: Examples) -> Callable[[], StepResult]:
+        run, state = self.run, self.run.state
+        self.record(wait=True)
+        task_batches = make_task_batches(run, examples, self.train_data)
+        result = train_step(
+            run.model,
+            run.memory,
+            run.optimizer,
+            task_batches,
+            run.settings.step,
+            step=state.step,
+            cosine_ema=state.cosine_ema,
+        )
+        if self.captured:
+            self.captured.leave(result.cosine_ema)
+        return lambda: result
+
+    def _start_captured(self, examples: Examples) -> Callable[[], StepResult]:
+        """A step as captured graphs; the plain path, for good, where that fails or gives other numbers."""
+        try:
+            if not self.is_checked:
+                self.is_checked = True
+                self.captured.check(examples, self.run.state.step, lambda: self._plain(examples)())
+            return self.captured(examples, self.run.state.step)
+        except Exception as error:  # noqa: BLE001 (compilers and drivers fail in many ways)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            tqdm.write(f"warning: no captured steps, going on with plain operations ({reason})")
+            self.captured = None
+            return self._plain(examples)
+
+    def record(self, wait: bool) -> int:
+        """Record the steps that are finished, or, to wait for them, all; returns their word pieces."""
+        state, num_tokens = self.run.state, 0
+        while len(self.waiting) > (0 if wait or not self.captured else MAX_WAITING):
+            step, examples, get_result = self.waiting.popleft()
+            result = get_result()
+            num_tokens += result.num_tokens
+            state.cosine_ema = result.cosine_ema
+            if result.applied:
+                state.bad_steps = 0
+                state.window.append(step_record(result, self.run.memory))
+            else:  # the examples to blame must be named
+                log_skipped_step(self.run, result, step, examples, self.train_data)
+        state.tokens += num_tokens
+        return num_tokens
+
+
+def triton_kernels() -> ModuleType:
+    from kernels import triton_kernels  # only on a GPU is Triton to be had
+
+    return triton_kernels
+
+
+def make_task_batches(run: Run, examples: Examples, train_data: dict[str, TaskData]) -> list[TaskBatch]:
     """What `draw_examples` drew, as padded tensors on the run's device."""
     pad_token_id, device = run.tokenizer.pad_token_id, run.settings.device
     return [

@@ -218,6 +218,52 @@ def rectification(beta2: float, step: int) -> float | None:
     return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
 
+def device_hyperparameters(
+    group: dict,
+    lrs: torch.Tensor,
+    weight_decays: torch.Tensor,
+    counts: torch.Tensor,
+    applied: torch.Tensor,
+) -> torch.Tensor:
+    """What `AdamW._update` works out for each parameter, for several and without looking at a value.
+
+    Args:
+        group: an `AdamW`'s options; its learning rate and decay are not read.
+        lrs: (B,)
+        weight_decays: (B,)
+        counts: (B,) float64, updates so far, this one included.
+        applied: () bool, whether the update is to be made.
+
+    Returns:
+        (B, 8) float64: beta1, beta2, step size, eps, share that decays with the step and after it, whether
+        the second moment is used (0: `rectify`'s first steps), `applied`.
+    """
+    (beta1, beta2), lrs = group["betas"], lrs.double()
+    correction1, correction2 = 1 - beta1**counts, 1 - beta2**counts
+    step_sizes, adaptive = lrs, torch.ones_like(lrs)
+    if group["correct_bias"]:
+        step_sizes = lrs * correction2.sqrt() / correction1
+    if group["rectify"]:
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * counts * beta2**counts / correction2
+        factor = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        adaptive = (rho > 5).double()
+        step_sizes = torch.where(rho > 5, step_sizes * factor.clamp(min=0).sqrt(), lrs / correction1)
+    decays = lrs * weight_decays
+    is_small = decays < OWN_DECAY
+    columns = [
+        torch.full_like(lrs, beta1),
+        torch.full_like(lrs, beta2),
+        step_sizes,
+        torch.full_like(lrs, group["eps"]),
+        torch.where(is_small, decays, 0.0),
+        torch.where(is_small, 0.0, decays),
+        adaptive,
+        applied.double().expand_as(lrs),
+    ]
+    return torch.stack(columns, dim=1)
+
+
 def has_weight_decay(param: nn.Parameter) -> bool:
     """Matrices decay; biases and LayerNorm do not."""
     return param.ndim >= 2

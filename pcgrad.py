@@ -7,16 +7,17 @@ to another, so every result is a weighted sum of the original task gradients, an
 their inner products alone. For K tasks that is arithmetic on a K x K matrix, instead of passes over K copies
 of the model. (The idea of working on the Gramian: Quinton and Rey, https://arxiv.org/abs/2406.16232.)
 A method that needs more than inner products, losses say, needs another argument in
-`multitask_classifier.combination_weights`, and a field of `training.run_folder.RunState` if it has a memory.
+`combination_weights`, and a field of `training.run_folder.RunState` if it has a memory.
 
 Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from support.seeds import make_seed
 
 COSINE_EMA_BETA = 0.01  # weight of the newest step in the running mean of cosines, as in GradVac
 CHUNK_SIZE = 2**18  # columns of a bfloat16 G converted at once: the float32 copy stays in the cache
@@ -62,92 +63,99 @@ def update_cosine_ema(ema: torch.Tensor | None, gram: torch.Tensor) -> torch.Ten
     return torch.where(present[:, None] & present, ema + COSINE_EMA_BETA * (cosine_matrix(gram) - ema), ema)
 
 
-# --- gradient methods: (gram (K, K), generator, cosine_ema (K, K) or None, adjusted or None) -> weights (K,)
-# The combined gradient is weights @ G. `cosine_ema` is the running mean of the cosine matrix over the steps
-# so far (None at the first); the training loop keeps it for its log, and GradVac aims at it. `adjusted` says
-# of each task whether its gradient may be changed (None: all may).
+# --- gradient methods: (gram (K, K), orders (K, K), cosine_ema (K, K), adjusted (K,)) -> weights (K,) -------
+# The combined gradient is weights @ G. `orders` and `adjusted` are as `project` takes them; `cosine_ema` is
+# the running mean of the cosine matrix over the steps so far, 0 at the first, at which GradVac aims. All are
+# on one device, and nothing here waits for it or branches on a value, so that a GPU can capture it.
 
 
-def sum_grads(
-    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
-) -> torch.Tensor:
+def draw_orders(num_tasks: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """(K, K) for each task the order in which it meets the others; itself is among them, and left out."""
+    return torch.stack([torch.randperm(num_tasks, generator=generator) for _ in range(num_tasks)])
+
+
+def draw_step_orders(seed: int, step: int, num_tasks: int) -> torch.Tensor:
+    """`draw_orders` for a step of a run: the same whenever the run is repeated or resumed."""
+    # A generator of its own: nothing else that a run draws may change the order of projections.
+    return draw_orders(num_tasks, torch.Generator().manual_seed(make_seed(seed, step)))
+
+
+def sum_grads(gram: torch.Tensor, orders=None, cosine_ema=None, adjusted=None) -> torch.Tensor:
     """Plain sum: the gradient of the summed losses."""
     return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def mean_grads(
-    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
-) -> torch.Tensor:
+def mean_grads(gram: torch.Tensor, orders=None, cosine_ema=None, adjusted=None) -> torch.Tensor:
     """Plain mean: the gradient of the averaged losses."""
     return sum_grads(gram) / len(gram)
 
 
 def project(
-    gram: torch.Tensor,
-    generator: torch.Generator | None,
-    target: Callable[[int, int], float],
-    adjusted: Sequence[bool] | None,
+    gram: torch.Tensor, orders: torch.Tensor, aims: torch.Tensor, adjusted: torch.Tensor | None
 ) -> torch.Tensor:
-    """Shared walk of PCGrad and GradVac; `target(i, j)` is the least cosine that task i keeps with task j.
+    """Shared walk of PCGrad and GradVac; `aims[i, j]` is the least cosine that task i keeps with task j.
 
-    For each adjusted task i, meet the other tasks j in a freshly drawn order. Where the current gradient of i
-    has a cosine with the original gradient of j below the target, add the multiple of gradient j that lifts
-    it to the target. A zero gradient meets nobody; a task that is not adjusted keeps its gradient. Returns
-    the sum over tasks of the adjusted gradients, as weights (K,).
+    Each adjusted task i meets the other tasks j in its order. Where the current gradient of i has a cosine
+    with the original gradient of j below the aim, add the multiple of gradient j that lifts it to the aim. A
+    zero gradient meets nobody; a task that is not adjusted keeps its gradient. Returns the sum over tasks of
+    the adjusted gradients, as weights (K,).
+
+    Args:
+        orders: (K, K) task numbers, row i a permutation, as `draw_orders` gives it.
+        aims: (K, K) in (-1, 1).
+        adjusted: (K,) bool, whether a task's gradient may be changed; None means all may.
     """
-    # In float64 on the CPU: these are K x K numbers, and projections subtract what is nearly equal.
-    inner = gram.double().cpu()
-    num_tasks = len(inner)
-    combined = torch.zeros(num_tasks, dtype=torch.float64)
-    for i in range(num_tasks):
-        coefficients = torch.zeros(num_tasks, dtype=torch.float64)  # of task i's gradient, over the originals
-        coefficients[i] = 1.0
-        order = torch.randperm(num_tasks, generator=generator).tolist()
-        for j in order if adjusted is None or adjusted[i] else ():
-            if i == j or inner[j, j] <= 0 or inner[i, i] <= 0:
-                continue
-            # Inner product with gradient j and length of task i's current gradient, from its coefficients
-            # alone.
-            product = float(coefficients @ inner[j])
-            norm = math.sqrt(max(0.0, float(coefficients @ inner @ coefficients)))
-            norm_j, least = math.sqrt(inner[j, j]), target(i, j)
-            if norm == 0 or product >= least * norm * norm_j:
-                continue
-            if least == 0:  # PCGrad's projection onto the normal plane of gradient j
-                coefficients[j] -= product / float(inner[j, j])
-            else:  # GradVac's lift to the target
-                cosine = max(-1.0, product / (norm * norm_j))
-                lift = least * math.sqrt(1 - cosine**2) - cosine * math.sqrt(1 - least**2)
-                coefficients[j] += norm * lift / (norm_j * math.sqrt(1 - least**2))
-        combined += coefficients
-    return combined.to(gram)
+    # In float64: these are K x K numbers, and projections subtract what is nearly equal.
+    inner, aims = gram.double(), aims.double()
+    norms = inner.diagonal().clamp(min=0).sqrt()  # (K,)
+    tasks = torch.arange(len(inner), device=inner.device)
+    may_change = (norms > 0) if adjusted is None else (norms > 0) & adjusted
+    # Row i: the current gradient of task i, as coefficients of the originals. Rows do not depend on each
+    # other, so all tasks take their n-th meeting at once.
+    coefficients = torch.eye(len(inner), dtype=torch.float64, device=inner.device)
+    for others in orders.unbind(1):  # (K,) whom each task meets now
+        # Inner product with the other's gradient and length of the current one, from the coefficients alone.
+        product = (coefficients * inner[others]).sum(1)  # (K,)
+        norm = (coefficients @ inner * coefficients).sum(1).clamp(min=0).sqrt()
+        other_norm, aim = norms[others], aims[tasks, others]
+        is_below = (product < aim * norm * other_norm) & (norm > 0) & (other_norm > 0)
+        # PCGrad's projection onto the normal plane of the other gradient, or GradVac's lift to the aim.
+        projection = -product / inner.diagonal()[others]
+        cosine = (product / (norm * other_norm)).clamp(min=-1, max=1)
+        rest = (1 - aim**2).sqrt()
+        lift = norm * (aim * (1 - cosine**2).sqrt() - cosine * rest) / (other_norm * rest)
+        change = torch.where(aim == 0, projection, lift)
+        change = torch.where(is_below & may_change & (others != tasks), change, 0.0)  # also what is NaN
+        coefficients.scatter_add_(1, others[:, None], change[:, None])
+    return coefficients.sum(0).to(gram)
 
 
 def pcgrad(
-    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
+    gram: torch.Tensor, orders: torch.Tensor, cosine_ema=None, adjusted: torch.Tensor | None = None
 ) -> torch.Tensor:
     """PCGrad, Algorithm 1: take out of each task's gradient what conflicts with the others, then sum.
 
     The order of the others is redrawn for each task, the task itself is left out, and projections use the
     others' original gradients.
     """
-    return project(gram, generator, lambda i, j: 0.0, adjusted)
+    return project(gram, orders, torch.zeros_like(gram), adjusted)
 
 
 def gradvac(
-    gram: torch.Tensor, generator: torch.Generator | None = None, cosine_ema=None, adjusted=None
+    gram: torch.Tensor,
+    orders: torch.Tensor,
+    cosine_ema: torch.Tensor | None = None,
+    adjusted: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GradVac (Wang et al. 2021, https://arxiv.org/abs/2010.05874): lift each cosine to its running mean.
 
     Two differences from the paper: the running mean is that of the cosines between the original gradients,
     not the partly adjusted ones, which keeps it a property of the tasks; and it is kept within -0.99 and
-    0.99, beyond which the formula divides by almost nothing. Without a running mean yet, the target is 0,
-    which is PCGrad.
+    0.99, beyond which the formula divides by almost nothing. Without a running mean yet, the aim is 0, which
+    is PCGrad.
     """
-    if cosine_ema is None:
-        return pcgrad(gram, generator, adjusted=adjusted)
-    aims = cosine_ema.double().clamp(-0.99, 0.99).tolist()
-    return project(gram, generator, lambda i, j: aims[i][j], adjusted)
+    aims = torch.zeros_like(gram) if cosine_ema is None else cosine_ema.double().clamp(-0.99, 0.99)
+    return project(gram, orders, aims, adjusted)
 
 
 @dataclass(frozen=True)
@@ -178,3 +186,44 @@ GRAD_METHODS: dict[str, GradMethod] = {
 }
 # Over the task batches of a step, after the method; value: is the combined gradient divided by their number?
 GRAD_REDUCTIONS = {"sum": False, "mean": True}
+
+
+def choose(matrix: torch.Tensor, tasks: Sequence[int]) -> torch.Tensor:
+    """The rows and columns of some tasks, without an index that would have to be copied to a GPU first."""
+    if len(tasks) == len(matrix):
+        return matrix
+    return torch.stack([torch.stack([matrix[i, j] for j in tasks]) for i in tasks])
+
+
+def combination_weights(
+    gram: torch.Tensor,
+    present: Sequence[int],
+    orders: torch.Tensor,
+    *,
+    grad_method: str,
+    grad_reduction: str,
+    num_batches: int,
+    cosine_ema: torch.Tensor | None = None,
+    adjusted: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(K,) the weight of each task's gradient in the combined one; 0 for tasks without a batch.
+
+    Args:
+        gram: (K, K).
+        present: the numbers of the tasks with a batch, P of them.
+        orders: (P, P), as `draw_orders` gives it.
+        grad_method: a key of GRAD_METHODS.
+        grad_reduction: a key of GRAD_REDUCTIONS.
+        num_batches: task batches in the step; a task that was drawn twice has two.
+        cosine_ema: (K, K).
+        adjusted: (P,) bool.
+    """
+    method = GRAD_METHODS[grad_method]
+    ema = None if cosine_ema is None else choose(cosine_ema, present)
+    weights = method.weights(choose(gram, present), orders, ema, adjusted)
+    if GRAD_REDUCTIONS[grad_reduction]:
+        # The mean over task batches, not over tasks. A method that is a mean has already divided by the
+        # number of tasks: that is undone.
+        weights = weights * ((len(present) if method.is_mean else 1) / num_batches)
+    of_task = dict(zip(present, weights.unbind(), strict=True))
+    return torch.stack([of_task.get(k, weights.new_zeros(())) for k in range(len(gram))])

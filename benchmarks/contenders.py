@@ -31,7 +31,7 @@ from kernels.flat_memory import FlatMemory
 from kernels.fused import PLAIN, Kernels, compile_kernels, find_compiler
 from multitask_classifier import TaskBatch, train_step
 from optimizer import AdamW
-from pcgrad import GRAD_METHODS
+from pcgrad import draw_orders, pcgrad
 from support.device import keep_freed_memory, make_autocast
 from support.errors import UserError
 from support.files import ROOT
@@ -486,9 +486,8 @@ class OurSurgery(SurgeryContender):
         self.task_grads, self.kernels = self.task_grads.to(dtype), kernels()
 
     def step(self, i):
-        weights = (
-            GRAD_METHODS["pcgrad"].weights(self.kernels.gram_matrix(self.task_grads).cpu()).to(self.device)
-        )
+        gram = self.kernels.gram_matrix(self.task_grads).cpu()
+        weights = pcgrad(gram, draw_orders(len(gram))).to(self.device)
         self.kernels.weighted_sum(self.task_grads, weights, self.combined)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels import static_packing
 from kernels.packing import Packing, Padding
 
 
@@ -37,6 +38,8 @@ def dropout(x: torch.Tensor, p: float, training: bool, residual: torch.Tensor | 
     """Zero each element with probability `p`, scale the rest by 1 / (1 - p), and add `residual`, if any."""
     if not training or p == 0:
         return x if residual is None else residual + x
+    if static_packing.current is not None:
+        return static_packing.current.dropout(x, p)
     if x.device.type != "cpu":
         return F.dropout(x, p) if residual is None else residual + F.dropout(x, p)
     keep, scale = keep_mask(x.shape, p, x.dtype)

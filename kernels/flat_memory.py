@@ -70,8 +70,8 @@ class FlatMemory:
         self.word_grads = None  # (K, V, H), a view of `other_grads`
         if layout.words.stop:
             self.word_grads = self.other_grads[:, layout.words].unflatten(1, word_embeddings.shape)
-            self.touched = torch.arange(len(word_embeddings), device=device)  # (U,) rows that may not be zero
-            self.combined = self.touched  # rows of the combined gradient that may not be zero
+            # (U,) rows of words that may not be zero, in task gradients and in the combined one; None: all
+            self.touched = self.combined = None
 
         # 3. Tell each layer where to write.
         self.targets: dict[int, GradTarget] = {}  # id of a parameter -> where its gradients go
@@ -144,7 +144,7 @@ class FlatMemory:
         else:
             weight = self.data[where].view(shape)
         grads = self.stored_grads(where).unflatten(1, weight.shape)
-        target = GradTarget(weight, list(grads), [True] * len(self.tasks))
+        target = GradTarget(weight, list(grads), grads, [True] * len(self.tasks))
         self.targets[id(params[0])] = target
         return target
 
@@ -155,9 +155,39 @@ class FlatMemory:
 
     def step_grads(self, where: slice) -> torch.Tensor:
         """The same without what is zero in this step: of the words only those that occur, (K, U * H)."""
-        if self.word_grads is not None and where == self.layout.words:
+        if self.word_grads is not None and where == self.layout.words and self.touched is not None:
             return torch.stack([grad[self.touched].flatten() for grad in self.word_grads])
         return self.stored_grads(where)
+
+    def sections_of(self, owner: str, where: slice) -> list[slice]:
+        """A block cut into ranges that each lie in one section of the gradients."""
+        if owner != SHARED:
+            return [where]
+        return [section for section in self.layout.sections if where.start <= section.start < where.stop]
+
+    def group_columns(self) -> list[tuple[torch.Tensor, list[tuple[int, slice]]]]:
+        """The two gradient matrices, each with its layer groups' columns: the group's number, and a range."""
+        found = []
+        for matrix, is_matrix in ((self.matrix_grads, True), (self.other_grads, False)):
+            ranges = [
+                (number, self.layout.columns(where))
+                for number, group in enumerate(self.layout.layer_groups.values())
+                for where in group
+                if self.layout.is_matrix(where) == is_matrix
+            ]
+            if ranges:
+                found.append((matrix, ranges))
+        return found
+
+    def grad_column(self, param: nn.Parameter) -> int | None:
+        """The first column of a parameter's gradients in its matrix; None if it is frozen."""
+        where = self.ranges.get(id(param))
+        return None if where is None else self.layout.columns(where).start
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What linear layers compute in."""
+        return torch.float32 if self.weight_copy is None else self.weight_copy.dtype
 
     def head_grad(self, task: str) -> torch.Tensor:
         """The flat gradient of one task's head, a view of `grad`."""
@@ -189,10 +219,9 @@ class FlatMemory:
         if self.word_grads is not None:
             # Zeroes the last step's words and notes this one's: a step has some hundred of 30,000.
             for grad in self.word_grads:  # (V, H); for all at once, torch would copy the table
-                grad.index_fill_(0, self.touched, 0.0)
-            if input_ids is None:
-                self.touched = torch.arange(self.word_grads.shape[1], device=self.grad.device)
-            else:
+                zero_rows(grad, None if input_ids is None else self.touched)
+            self.touched = None
+            if input_ids is not None:
                 self.touched = torch.cat([ids.flatten() for ids in input_ids]).unique()
         # Positions and segments are added to like words, but their tables are small.
         for target in self.tables:
@@ -205,6 +234,11 @@ class FlatMemory:
         # The weights as the last update left them.
         if self.weight_copy is not None:
             self.weight_copy.copy_(self.data[self.layout.matrices])
+
+    def continue_step(self) -> None:
+        """Before a backward pass that adds to what the step's first one has written."""
+        for target in self.written:
+            target.is_empty = [False] * len(self.tasks)
 
     def finish_grads(self) -> None:
         """After the step's last backward pass: what none of them wrote is zero."""
@@ -236,8 +270,9 @@ class FlatMemory:
         if self.word_grads is not None:
             _, num_words, width = self.word_grads.shape
             combined = self.grad[self.layout.words].view(num_words, width)  # (V, H)
-            combined.index_fill_(0, self.combined, 0.0)  # what the last step wrote
-            combined[self.touched] = (weights @ self.step_grads(self.layout.words)).view(-1, width)
+            zero_rows(combined, self.combined)  # what the last step wrote
+            rows = slice(None) if self.touched is None else self.touched
+            combined[rows] = (weights @ self.step_grads(self.layout.words)).view(-1, width)
             self.combined = self.touched
 
     def show_grads(self, tasks: Collection[str]) -> None:
@@ -249,6 +284,14 @@ class FlatMemory:
         for (owner, decays), param in self.flat_params.items():
             is_shown = owner == SHARED or owner in tasks
             param.grad = self.grad[self.layout.blocks[owner, decays]] if is_shown else None
+
+
+def zero_rows(matrix: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Zero some rows of a matrix; None means all."""
+    if rows is None:
+        matrix.zero_()
+    else:
+        matrix.index_fill_(0, rows, 0.0)
 
 
 def check_layers(encoder: nn.Module, linear_layers: Collection[nn.Module]) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.cpu import dropout
 from kernels.packing import Packing
 
 PLAIN_LAYERS = (nn.Linear, nn.LayerNorm, nn.Embedding)
@@ -33,11 +34,13 @@ class GradTarget:
         weight: what the step reads: the parameter itself (a bias, too), or its copy in lower precision.
             Linear layers that share their input have one target, their weights one below the other.
         grads: of each task, shaped as `weight`, possibly of another type.
+        all_grads: the same as one tensor, (K, ...).
         is_empty: of each task, whether its gradient has still to be written in this step.
     """
 
     weight: torch.Tensor
     grads: list[torch.Tensor]
+    all_grads: torch.Tensor
     is_empty: list[bool]
 
     def write(self, task: int, grad: torch.Tensor) -> None:
@@ -49,6 +52,14 @@ class GradTarget:
         else:
             self.grads[task].add_(grad)
         self.is_empty[task] = False
+
+    def write_all(self, grads: torch.Tensor) -> None:
+        """`write` for all tasks at once, (K, ...)."""
+        if self.is_empty[0]:
+            self.all_grads.copy_(grads)
+        else:
+            self.all_grads.add_(grads)
+        self.is_empty = [False] * len(self.is_empty)
 
     def write_product(self, task: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """`write` of the matrix product a @ b, without a copy where types allow."""
@@ -108,9 +119,8 @@ class TaskLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        for task, tokens in ctx.packing.tasks:
-            ctx.weight.write_product(task, dy[tokens].t(), x[tokens])  # (out, m) @ (m, in) -> (out, in)
-            ctx.bias.write(task, dy[tokens].sum(0))  # (m, out) -> (out,)
+        ctx.packing.write_products(ctx.weight, dy, x)
+        ctx.packing.write_sums(ctx.bias, dy)
         dx = dy @ ctx.weight.weight if ctx.needs_input_grad[0] else None  # (M, out) -> (M, in)
         return dx, None, None, None, *[None] * ctx.num_params
 
@@ -168,11 +178,22 @@ class TaskLayerNorm(torch.autograd.Function):
 
 def layer_norm(x: torch.Tensor, packing: Packing, layer: nn.LayerNorm) -> torch.Tensor:
     """LayerNorm over the last dimension: (M, H) -> (M, H)."""
+    if packing.is_static:
+        return packing.dropout_add_norm(x, None, layer, 0.0)
     if is_by_task(packing, layer):
         if x.device.type != "cpu":  # only the CPU's kernel takes bfloat16 input with float32 weights
             x = x.to(layer.weight.dtype)
         return TaskLayerNorm.apply(x, packing, layer, layer.weight, layer.bias)
     return layer(x)
+
+
+def dropout_add_norm(
+    x: torch.Tensor, residual: torch.Tensor, packing: Packing, layer: nn.LayerNorm, p: float
+) -> torch.Tensor:
+    """LayerNorm(residual + dropout(x)), (M, H) -> (M, H); with p 0 nothing is dropped."""
+    if packing.is_static:
+        return packing.dropout_add_norm(x, residual, layer, p)
+    return layer_norm(dropout(x, p, p > 0, residual), packing, layer)
 
 
 class TaskEmbedding(torch.autograd.Function):
@@ -187,11 +208,7 @@ class TaskEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (ids,) = ctx.saved_tensors
-        for task, tokens in ctx.packing.tasks:
-            # Always added, since a word occurs more than once; `FlatMemory.start_step` has zeroed these rows.
-            # To touch them alone, not the whole table, took 1.0 ms a task instead of 19.5 (MiniLM, two
-            # cores).
-            ctx.target.grads[task].index_add_(0, ids[tokens], dy[tokens])  # (V, H) += (m, H)
+        ctx.packing.write_rows(ctx.target, ids, dy)
         return None, None, None, None
 
 

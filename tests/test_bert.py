@@ -15,7 +15,7 @@ import bert
 from base_bert import resolve_pretrained
 from bert import ACTIVATIONS, MIN_WIDTH, BertModel
 from config import BertConfig
-from kernels import cpu, packing
+from kernels import cpu, packing, task_grads
 from kernels.cpu import CpuAttention
 from kernels.packing import make_paddings
 from kernels.task_grads import PLAIN_LAYERS
@@ -387,21 +387,22 @@ def test_dropout_stands_where_bert_has_it(monkeypatch, training):
     calls = []
 
     def record(x, p, training, residual=None):
-        calls.append(("hidden", tuple(x.shape), p, training, residual is not None))
+        calls.append(("hidden", tuple(x.shape), p if training else 0.0, residual is not None))
         return x if residual is None else x + residual
 
     def record_mask(shape, p, dtype):
         calls.append(("probs", tuple(shape), p))
         return torch.ones(shape, dtype=dtype), 1.0
 
-    monkeypatch.setattr(bert, "dropout", record)
+    for module in (bert, task_grads):
+        monkeypatch.setattr(module, "dropout", record)
     monkeypatch.setattr(cpu, "keep_mask", record_mask)
     model = make_model(num_hidden_layers=1, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
     inputs = make_inputs(model.config)
     model.train(training)(**inputs)
     [padding] = make_paddings([inputs["attention_mask"]])
     embeddings, hidden = (
-        ("hidden", (padding.num_tokens, 32), 0.2, training, residual) for residual in (False, True)
+        ("hidden", (padding.num_tokens, 32), 0.2 * training, residual) for residual in (False, True)
     )
     probs = [("probs", (B * 4, MIN_WIDTH, MIN_WIDTH), 0.3)] * training
     assert calls == [embeddings, *probs, hidden, hidden]  # attention, attention output, feed-forward

@@ -385,7 +385,7 @@ def test_predict_matches_forward_on_padded_batches_however_it_cuts_them(task, he
     model, data = make_model({task: head}, pooling), make_data(task, joint=head == "cross")
     together = predict(model, task, data, PAD)
     alone = [predict(model, task, data.subset(np.array([i])), PAD) for i in range(13)]
-    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", 30)
+    monkeypatch.setitem(evaluation.MAX_EVAL_TOKENS, "cpu", 30)
     monkeypatch.setattr(evaluation, "MAX_EVAL_EXAMPLES", 4)
     in_pieces = predict(model, task, data, PAD)
     model.eval()
@@ -424,7 +424,7 @@ def test_lack_of_memory_says_where(monkeypatch):
 @pytest.mark.parametrize("max_tokens", [1, 30, 8192])  # the first forces one sentence a forward pass
 def test_each_distinct_sentence_is_encoded_once(monkeypatch, max_tokens):
     model, data = make_model(), make_data("sts", num_examples=40)
-    monkeypatch.setattr(evaluation, "MAX_EVAL_TOKENS", max_tokens)
+    monkeypatch.setitem(evaluation.MAX_EVAL_TOKENS, "cpu", max_tokens)
     seen, shapes = [], []
 
     def record(module, inputs):

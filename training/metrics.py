@@ -2,15 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.flat_memory import FlatMemory
 from pcgrad import cosine_matrix
-
-if TYPE_CHECKING:
-    from multitask_classifier import StepResult
+from training.step_result import StepResult
 
 
 def pair_values(matrix: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
@@ -19,7 +16,7 @@ def pair_values(matrix: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
     return {f"{a}-{b}": values[i][j] for i, a in enumerate(tasks) for j, b in enumerate(tasks) if i < j}
 
 
-def step_record(result: "StepResult", memory: FlatMemory) -> dict:
+def step_record(result: StepResult, memory: FlatMemory) -> dict:
     """A `StepResult` as plain numbers; tasks without a batch are left out."""
     present = [k for k, loss in enumerate(result.losses.tolist()) if not math.isnan(loss)]
     names = [memory.tasks[k] for k in present]

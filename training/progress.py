@@ -2,21 +2,17 @@
 
 import math
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from config import TaskSpec
-from datasets import BatchOrder
+from datasets import BatchOrder, TaskData
 from evaluation import OVERALLS, select_score
 from optimizer import lr_factor
 from training.run_folder import Run
 from training.settings import LoopSettings
-
-if TYPE_CHECKING:
-    from multitask_classifier import TaskBatch
 
 
 def print_plan(loop: LoopSettings, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
@@ -100,10 +96,18 @@ def format_scores(summary: dict, tasks: dict[str, TaskSpec]) -> str:
     return "  ".join(scores + [f"{name} {summary[name]:.3f}" for name in OVERALLS])
 
 
-def describe_step(run: Run, task_batches: "Sequence[TaskBatch]") -> str:
-    """The batches of a step by task and shape, and the flags that make the largest one smaller."""
+def describe_step(
+    run: Run, examples: Sequence[tuple[str, Sequence[np.ndarray]]], train_data: Mapping[str, TaskData]
+) -> str:
+    """The batches of a step by task and shape, and the flags that make the largest one smaller.
+
+    Args:
+        examples: for each draw of the step its task and the examples of its micro-batches.
+    """
     shapes = [
-        (each.task, tuple(batch["input_ids"].shape)) for each in task_batches for batch in each.micro_batches
+        (task, (train_data[task].index[chosen].size, int(train_data[task].lengths[chosen].max())))
+        for task, batches in examples
+        for chosen in batches
     ]
     largest = max(shapes, key=lambda item: math.prod(item[1]))[0]
     listed = ", ".join(f"{task} {shape}" for task, shape in shapes[:8])

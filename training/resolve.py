@@ -8,6 +8,7 @@ objects of `training.settings`.
 import argparse
 import math
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from config import TASKS, BertConfig
@@ -132,13 +133,14 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             rectify=args.rectify,
             precision=args.precision,
             accumulates=args.grad_accum > 1,
-            compiled=args.compile == "on",
+            compiled=args.compile == "on" and not is_cuda(args),
         ),
         loop=LoopSettings(
             batch_sizes=batch_sizes(args), **{name: getattr(args, name) for name in LOOP_FLAGS}
         ),
         output=output_settings(args),
         device=args.device,
+        captured=args.compile == "on" and is_cuda(args),
         flags=dict(vars(args)),
     )
 
@@ -229,15 +231,27 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     return chosen
 
 
+def is_cuda(args: argparse.Namespace) -> bool:
+    return args.device.startswith("cuda")
+
+
 def resolve_compile(args: argparse.Namespace, bert_config: BertConfig, chosen: list[str]) -> None:
     """Decide --compile for good: a resumed run has to go on with the same operations."""
     size, layers = bert_config.hidden_size, bert_config.num_hidden_layers
     # Biases and small tables left out: about the number is good enough.
     num_params = size * (bert_config.vocab_size + layers * (4 * size + 2 * bert_config.intermediate_size))
-    if args.compile == "on" and find_compiler() is None:
+    if args.compile == "on" and is_cuda(args) and find_spec("triton") is None:
+        raise UserError(
+            "--compile on: the package triton is not installed; steps are captured with its kernels"
+        )
+    if args.compile == "on" and not is_cuda(args) and find_compiler() is None:
         raise UserError("--compile on: no C++ compiler found; expected g++ or clang++ (or their name in CXX)")
     if args.compile == "auto":
-        if args.freeze_encoder or not args.device.startswith("cpu"):
+        if is_cuda(args):
+            has_triton = find_spec("triton") is not None
+            args.compile = "on" if has_triton else "off"
+            why = "steps are captured as CUDA graphs" if has_triton else "the package triton is not installed"
+        elif args.freeze_encoder or not args.device.startswith("cpu"):
             args.compile, why = "off", "nothing to gain"
         elif not pays_off(num_params, args.max_steps):
             args.compile, why = "off", "the run is too short for it to pay"

@@ -4,10 +4,12 @@
 whose help texts give units and ranges; what differs is said here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
@@ -58,6 +60,10 @@ class StepSettings:
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
     autocast: Callable = nullcontext  # makes the context for mixed precision
 
+    def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:
+        """(K,) whether each of these tasks may have its gradient changed by the method."""
+        return torch.tensor([self.surgery_tasks is None or task in self.surgery_tasks for task in tasks])
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -69,7 +75,7 @@ class OptimizerSettings:
     rectify: bool
     precision: str  # "fp32" or "bf16"
     accumulates: bool  # several gradients of a task are added up in a step
-    compiled: bool
+    compiled: bool  # passes over flat memory, on the CPU
 
 
 @dataclass(frozen=True)
@@ -127,4 +133,5 @@ class RunSettings:
     loop: LoopSettings
     output: OutputSettings
     device: str
+    captured: bool  # steps are captured as CUDA graphs, see training.captured_step
     flags: Mapping[str, object]

@@ -1,9 +1,6 @@
 """Which examples are to blame when a step's loss or gradient is not finite, so that nothing was updated."""
 
-from __future__ import annotations  # StepResult is known to type checkers only
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +10,7 @@ from datasets import TaskData
 from support.device import to_device
 from support.errors import UserError
 from training.run_folder import Run
-
-if TYPE_CHECKING:
-    from multitask_classifier import StepResult
+from training.step_result import StepResult
 
 
 def find_bad_examples(
@@ -31,8 +26,8 @@ def find_bad_examples(
     """
     model, memory, pad_token_id = run.model, run.memory, run.tokenizer.pad_token_id
     present = [(k, task) for k, task in enumerate(memory.tasks) if task in drawn]
-    squares = {task: result.gram[k, k] + memory.head_grad(task).square().sum().cpu() for k, task in present}
-    bad = [(k, task) for k, task in present if not (result.losses[k] + squares[task]).isfinite()]
+    squares = result.gram.diagonal() + result.head_squares  # (K,)
+    bad = [(k, task) for k, task in present if not (result.losses[k] + squares[k]).isfinite()]
     found = {}
     for k, task in bad or present:  # where only all of them together are too large, each has its part in it
         data = train_data[task]
@@ -57,12 +52,14 @@ def format_bad_examples(found: dict[str, dict]) -> str:
 def log_skipped_step(
     run: Run,
     result: StepResult,
+    step: int,
     examples: list[tuple[str, list[np.ndarray]]],
     train_data: Mapping[str, TaskData],
 ) -> None:
     """Count, print and log a step that was skipped because something was not finite.
 
     Args:
+        step: its number, the first being 1.
         examples: for each draw of the step its task and the examples of its micro-batches.
 
     Raises:
@@ -75,8 +72,8 @@ def log_skipped_step(
     for task, batches in examples:
         drawn.setdefault(task, []).extend(n for batch in batches for n in batch)
     bad = find_bad_examples(run, result, drawn, train_data)
-    run.log({"step": state.step, "skipped": bad})
-    tqdm.write(f"warning: step {state.step} skipped for all tasks: {format_bad_examples(bad)}")
+    run.log({"step": step, "skipped": bad})
+    tqdm.write(f"warning: step {step} skipped for all tasks: {format_bad_examples(bad)}")
     if state.bad_steps >= max_bad_steps:
         raise UserError(
             f"{max_bad_steps} steps in a row without a finite loss and gradient (--max_bad_steps);"

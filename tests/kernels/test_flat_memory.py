@@ -185,7 +185,7 @@ def test_only_the_rows_of_a_steps_words_are_touched():
     """Words that are not named may be any."""
     model, memory = prepare()
     memory.start_step()
-    assert torch.equal(memory.touched, torch.arange(V))
+    assert memory.touched is None  # any may
     run_backward(model, memory)
     seen = torch.cat([ids.flatten() for task in HEAD_OUTPUTS for ids in make_batches(task)]).unique()
     assert torch.equal(memory.touched, seen) and 0 < len(seen) < V

@@ -26,7 +26,7 @@ FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # sums in another order
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_target_is_overwritten_first_and_added_to_later(dtype):
     grads = torch.full((2, 2, 3), torch.nan, dtype=dtype)
-    target = GradTarget(torch.zeros(2, 3), list(grads), [True, True])
+    target = GradTarget(torch.zeros(2, 3), list(grads), grads, [True, True])
     a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
     product = torch.tensor([[3.0, 4.0, 5.0], [6.0, 8.0, 10.0]])
     target.write_product(1, a, b)  # in bfloat16 through a copy, else straight to its place
@@ -50,7 +50,7 @@ def make_target(*params: nn.Parameter, num_tasks: int = 3, dtype: torch.dtype = 
     """What `FlatMemory` does for parameters that lie end to end."""
     weight = torch.cat([param.detach() for param in params]).to(dtype)
     grads = torch.full((num_tasks, *weight.shape), torch.nan)
-    return GradTarget(weight, list(grads), [True] * num_tasks)
+    return GradTarget(weight, list(grads), grads, [True] * num_tasks)
 
 
 def pack(targets: dict[nn.Parameter, GradTarget], with_tasks: bool = True) -> Packing:

@@ -1,0 +1,20 @@
+"""What one training step did."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did, K tasks. Tasks without a batch have loss nan, and zeros in the other fields."""
+
+    losses: Tensor  # (K,) mean over the task's examples, before task weights
+    gram: Tensor  # (K, K) inner products of the task gradients, already multiplied by --task_weights
+    group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
+    weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping
+    head_squares: Tensor  # (K,) squared length of the gradient of each task's head
+    cosine_ema: Tensor | None  # (K, K) running mean of the cosines between task gradients, this step included
+    grad_norm: float  # of the combined gradient, encoder and heads, before clipping
+    num_tokens: int  # real word pieces
+    applied: bool  # False: something was not finite and nothing was updated
