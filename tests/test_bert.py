@@ -559,7 +559,7 @@ def test_dropout_stands_where_bert_has_it(monkeypatch, training):
         calls.append(("hidden", tuple(x.shape), p, training, residual is not None))
         return x if residual is None else x + residual
 
-    def record_mask(shape, p, dtype):
+    def record_mask(shape, p, dtype, seed):
         calls.append(("probs", tuple(shape), p))
         return torch.ones(shape, dtype=dtype), 1.0
 
