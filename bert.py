@@ -27,9 +27,9 @@ from kernels.static_packing import StaticPacking
 from kernels.task_grads import GradTarget, dropout_add_norm, embedding, layer_norm, linear
 from support.errors import UserError
 
-# Positions up to which attention is written out on the CPU. Beyond, the (T, T) scores that training keeps
-# cost more memory than the speed is worth.
-MAX_CPU_WIDTH = 256
+# Positions up to which attention is written out on the CPU, where it has been measured. Beyond, the (T, T)
+# scores of a single sentence take much memory.
+MAX_CPU_WIDTH = 512
 # On the CPU the rectangle has at least this many positions: torch's float32 softmax is several times slower
 # on rows that fill no vector register.
 MIN_WIDTH = 16

@@ -14,6 +14,9 @@ import signal
 import sys
 
 if __name__ == "__main__":
+    from support.threads import share_cores
+
+    share_cores()  # before torch is imported
     # Until main() takes over: Ctrl-C while the libraries are imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if {"-h", "--help"} & set(sys.argv):  # does not wait for the model's imports

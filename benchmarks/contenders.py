@@ -12,9 +12,9 @@ import importlib.util
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +132,36 @@ def make_pool(
     return Pool(tasks, chosen, orders, pad_token_id)
 
 
+def longest_steps(
+    tasks: dict[str, TaskSpec],
+    data: dict[str, TaskData],
+    pad_token_id: int,
+    *,
+    batch_sizes: Mapping[str, int],
+    num_steps: int,
+    seed: int,
+) -> Pool:
+    """The steps of an epoch that have the most attention scores, R * T**2, in ascending order.
+
+    The epoch is that of the task with the most batches; the others' go round, as in training.
+    """
+    lengths = {task: data[task].lengths for task in tasks}
+    orders = {task: BatchOrder(lengths[task], batch_sizes[task], seed, task) for task in tasks}
+    steps = [
+        {task: order[i] for task, order in orders.items()}
+        for i in range(max(order.batches_per_epoch for order in orders.values()))
+    ]
+
+    def num_scores(step: dict[str, np.ndarray]) -> int:
+        return sum(
+            data[task].index[chosen].size * int(lengths[task][chosen].max()) ** 2
+            for task, chosen in step.items()
+        )
+
+    longest = sorted(steps, key=num_scores)[-num_steps:]
+    return Pool(tasks, data, {"longest": longest}, pad_token_id)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What every contender of a race is built with."""
@@ -141,6 +171,7 @@ class Setting:
     device: str
     num_threads: int
     seed: int
+    heads: Mapping[str, str] = field(default_factory=dict)  # task -> head, where it is not the default
 
 
 # --- contenders ---------------------------------------------------------------------------------------------
@@ -182,7 +213,8 @@ class Contender:
         """Our model; the heads' first weights depend on the seed only."""
         bert, tasks = BertModel.from_pretrained(self.setting.pretrained), self.pool.tasks
         torch.manual_seed(self.setting.seed)
-        model = MultitaskBERT(bert, tasks, {task: spec.default_head for task, spec in tasks.items()})
+        heads = {task: spec.default_head for task, spec in tasks.items()} | dict(self.setting.heads)
+        model = MultitaskBERT(bert, tasks, heads)
         return model.to(self.device)
 
     def step(self, i: int) -> None:
@@ -197,6 +229,14 @@ class Contender:
         self.synchronize()
         started = time.perf_counter()
         self.step(i)
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def run_all(self) -> float:
+        """Seconds of one pass over the steps, without a pause."""
+        started = time.perf_counter()
+        for i in range(self.pool.num_steps):
+            self.step(i)
         self.synchronize()
         return time.perf_counter() - started
 
@@ -584,6 +624,11 @@ SURGERY = {
     "ours, plain operations": partial(OurSurgery, kernels=Kernels),
     "textbook, vectors": partial(TextbookSurgery),
     "TorchJD aggregator": partial(TorchJDSurgery),
+}
+MEMORY = {
+    "ours": partial(Ours, grad_method="pcgrad", order="longest"),
+    "Hugging Face (SDPA)": partial(HuggingFace, order="longest"),
+    "Hugging Face (SDPA), freed memory kept": partial(HuggingFace, order="longest", keep_memory=True),
 }
 EVALUATE = {"ours": partial(Evaluation), "Hugging Face": partial(HuggingFaceEvaluation)}
 

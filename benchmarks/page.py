@@ -102,6 +102,21 @@ def extra_memory(a: str, b: str, in_buffers: bool) -> Measure:
     return measure
 
 
+def largest_memory_ratio(peer: str) -> Measure:
+    """Peak memory of ours over that of a peer: the largest of all steps in the section `memory`."""
+
+    def measure(measured):
+        if "memory" not in measured:
+            return None
+        memory, precision = measured["memory"]["memory"], measured["memory"]["precision"]
+        if f"{peer} {precision}" not in memory:  # skipped
+            return None
+        pairs = zip(memory[f"ours {precision}"], memory[f"{peer} {precision}"], strict=True)
+        return [max(a / b for a, b in pairs)]
+
+    return measure
+
+
 OURS, SUM, ONE_ROW = "ours pcgrad {precision}", "ours sum {precision}", "ours sum, one row {precision}"
 TEXTBOOK, TORCHJD = "Hugging Face + textbook", "Hugging Face + TorchJD"
 HF_SUM = "Hugging Face sum, random batches"
@@ -157,6 +172,22 @@ TARGETS = [
     Target("the same in gradient buffers (P float32)", extra_memory(OURS, SUM, True)),
     Target("peak memory, pcgrad less sum in one row, MiB", extra_memory(OURS, ONE_ROW, False), digits=1),
     Target("the same in gradient buffers (P float32)", extra_memory(OURS, ONE_ROW, True)),
+    Target(
+        "peak memory in the longest steps of an epoch, over Hugging Face's (SDPA)",
+        *(largest_memory_ratio("Hugging Face (SDPA)"), "at most 1.3"),
+    ),
+    Target(
+        "a run alone, its threads spinning as ours do, over libgomp's own spinning",
+        *(time_ratio("sharing", "alone, ours", "alone, libgomp"), "at most 1.02", 3),
+    ),
+    Target(
+        "two runs at once, over one alone",
+        *(time_ratio("sharing", "two at once, ours", "alone, libgomp"), "at most 2.2"),
+    ),
+    Target(
+        "the same with libgomp's own spinning",
+        *(time_ratio("sharing", "two at once, libgomp", "alone, libgomp"),),
+    ),
 ]
 
 
@@ -217,6 +248,37 @@ def show_step(found: dict) -> list[str]:
         where,
         table(["operations", "ms a step", "share"], shares),
     ]
+
+
+def show_memory(found: dict) -> list[str]:
+    introduction = f"""
+        MiB, resident, less what the process held before it built anything: the peak so far after each of the
+        steps of an epoch that have the most attention scores, in ascending order, in a process of its own
+        for each contender. Sequences of up to {found["longest"]} word pieces; heads: """
+    introduction += ", ".join(f"{task} {head}" for task, head in found["heads"].items())
+    introduction += ", the others as by default. Sequences and longest sequence of each task are given."
+    names = list(found["memory"])
+    rows = []
+    for i, shapes in enumerate(found["steps"]):
+        peaks = [found["memory"][name][i] for name in names]
+        ratios = [f"{peaks[0] / peak:.2f}" for peak in peaks[1:]]
+        step = ", ".join(f"{task} {shape}" for task, shape in shapes.items())
+        rows.append([step, *(f"{peak:.0f}" for peak in peaks), *ratios])
+    header = ["step", *names, *(f"ours over {name}" for name in names[1:])]
+    return [paragraph(introduction), table(header, rows), *skipped_blocks(found)]
+
+
+def show_sharing(found: dict) -> list[str]:
+    introduction = """
+        One training alone, and two at the same time, each with as many threads as there are cores: mean over
+        the runs of a pass over the same steps, without pauses. Threads that wait for each other spin before
+        they sleep: as long as libgomp lets them, or as our commands tell it (GOMP_SPINCOUNT). The other
+        sections leave that to libgomp."""
+    alone, rows = next(iter(found["seconds"].values())), []
+    for name, seconds in found["seconds"].items():
+        ratio = [a / b for a, b in zip(seconds, alone, strict=True)]
+        rows.append([name, spread(seconds, 1, 1000 / found["num_steps"]), spread(ratio, 3)])
+    return [paragraph(introduction), table(["runs", "ms a step", "over the first"], rows)]
 
 
 def show_updates(found: dict) -> list[str]:
@@ -316,6 +378,8 @@ def show_roofline(found: dict) -> list[str]:
 SHOW: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
     "step": ("Training step", show_step),
     "base": ("Training step at bert-base size, random weights", show_step),
+    "memory": ("Memory of the longest steps", show_memory),
+    "sharing": ("Two runs at once", show_sharing),
     "optimizer": ("Optimizer", show_updates),
     "surgery": ("Gradient surgery alone", show_updates),
     "evaluate": ("Evaluation", show_evaluation),

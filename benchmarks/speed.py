@@ -1,6 +1,6 @@
 """Measure our speed against its peers and against the machine, and write the page results/speed.md.
 
-    python -m benchmarks.speed --data_dir data               # all sections, about two hours on two cores
+    python -m benchmarks.speed --data_dir data               # all sections, over two hours on two cores
     python -m benchmarks.speed step --data_dir data/sample --repeats 2 --num_batches 4
 
 A section's measurements go to speed.json, replaced when the section is run again; the page is made from it.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import cycle, islice
@@ -31,25 +32,29 @@ from torch.nn import functional as F
 from base_bert import resolve_pretrained
 from benchmarks.contenders import (
     EVALUATE,
+    MEMORY,
     OPTIMIZER,
     STEP,
     SURGERY,
     Pool,
     Setting,
     installed,
+    longest_steps,
     make_pool,
     with_precisions,
 )
 from benchmarks.page import is_page, write_page
-from benchmarks.workers import check_losses, race, start_workers
+from benchmarks.workers import check_losses, race, race_groups, start_workers
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig, TaskSpec
 from datasets import TaskData, TokenArrays, read_rows, tokenize
 from evaluation import TASK_KINDS
+from heads import HEADS
 from support.command_line import OneLineParser, number, run_script
 from support.device import describe_machine, is_bf16_fast, resolve_device
 from support.errors import UserError
 from support.files import ROOT, check_replaceable, read_json, write_text
+from support.threads import SPIN_COUNT
 from tokenizer import BertTokenizer
 from training.flags import COUNT, PRECISIONS
 
@@ -66,6 +71,10 @@ OURS, RANDOM = ("ours sum", "ours pcgrad"), "Hugging Face sum, random batches"
 ROOFLINE_ROWS = (*OURS, RANDOM, "Hugging Face sum, our batches")
 BASE_ROWS = (*OURS, "ours sum, one row", RANDOM, "Hugging Face + textbook PCGrad")
 BASE_CONFIG = BertConfig()  # of the section `base`; the vocabulary is that of --pretrained
+SPINNING = {"libgomp's own spinning": None, "ours": str(SPIN_COUNT)}  # of threads that wait, in `sharing`
+# Of the section `memory`: a run that once took 8.8 GB on the real data.
+LONG_BATCHES, LONG_HEADS, LONG_STEPS = {"sst": 32, "para": 64, "sts": 24}, {"para": "cross"}, 5
+LONG_LENGTH = 512  # word pieces; training's --max_length
 MATRIX_REPEATS, MEMORY_ELEMENTS, MEMORY_REPEATS = 20, 2**26, 10
 
 
@@ -81,12 +90,15 @@ class Bench:
         self.tasks = {task: TASKS[task] for task in DEFAULT_TASKS}
         self.tokenizer = BertTokenizer.from_pretrained(self.folder)
 
-    def read(self, split: str) -> dict[str, TaskData]:
-        """One split of every task, tokenized."""
-        data = {}
+    def read(
+        self, split: str, heads: dict[str, str] | None = None, max_length: int | None = None
+    ) -> dict[str, TaskData]:
+        """One split of every task, tokenized for `heads`, where they are not the default."""
+        data, max_length = {}, max_length or self.args.max_length
         for task, spec in self.tasks.items():
             rows = read_rows(Path(self.args.data_dir) / spec.files[split], spec, split)
-            data[task] = tokenize(rows, self.tokenizer, joint=False, max_length=self.args.max_length)
+            joint = HEADS[(heads or {}).get(task, spec.default_head)].joint
+            data[task] = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
         return data
 
     @cached_property
@@ -165,6 +177,52 @@ def measure_base(bench: Bench) -> dict:
         rows = {name: STEP[name] for name in BASE_ROWS}
         found = measure_step(bench, rows, [bench.args.precision], folder)
     return found | {"pretrained": "none: random weights"}
+
+
+def measure_memory(bench: Bench) -> dict:
+    """Peak memory in the longest training steps of an epoch, in ascending order: MiB after each."""
+    max_length = min(LONG_LENGTH, bench.config.max_position_embeddings)
+    data = bench.read("train", LONG_HEADS, max_length)
+    pool = longest_steps(
+        bench.tasks,
+        data,
+        bench.tokenizer.pad_token_id,
+        batch_sizes=LONG_BATCHES,
+        num_steps=LONG_STEPS,
+        seed=bench.args.seed,
+    )
+    setting = replace(bench.setting(pool), heads=LONG_HEADS)
+    table, skipped = present(with_precisions(MEMORY, [bench.args.precision]))
+    found = {"memory": {}, "skipped": skipped, "heads": LONG_HEADS, "longest": max_length}
+    for name, build in table.items():  # one after the other: together they might not fit
+        print(f"  {name}", flush=True)
+        found["memory"][name] = []
+        with start_workers({name: build}, setting) as workers:
+            for i in range(pool.num_steps):
+                workers[name].call("run", i)
+                found["memory"][name].append(round(workers[name].call("peak_memory"), 1))
+    found["steps"] = [
+        {
+            task: f"{len(lengths)} x {lengths.max()}"
+            for task, lengths in zip(pool.tasks, pool.lengths("longest", i), strict=True)
+        }
+        for i in range(pool.num_steps)
+    ]
+    return found
+
+
+def measure_sharing(bench: Bench) -> dict:
+    """A training alone, and two at the same time on the same cores, by how long waiting threads spin."""
+    pool, build = bench.pool, partial(STEP["ours pcgrad"], precision=bench.args.precision)
+    setting, groups = bench.setting(pool), {}
+    with ExitStack() as stack:
+        for label, count in SPINNING.items():
+            environment = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": count}
+            table = {f"{label}, run {i}": build for i in (1, 2)}
+            runs = list(stack.enter_context(start_workers(table, setting, environment)).values())
+            groups |= {f"alone, {label}": runs[:1], f"two at once, {label}": runs}
+        seconds = race_groups(groups, rounds=bench.args.repeats, seed=bench.args.seed)
+    return {"num_steps": pool.num_steps, "seconds": seconds, "skipped": {}}
 
 
 def measure_updates(bench: Bench, rows: dict[str, partial]) -> dict:
@@ -417,6 +475,8 @@ def measure_roofline(bench: Bench) -> dict:
 SECTIONS: dict[str, Callable[[Bench], dict]] = {
     "step": measure_step,
     "base": measure_base,
+    "memory": measure_memory,
+    "sharing": measure_sharing,
     "optimizer": partial(measure_updates, rows=OPTIMIZER),
     "surgery": partial(measure_updates, rows=SURGERY),
     "evaluate": measure_evaluation,

@@ -5,9 +5,10 @@ at a time, when told to.
 """
 
 import multiprocessing
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -54,9 +55,12 @@ class Worker:
         Raises:
             UserError: naming the contender, if it failed or its process died.
         """
+        self.send(method, *args)
+        return self.receive()
+
+    def send(self, method: str, *args) -> None:
         with suppress(OSError):  # its process has ended; `receive` says so
             self.pipe.send((method, args))
-        return self.receive()
 
     def receive(self):
         try:
@@ -76,12 +80,32 @@ class Worker:
 
 
 @contextmanager
-def start_workers(table: dict[str, Callable], setting):
-    """Yields name -> Worker, all of them built."""
+def changed_environment(changes: Mapping[str, str | None]):
+    """Environment variables for processes that are started meanwhile; None: not set."""
+    before = {name: os.environ.get(name) for name in changes}
+
+    def change(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    change(changes)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+@contextmanager
+def start_workers(table: dict[str, Callable], setting, environment: Mapping[str, str | None] | None = None):
+    """Yields name -> Worker, all of them built; `environment` as `changed_environment` takes it."""
     workers = {}
     try:
-        for name, build in table.items():
-            workers[name] = Worker(name, build, setting)
+        with changed_environment(environment or {}):
+            for name, build in table.items():
+                workers[name] = Worker(name, build, setting)
         yield workers
     finally:
         for worker in workers.values():
@@ -103,6 +127,25 @@ def race(workers: dict[str, Worker], *, rounds: int, num_steps: int, seed: int) 
             for name in rng.permutation(list(workers)).tolist():
                 time.sleep(PAUSE)
                 seconds[name][r] += workers[name].call("run", i)
+        print(f"  round {r + 1} of {rounds}", flush=True)
+    return seconds
+
+
+def race_groups(groups: dict[str, list[Worker]], *, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Seconds of each group's rounds: its workers all run at the same time, and the mean over them counts.
+
+    A round is one pass over the steps, without pauses. Groups take turns in an order that is drawn anew.
+    """
+    for worker in {worker.name: worker for group in groups.values() for worker in group}.values():
+        worker.call("warm_up")
+    rng = np.random.default_rng(seed)
+    seconds = {name: [0.0] * rounds for name in groups}
+    for r in range(rounds):
+        for name in rng.permutation(list(groups)).tolist():
+            time.sleep(PAUSE)
+            for worker in groups[name]:
+                worker.send("run_all")
+            seconds[name][r] = round(float(np.mean([worker.receive() for worker in groups[name]])), 6)
         print(f"  round {r + 1} of {rounds}", flush=True)
     return seconds
 

@@ -16,17 +16,29 @@ import torch.nn.functional as F
 from kernels import static_packing
 from kernels.packing import Packing, Padding
 
+# Attention scores that are held at once. A batch with more is worked on in pieces of whole sentences, and its
+# scores are made again in the backward pass: those of 64 pairs of 256 word pieces, with what goes with them,
+# would take 600 MB in every layer of MiniLM.
+MAX_SCORES = 2**22
 
-def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+
+def draw_seed() -> int:
+    """A seed from torch's global generator, so that `torch.manual_seed` fixes all dropout of a step."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def keep_mask(
+    shape: torch.Size, p: float, dtype: torch.dtype, seed: int | None = None
+) -> tuple[torch.Tensor, float]:
     """On the CPU: zeros with probability `p`, else ones; and what to multiply the kept elements by.
 
     Torch draws one number at a time: 1.9 ms for 800 x 384 elements, where this takes 0.5 ms. Each 64-bit draw
-    of numpy's SFC64 decides four elements, so `p` is rounded to a multiple of 2**-16. The seed comes from
-    torch's global generator, so that `torch.manual_seed` fixes all dropout of a step.
+    of numpy's SFC64 decides four elements, so `p` is rounded to a multiple of 2**-16. Without a `seed`, it
+    draws one.
     """
     num_elements = math.prod(shape)
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    draws = np.random.SFC64(seed).random_raw((num_elements + 3) // 4)
+    generator = np.random.SFC64(draw_seed() if seed is None else seed)
+    draws = generator.random_raw((num_elements + 3) // 4)
     lanes = torch.from_numpy(draws.view(np.int16))[:num_elements].view(shape)  # uniform, -2**15 .. 2**15 - 1
     dropped = min(round(p * 2**16), 2**16 - 1)  # p < 1: something is always kept
     # `out` converts in the same pass: no bool tensor in between.
@@ -51,8 +63,46 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
+def attention_weights(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, p: float, seed: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """How much each position attends to each, before and after dropout with probability `p`.
+
+    Args:
+        query, key: (B * N, T, D).
+        bias: (B, 1, 1, T) added to the scores; None for nothing.
+        seed: of dropout; None if `p` is 0.
+
+    Returns:
+        (B * N, T, T) each: the softmax; what dropout multiplies it by, None for nothing; and their product,
+        in the type of `query`.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)  # softmax in float32, or float64 in tests
+    scores = torch.bmm(query, key.transpose(1, 2)).to(wide)  # (B * N, T, T)
+    scores.mul_(query.shape[-1] ** -0.5)
+    if bias is not None:
+        scores.unflatten(0, (len(bias), -1)).add_(bias)
+    probs, keep = scores.softmax(-1), None
+    if p:
+        keep, keep_scale = keep_mask(probs.shape, p, wide, seed)
+        keep.mul_(keep_scale)
+    return probs, keep, (probs if keep is None else probs * keep).to(query.dtype)
+
+
+def key_bias(padding: Padding, sentences: slice) -> torch.Tensor | None:
+    """(B, 1, 1, T) what `padding` adds to the scores of some sentences; None for nothing."""
+    return None if padding.key_mask is None else padding.key_bias[sentences]
+
+
+def sentence_pieces(heads: torch.Tensor) -> list[slice]:
+    """Cut the sentences of (3, B, N, T, D) into pieces of at most MAX_SCORES scores, or of one sentence."""
+    _, num_sentences, num_heads, width, _ = heads.shape
+    size = max(1, MAX_SCORES // (num_heads * width**2))
+    return [slice(start, start + size) for start in range(0, num_sentences, size)]
+
+
 class CpuAttention(torch.autograd.Function):
-    """Attention over short sentences on a CPU: few operations on contiguous tensors, the softmax in float32.
+    """Attention on a CPU: few operations on contiguous tensors, the softmax in float32.
 
     Torch's fused kernel with dropout takes 2.5 to 3 times as long to train with (bfloat16, 32 to 512
     positions, two cores). Automatic differentiation of the same lines copies more.
@@ -70,53 +120,56 @@ class CpuAttention(torch.autograd.Function):
         num_heads: int,
         dropout_prob: float,
     ) -> torch.Tensor:
-        ctx.packing, ctx.paddings, ctx.num_heads = packing, paddings, num_heads
+        ctx.packing, ctx.paddings = packing, paddings
+        ctx.num_heads, ctx.dropout_prob = num_heads, dropout_prob
         context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # (M, H)
-        saved = []
+        needs_grad, saved, ctx.seeds = ctx.needs_input_grad[0], [], []
         for tokens, padding in zip(packing.batches, paddings, strict=True):
             # `spread` leaves something finite at padding: as a key it is masked, as a query removed below.
             heads = padding.spread(qkv[tokens]).unflatten(-1, (3, num_heads, -1))  # (B, T, 3, N, D)
             # One copy here, so that all products, in the backward pass too, are of contiguous tensors.
-            heads = heads.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (3, B * N, T, D)
-            query, key, value = heads
-            wide = torch.promote_types(qkv.dtype, torch.float32)  # softmax in float32, or float64 in tests
-            scores = torch.bmm(query, key.transpose(1, 2)).to(wide)  # (B * N, T, T)
-            scores.mul_(query.shape[-1] ** -0.5)
-            if padding.key_mask is not None:
-                scores.unflatten(0, (-1, num_heads)).add_(padding.key_bias)
-            probs, keep = scores.softmax(-1), None
-            if dropout_prob:
-                keep, keep_scale = keep_mask(probs.shape, dropout_prob, probs.dtype)
-                keep.mul_(keep_scale)
-            kept = (probs if keep is None else probs * keep).to(qkv.dtype)  # (B * N, T, T)
-            attended = torch.bmm(kept, value).unflatten(0, (-1, num_heads))  # (B, N, T, D)
+            heads = heads.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, N, T, D)
+            attended, pieces = torch.empty_like(heads[0]), sentence_pieces(heads)
+            if needs_grad:
+                saved.append(heads)
+            ctx.seeds.append([draw_seed() if dropout_prob else None for _ in pieces])
+            for piece, seed in zip(pieces, ctx.seeds[-1], strict=True):
+                query, key, value = heads[:, piece].flatten(1, 2)  # (B * N, T, D) each, B of the piece
+                weights = attention_weights(query, key, key_bias(padding, piece), dropout_prob, seed)
+                torch.bmm(weights[-1], value, out=attended[piece].flatten(0, 1))
+                if needs_grad and len(pieces) == 1:
+                    saved += weights
             context[tokens] = padding.remove(attended.transpose(1, 2).flatten(2))
-            if ctx.needs_input_grad[0]:
-                saved += [heads, probs, keep, kept]
         ctx.save_for_backward(*saved)
         return context
 
     @staticmethod
     def backward(ctx, dcontext):
-        saved, num_heads = ctx.saved_tensors, ctx.num_heads
+        saved, num_heads = iter(ctx.saved_tensors), ctx.num_heads
         dqkv = dcontext.new_empty(len(dcontext), 3 * dcontext.shape[1])  # (M, 3 * H)
-        for i, (tokens, padding) in enumerate(zip(ctx.packing.batches, ctx.paddings, strict=True)):
-            heads, probs, keep, kept = saved[4 * i : 4 * i + 4]
-            query, key, value = heads
+        for tokens, padding, seeds in zip(ctx.packing.batches, ctx.paddings, ctx.seeds, strict=True):
+            heads = next(saved)
             # `restore`, for zeros at padding: what it got in `forward` must not reach the gradients of keys
             # and values.
             dattended = padding.restore(dcontext[tokens]).unflatten(-1, (num_heads, -1))  # (B, T, N, D)
-            dattended = dattended.transpose(1, 2).flatten(0, 1)  # (B * N, T, D)
-            dheads = torch.empty_like(heads)
-            dquery, dkey, dvalue = dheads
-            torch.bmm(kept.transpose(1, 2), dattended, out=dvalue)
-            dprobs = torch.bmm(dattended, value.transpose(1, 2)).to(probs.dtype)  # (B * N, T, T)
-            if keep is not None:
-                dprobs.mul_(keep)
-            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-            dscores = dscores.mul_(query.shape[-1] ** -0.5).to(heads.dtype)
-            torch.bmm(dscores, key, out=dquery)
-            torch.bmm(dscores.transpose(1, 2), query, out=dkey)
-            dheads = dheads.unflatten(1, (-1, num_heads)).permute(1, 3, 0, 2, 4)  # (B, T, 3, N, D)
+            dattended, dheads = dattended.transpose(1, 2), torch.empty_like(heads)
+            for piece, seed in zip(sentence_pieces(heads), seeds, strict=True):
+                query, key, value = heads[:, piece].flatten(1, 2)  # (B * N, T, D) each, B of the piece
+                if len(seeds) == 1:
+                    probs, keep, kept = next(saved), next(saved), next(saved)
+                else:
+                    bias = key_bias(padding, piece)
+                    probs, keep, kept = attention_weights(query, key, bias, ctx.dropout_prob, seed)
+                dquery, dkey, dvalue = dheads[:, piece].flatten(1, 2)
+                dweighted = dattended[piece].flatten(0, 1)  # (B * N, T, D)
+                torch.bmm(kept.transpose(1, 2), dweighted, out=dvalue)
+                dprobs = torch.bmm(dweighted, value.transpose(1, 2)).to(probs.dtype)  # (B * N, T, T)
+                if keep is not None:
+                    dprobs.mul_(keep)
+                dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+                dscores = dscores.mul_(query.shape[-1] ** -0.5).to(heads.dtype)
+                torch.bmm(dscores, key, out=dquery)
+                torch.bmm(dscores.transpose(1, 2), query, out=dkey)
+            dheads = dheads.permute(1, 3, 0, 2, 4)  # (B, T, 3, N, D)
             dqkv[tokens] = padding.remove(dheads.flatten(2))
         return dqkv, None, None, None, None

@@ -390,7 +390,7 @@ def test_dropout_stands_where_bert_has_it(monkeypatch, training):
         calls.append(("hidden", tuple(x.shape), p if training else 0.0, residual is not None))
         return x if residual is None else x + residual
 
-    def record_mask(shape, p, dtype):
+    def record_mask(shape, p, dtype, seed):
         calls.append(("probs", tuple(shape), p))
         return torch.ones(shape, dtype=dtype), 1.0
 

@@ -8,6 +8,11 @@ https://arxiv.org/abs/2004.10964); masks and head are in masked_lm.py. No senten
 trained on, not even one that a train file has too.
 """
 
+if __name__ == "__main__":
+    from support.threads import share_cores
+
+    share_cores()  # before torch is imported
+
 import argparse
 import json
 import math

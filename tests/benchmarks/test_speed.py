@@ -6,6 +6,7 @@ numbers.
 
 import importlib.util
 import json
+import os
 import re
 from functools import partial
 
@@ -15,10 +16,29 @@ import torch
 
 from benchmarks import contenders, speed
 from benchmarks import workers as workers_module
-from benchmarks.contenders import STEP, Ours, Setting, installed, make_pool, textbook_pcgrad, torchjd_pcgrad
-from benchmarks.page import BY_HAND, SHOW, TARGETS, Target, roofline_share, target_row, time_ratio, write_page
+from benchmarks.contenders import (
+    STEP,
+    Ours,
+    Setting,
+    installed,
+    longest_steps,
+    make_pool,
+    textbook_pcgrad,
+    torchjd_pcgrad,
+)
+from benchmarks.page import (
+    BY_HAND,
+    SHOW,
+    TARGETS,
+    Target,
+    largest_memory_ratio,
+    roofline_share,
+    target_row,
+    time_ratio,
+    write_page,
+)
 from benchmarks.speed import exact_length, first_step_seconds, get_args, main, optimizer_bytes, step_flops
-from benchmarks.workers import Worker, check_losses, start_workers
+from benchmarks.workers import Worker, changed_environment, check_losses, race_groups, start_workers
 from config import DEFAULT_TASKS, TASKS, BertConfig
 from datasets import read_rows, tokenize
 from pcgrad import draw_orders, gram_matrix, pcgrad
@@ -37,6 +57,12 @@ class LocalWorker:
 
     def call(self, method, *args):
         return getattr(self.contender, method)(*args)
+
+    def send(self, method, *args):
+        self.answer = self.call(method, *args)
+
+    def receive(self):
+        return self.answer
 
     def close(self):
         pass
@@ -157,6 +183,41 @@ def test_a_contender_that_computes_something_else_is_refused(setting, monkeypatc
             check_losses(workers, 1e-4)
 
 
+def test_runs_at_once_are_started_together_and_the_mean_counts():
+    log = []
+
+    class Logged:
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
+
+        def call(self, method):
+            log.append((self.name, method))
+
+        def send(self, method):
+            log.append((self.name, method))
+
+        def receive(self):
+            log.append((self.name, "received"))
+            return self.seconds
+
+    a, b = Logged("a", 1.0), Logged("b", 2.0)
+    assert race_groups({"alone": [a], "both": [a, b]}, rounds=2, seed=0) == {
+        "alone": [1.0, 1.0],
+        "both": [1.5, 1.5],
+    }
+    assert log[:2] == [("a", "warm_up"), ("b", "warm_up")]
+    both = [("a", "run_all"), ("b", "run_all"), ("a", "received"), ("b", "received")]
+    assert sum(log[i : i + 4] == both for i in range(len(log))) == 2
+
+
+def test_a_changed_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    with changed_environment({"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "7"}):
+        assert "OMP_WAIT_POLICY" not in os.environ and os.environ["GOMP_SPINCOUNT"] == "7"
+    assert os.environ["OMP_WAIT_POLICY"] == "active" and "GOMP_SPINCOUNT" not in os.environ
+
+
 def test_rows_without_their_package_are_named(no_peers):
     rows, skipped = installed(STEP)
     assert set(rows) == {name for name in STEP if name.startswith("ours")}
@@ -175,6 +236,21 @@ def test_both_orders_hold_the_same_examples(setting):
     masks = [batch["attention_mask"] for step in batches for batch in step]
     assert pool.num_tokens("random") == sum(int(mask.sum()) for mask in masks)
     assert pool.num_places("random") == sum(mask.numel() for mask in masks)
+
+
+def test_the_longest_steps_of_an_epoch(setting):
+    tasks, data = setting.pool.tasks, setting.pool.data  # 8 examples of each
+    sizes = {"sst": 1, "para": 4, "sts": 8}  # the epoch of sst has eight batches, and the others' go round
+    pool = longest_steps(tasks, data, 0, batch_sizes=sizes, num_steps=3, seed=1)
+    every = longest_steps(tasks, data, 0, batch_sizes=sizes, num_steps=99, seed=1)
+    assert pool.num_steps == 3 and every.num_steps == 8
+    places = [
+        sum(lengths.size * lengths.max() ** 2 for lengths in every.lengths("longest", i)) for i in range(8)
+    ]
+    assert places == sorted(places) and places[0] < places[-1]
+    for step, expected in zip(pool.orders["longest"], every.orders["longest"][-3:], strict=True):
+        assert all(np.array_equal(step[task], expected[task]) for task in tasks)
+        assert {task: len(chosen) for task, chosen in step.items()} == sizes
 
 
 def test_exact_length(setting):
@@ -206,6 +282,14 @@ def test_ratios_are_taken_in_each_round_against_the_fastest_row():
     assert time_ratio("step", "peer", "ours {precision}")(measured) == [3.0, 2.0]
     assert time_ratio("step", "peer {precision}", "nobody")(measured) is None
     assert time_ratio("evaluate", "peer", "ours")(measured) is None
+
+
+def test_the_largest_memory_ratio_counts():
+    memory = {"ours bf16": [10.0, 30.0, 44.0], "peer bf16": [20.0, 20.0, 40.0]}
+    measured = {"memory": {"precision": "bf16", "memory": memory}}
+    assert largest_memory_ratio("peer")(measured) == [1.5]
+    assert largest_memory_ratio("skipped")(measured) is None
+    assert largest_memory_ratio("peer")({}) is None
 
 
 def test_targets():
@@ -242,6 +326,7 @@ def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, caps
     monkeypatch.setattr(speed, "first_step_seconds", lambda args, data_dir: 1.5)
     smaller = {"MATRIX_REPEATS": 1, "MEMORY_ELEMENTS": 8, "MEMORY_REPEATS": 1, "LENGTHS": (8, 512)}
     smaller |= {"NUM_TASKS": (2, 4), "FRACTIONS": (1.0,), "AGREEMENT_EXAMPLES": 5, "PROFILE_STEPS": 1}
+    smaller |= {"LONG_BATCHES": {"sst": 2, "para": 3, "sts": 2}, "LONG_STEPS": 2}
     smaller["BASE_CONFIG"] = make_config(1)  # bert-base itself takes gigabytes and minutes
     for name, value in smaller.items():
         monkeypatch.setattr(speed, name, value)
@@ -256,6 +341,10 @@ def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, caps
     assert skipped in capsys.readouterr().out
     assert "Not measured: Hugging Face + TorchJD mtl_backward fp32: transformers and torchjd" in page
     assert len(measured["step"]["seconds"]["ours pcgrad bf16"]) == 2
+    memory, sharing = measured["memory"], measured["sharing"]
+    assert list(memory["memory"]) == ["ours bf16"] and len(memory["steps"]) == 2
+    assert memory["steps"][0]["para"].startswith("3 x ")  # joint pairs: three sequences, not six
+    assert len(sharing["seconds"]) == 4 and {len(values) for values in sharing["seconds"].values()} == {2}
     scaling = measured["scaling"]
     assert list(scaling["by_tasks"]) == ["2", "4"] and list(scaling["by_length"]) == ["8"]
     assert scaling["by_length"]["8"]["tokens"] == 8 * 1 * 3 * (

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from bert import MIN_WIDTH
-from kernels.cpu import CpuAttention, dropout, keep_mask
+from kernels import cpu
+from kernels.cpu import MAX_SCORES, CpuAttention, dropout, keep_mask
 from kernels.packing import Packing, Padding
 
 # --- attention ----------------------------------------------------------------------------------------------
 
 N, D = 3, 5
+# Of the batches below: all of a batch at once; pieces of two sentences with 6 positions, or one with more.
+PIECES = [MAX_SCORES, 2 * N * 6**2]
 
 
 def make_attention(batches, seed=0, dtype=torch.float64):
@@ -42,7 +45,9 @@ def plain_attention(qkv, packing, paddings, dropout_prob=0.0):
         num_sentences, width = padding.mask.shape
         keep, scale = torch.ones(num_sentences * N, width, width), 1.0
         if dropout_prob:
-            keep, scale = keep_mask(keep.shape, dropout_prob, keep.dtype)
+            size = N * max(1, cpu.MAX_SCORES // (N * width**2))  # heads of a piece
+            pieces = [keep_mask(piece.shape, dropout_prob, keep.dtype) for piece in keep.split(size)]
+            keep, scale = torch.cat([piece for piece, _ in pieces]), pieces[0][1]
         positions = torch.arange(padding.mask.numel()) if padding.positions is None else padding.positions
         for b in range(num_sentences):
             inside = ((positions // width) == b).nonzero().flatten()  # tokens of this sentence in its batch
@@ -57,9 +62,11 @@ def plain_attention(qkv, packing, paddings, dropout_prob=0.0):
     return context
 
 
+@pytest.mark.parametrize("max_scores", PIECES)
 @pytest.mark.parametrize("dropout_prob", [0.0, 0.3])
 @pytest.mark.parametrize("batches", [["full"], ["padded"], ["short"], ["padded", "long", "full", "short"]])
-def test_attention_equals_the_formula(in_double, batches, dropout_prob):
+def test_attention_equals_the_formula(in_double, monkeypatch, batches, dropout_prob, max_scores):
+    monkeypatch.setattr(cpu, "MAX_SCORES", max_scores)
     qkv, packing, paddings = make_attention(batches)
     torch.manual_seed(5)
     found = CpuAttention.apply(qkv, packing, paddings, N, dropout_prob)
@@ -77,8 +84,10 @@ def test_attention_equals_the_formula(in_double, batches, dropout_prob):
         assert not torch.allclose(found, plain_attention(qkv, packing, paddings))
 
 
+@pytest.mark.parametrize("max_scores", PIECES)
 @pytest.mark.parametrize("dropout_prob", [0.0, 0.5])
-def test_attention_gradient_equals_finite_differences(in_double, dropout_prob):
+def test_attention_gradient_equals_finite_differences(in_double, monkeypatch, dropout_prob, max_scores):
+    monkeypatch.setattr(cpu, "MAX_SCORES", max_scores)
     qkv, packing, paddings = make_attention(["padded", "full"])
 
     def attend(qkv):
@@ -88,9 +97,11 @@ def test_attention_gradient_equals_finite_differences(in_double, dropout_prob):
     assert torch.autograd.gradcheck(attend, [qkv], fast_mode=True)
 
 
+@pytest.mark.parametrize("max_scores", PIECES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_attention_in_other_types(dtype, tolerance):
+def test_attention_in_other_types(monkeypatch, dtype, tolerance, max_scores):
     """Of the whole result's length: a few roundings, to bfloat16 each by up to 2**-9 of a number."""
+    monkeypatch.setattr(cpu, "MAX_SCORES", max_scores)
     qkv, packing, paddings = make_attention(["padded", "long"], dtype=dtype)
     exact = qkv.detach().float().requires_grad_()
     found = CpuAttention.apply(qkv, packing, paddings, N, 0.0)
@@ -101,6 +112,48 @@ def test_attention_in_other_types(dtype, tolerance):
     assert found.dtype == qkv.grad.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < tolerance
     assert (qkv.grad.float() - exact.grad).norm() / exact.grad.norm() < tolerance
+
+
+def test_scores_made_again_are_the_same_bits(monkeypatch):
+    """Sentences of 6 positions in pieces of one, and each as a batch of its own, whose scores are kept."""
+    qkv, packing, paddings = make_attention(["padded"], dtype=torch.float32)
+    mask, outcomes = paddings[0].mask, []
+    sentences = [Padding.of_mask(row[None]) for row in mask]
+    sizes = [padding.num_tokens for padding in sentences]
+    for places in ((packing, paddings), (Packing(sizes), sentences)):
+        monkeypatch.setattr(cpu, "MAX_SCORES", N * 6**2)
+        torch.manual_seed(5)
+        context = CpuAttention.apply(qkv, *places, N, 0.3)
+        outcomes.append((context, *torch.autograd.grad(context.pow(2).sum(), qkv)))
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def saved_bytes(qkv, packing, paddings, num_heads) -> int:
+    """Bytes that attention keeps for its backward pass."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        CpuAttention.apply(qkv, packing, paddings, num_heads, 0.1)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_batch_keeps_no_scores(dtype):
+    """Twelve heads, as in MiniLM, 128 positions: 21 sentences have just less than MAX_SCORES, 22 more."""
+    num_heads, width, head_width = 12, 128, 2
+    for num_sentences in (21, 22):
+        num_tokens, num_scores = num_sentences * width, num_sentences * num_heads * width**2
+        packing, padding = Packing([num_tokens]), Padding.of_mask(torch.ones(num_sentences, width))
+        qkv = torch.zeros(num_tokens, 3 * num_heads * head_width, dtype=dtype, requires_grad=True)
+        scores = (4 + 4 + dtype.itemsize) * num_scores  # softmax, dropout; what is left of them
+        kept = scores if num_scores <= MAX_SCORES else 0
+        assert (num_scores <= MAX_SCORES) == (num_sentences == 21)
+        assert saved_bytes(qkv, packing, [padding], num_heads) == qkv.nbytes + kept
+        assert saved_bytes(qkv.detach(), packing, [padding], num_heads) == 0  # no gradient is wanted
 
 
 # --- dropout ------------------------------------------------------------------------------------------------
