@@ -42,7 +42,8 @@ def load_run(run_dir: Path) -> tuple[Source, list[TaskModel]]:
     Raises:
         UserError: if there is no run, no checkpoint, or it is damaged.
     """
-    args, stored = read_settings(run_dir)
+    flags, stored = read_settings(run_dir)
+    args = argparse.Namespace(**flags)
     checkpoint = need_checkpoint(run_dir / "best")
     bert, tokenizer = load_encoder(checkpoint, args.hidden_dropout_prob)
     fit_to_encoder(args, bert.config)
