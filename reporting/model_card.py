@@ -19,6 +19,7 @@ from reporting.report import list_values, read_dev
 from reporting.significance import resampled_means, to_interval
 from support.errors import UserError
 from training.checkpoint import load_state
+from training.resolve import data_settings, output_settings
 
 # --pretrained -> the encoder's name on the hub and its licence there.
 KNOWN_ENCODERS = {
@@ -63,7 +64,10 @@ def scores_table(source: Source, chosen: TaskModel) -> tuple[str, Table, int | N
     kind, count = TASK_KINDS[chosen.spec.kind], None
     scores, text, whole = source.scores(chosen.task)
     intervals = {}
-    result = read_dev(source.args, chosen.task, scores) if whole else None
+    result = None
+    if whole:
+        files = data_settings(source.args).files, output_settings(source.args).prediction_files
+        result = read_dev(chosen.task, *(each[chosen.task, "dev"] for each in files), scores)
     if result is not None and result.predictions is not None:
         labels = result.rows.labels
         count = len(labels)
