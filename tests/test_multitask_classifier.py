@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from datasets import TaskData, read_rows
 from evaluation import TASK_KINDS, read_predictions, summarise
 from heads import PAIR_HEADS, MultitaskBERT
 from multitask_classifier import main
-from support.device import make_autocast
+from reporting.read_run import read_metrics
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
 from tests.tiny import make_config, make_data, make_encoder
@@ -119,6 +118,7 @@ RESUME_SETTINGS = [
     "",
     "--sampler annealed --grad_method gradvac --precision bf16 --schedule cosine",
     "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify --patience 9",
+    "--precision fp16 --sampler sqrt --task_weights sts=5",  # so large that the first steps overflow
 ]
 
 
@@ -504,6 +504,30 @@ def test_run_with_skipped_steps_resumes_with_the_same_bits(place, no_plot, spoil
     assert read_run(place / "bad_whole") == read_run(place / "bad_parts")
 
 
+def test_float16_overflows_are_counted_apart_from_faults(place, no_plot, capsys, spoiled):
+    """The scale falls until the gradients fit; that is no reason to give up, as a label that is NaN is."""
+    ids = read_rows(place / "data" / TASKS["para"].files["train"], TASKS["para"], "train").ids
+    settings = "--precision fp16 --task_weights sts=5 --max_steps 12 --eval_every 6 --max_bad_steps 1"
+    assert main(command(place, "overflow", settings)) == 0
+    printed = capsys.readouterr()
+    state = json.loads((place / "overflow" / "last" / "state.json").read_text())
+    found, count = state["loss_scale"], state["loss_scale"]["overflow_steps"]
+    assert 3 < count < 12 and found["scale"] == 2 ** (16 - count) and found["good_steps"] <= 12 - count
+    assert state["skipped_steps"] == state["bad_steps"] == 0
+    assert set(state["optimizer_steps"]) == {12 - count}
+    assert f"\n{count} of 12 steps were skipped because a float16 gradient overflowed; " in printed.out
+    assert "warning: step" not in printed.out + printed.err
+    lines = [json.loads(line) for line in (place / "overflow" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert (logged[-1]["loss_scale"], logged[-1]["overflow_steps"]) == (found["scale"], count)
+    assert all(math.isfinite(line["grad_norm"]) for line in logged)
+    assert read_metrics(place / "overflow")
+
+    spoiled("para", {ids[4]})
+    assert main(command(place, "fault", settings)) == 2
+    assert "1 steps in a row without a finite loss and gradient" in capsys.readouterr().err
+
+
 def test_gradient_that_is_not_finite_names_the_batch(place, no_plot, capsys, monkeypatch):
     real = multitask_classifier.train_step
 
@@ -824,12 +848,6 @@ def test_prediction_files_hold_the_predictions_that_were_scored(place, no_plot, 
         assert TASK_KINDS[spec.kind].scores(predictions, rows.labels) == pytest.approx(scores[task], abs=1e-6)
         # The test file has rows without a label too, so batches differ: float32 rounding.
         assert [test[row_id] for row_id in rows.ids] == pytest.approx(list(predictions), abs=1e-5)
-
-
-def test_autocast_is_only_made_for_bf16():
-    assert make_autocast("cpu", "fp32") is nullcontext
-    with make_autocast("cpu", "bf16")():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 # --- nothing is overwritten that is not a prediction file of ours ----------------------------------
