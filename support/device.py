@@ -12,7 +12,7 @@ import torch
 
 from support.errors import UserError
 
-# What linear layers compute in under each --precision; a new row needs nothing else.
+# What linear layers compute in under each --precision.
 PRECISIONS: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,  # whose products a GPU makes of factors with 10 bits after the point instead of 23
