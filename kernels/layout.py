@@ -51,8 +51,8 @@ class Layout:
 
     Two, so that those of linear layers, nearly all that is not a word, can be bfloat16 or float16: half
     the memory to write and to read. The rest stays float32, since it is added up in many small pieces (a word
-    occurs more than once, a bias is summed over tokens), each of which those would round. In float32 runs, and
-    where micro-batches are accumulated, both are float32.
+    occurs more than once, a bias is summed over tokens), each of which those would round. In float32 runs,
+    and where micro-batches are accumulated, both are float32.
 
     Everything that decays is contiguous, so the optimizer sees it as one parameter. Within it, words come
     first and linear weights last, so that each is one range: of words only the rows that occur in a step are
