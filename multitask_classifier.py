@@ -67,6 +67,7 @@ from tokenizer import BertTokenizer
 from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
 from training.flags import RESUME_MAY_CHANGE, get_args
+from training.loss_scale import scale_of
 from training.metrics import average, step_record
 from training.progress import (
     Progress,
@@ -134,6 +135,7 @@ def train_step(
     *,
     step: int,
     cosine_ema: Tensor | None = None,
+    loss_scale: int = 1,
 ) -> StepResult:
     """One optimizer update; the learning rates are already in the optimizer's groups.
 
@@ -145,13 +147,16 @@ def train_step(
         step: steps so far, skipped ones included; with the seed it fixes dropout and the order of
             projections.
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
+        loss_scale: factor of the losses in the backward pass, so that float16 holds its gradients. Nothing
+            that is returned or applied depends on it, but for rounding.
     """
     # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
-    losses, num_tokens = backward_all(model, memory, task_batches, settings, step)
+    losses, num_tokens = backward_all(model, memory, task_batches, settings, step, loss_scale)
 
     # 2. Inner products of the task gradients, which are all that a gradient method needs to know of them. By
-    #    layer group, for the log; their sum is the whole gram matrix.
-    group_grams = memory.group_grams().cpu()  # (layer groups, K, K)
+    #    layer group, for the log; their sum is the whole gram matrix. They are freed of the loss scale; the
+    #    gradients keep it, so that memory need not be gone over once more.
+    group_grams = memory.group_grams().cpu() / loss_scale**2  # (layer groups, K, K)
     gram = group_grams.sum(0)
     drawn = [task for task in memory.tasks if any(batch.task == task for batch in task_batches)]
     present = [memory.tasks.index(task) for task in drawn]
@@ -159,8 +164,10 @@ def train_step(
     # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
     #    in the optimizer's moments, it stays there.
     head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
+    head_squares /= loss_scale**2
     weights, grad_norm = torch.zeros(len(memory.tasks)), math.nan
-    if losses[present].isfinite().all() and gram.isfinite().all():
+    has_losses = bool(losses[present].isfinite().all())
+    if has_losses and gram.isfinite().all():
         weights = combination_weights(
             gram,
             present,
@@ -176,11 +183,12 @@ def train_step(
     # 4. Update: weighted sum of the task gradients, clipping, AdamW.
     applied = math.isfinite(grad_norm)
     if applied:
-        apply_update(memory, optimizer, weights, drawn, grad_norm, settings.clip_norm)
+        clip = settings.clip_norm / grad_norm if 0 < settings.clip_norm < grad_norm else 1.0
+        apply_update(memory, optimizer, weights, drawn, clip / loss_scale)
         cosine_ema = update_cosine_ema(cosine_ema, gram)
-    return StepResult(
-        losses, gram, group_grams, weights, head_squares, cosine_ema, grad_norm, num_tokens, applied
-    )
+    overflow = has_losses and not applied and loss_scale > 1
+    numbers = (losses, gram, group_grams, weights, head_squares, cosine_ema, grad_norm, num_tokens)
+    return StepResult(*numbers, applied, overflow)
 
 
 def backward_all(
@@ -189,8 +197,9 @@ def backward_all(
     task_batches: Sequence[TaskBatch],
     settings: StepSettings,
     step: int,
+    loss_scale: int,
 ) -> tuple[Tensor, int]:
-    """Forward and backward for all tasks; leaves the gradient of each in `memory`.
+    """Forward and backward for all tasks; leaves the gradient of each, times `loss_scale`, in `memory`.
 
     Returns:
         losses (K,), as in `StepResult`, and the number of real word pieces.
@@ -213,7 +222,7 @@ def backward_all(
         # often as it was drawn.
         micro_shares = [len(piece["labels"]) / num_examples[task] for task, piece in pieces]
         weights = [
-            settings.task_weights.get(task, 1.0) * (num_draws[task] * share)
+            settings.task_weights.get(task, 1.0) * (num_draws[task] * share) * loss_scale
             for (task, _), share in zip(pieces, micro_shares, strict=True)
         ]
         # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
@@ -242,13 +251,11 @@ def apply_update(
     optimizer: torch.optim.Optimizer,
     weights: Tensor,
     drawn: Sequence[str],
-    grad_norm: float,
-    clip_norm: float,
+    scale: float,
 ) -> None:
-    """Combine the task gradients, clip encoder and heads together, and update all that has a gradient."""
-    scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
-    memory.combine((weights * scale).to(memory.grad.device))  # clipped on the way, at no cost
-    if scale < 1:
+    """Combine the task gradients, scale encoder and heads together, and update all that has a gradient."""
+    memory.combine((weights * scale).to(memory.grad.device))  # scaled on the way, at no cost
+    if scale != 1:
         memory.grad[memory.layout.num_shared :] *= scale  # the heads
     memory.show_grads(drawn)
     optimizer.step()
@@ -368,6 +375,7 @@ class Steps:
             run.settings.step,
             step=state.step,
             cosine_ema=state.cosine_ema,
+            loss_scale=scale_of(state.loss_scale),
         )
         if self.captured:
             self.captured.leave(result.cosine_ema)
@@ -397,8 +405,10 @@ class Steps:
             if result.applied:
                 state.bad_steps = 0
                 state.window.append(step_record(result, self.run.memory))
-            else:  # the examples to blame must be named
+            elif not result.overflow:  # the examples to blame must be named
                 log_skipped_step(self.run, result, step, examples, self.train_data)
+            if state.loss_scale is not None:
+                state.loss_scale.count(applied=result.applied, overflow=result.overflow)
         state.tokens += num_tokens
         return num_tokens
 
@@ -442,6 +452,8 @@ def log_window(run: Run, progress: Progress, factor: float) -> None:
     line = {"step": state.step, "lr": optimizer.lr * factor, "head_lr": optimizer.head_lr * factor}
     line |= average(state.window)
     line |= {"tokens": state.tokens, "tokens_per_second": progress.tokens_per_second}
+    if state.loss_scale is not None:
+        line |= {"loss_scale": state.loss_scale.scale, "overflow_steps": state.loss_scale.overflow_steps}
     run.log(line)
     progress.show(line)
     state.window = []

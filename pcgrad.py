@@ -20,7 +20,8 @@ import torch
 from support.seeds import make_seed
 
 COSINE_EMA_BETA = 0.01  # weight of the newest step in the running mean of cosines, as in GradVac
-CHUNK_SIZE = 2**18  # columns of a bfloat16 G converted at once: the float32 copy stays in the cache
+HALVES = (torch.bfloat16, torch.float16)
+CHUNK_SIZE = 2**18  # columns of a G in one of them converted at once: the float32 copy stays in the cache
 BLOCK_SIZE = 2**14  # columns of G handled at once: K blocks stay in a core's cache, so G is read once
 
 
@@ -29,8 +30,8 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
 
     Summing per block first is also more exact than one long float32 sum.
     """
-    if task_grads.dtype == torch.bfloat16:
-        # Products of bfloat16 numbers need float32: rounded to bfloat16 they would be off by 0.4 %.
+    if task_grads.dtype in HALVES:
+        # Their products need float32: rounded to bfloat16 they would be off by 0.4 %, in float16 overflow.
         return sum(gram_matrix(chunk.float()) for chunk in task_grads.split(CHUNK_SIZE, dim=1))
     num_params = task_grads.shape[1]
     whole = num_params - num_params % BLOCK_SIZE
@@ -42,7 +43,7 @@ def gram_matrix(task_grads: torch.Tensor) -> torch.Tensor:
 
 def weighted_sum(task_grads: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
     """Write weights (K,) @ task_grads (K, P) to `out` (P,), in float32."""
-    if task_grads.dtype != torch.bfloat16:
+    if task_grads.dtype not in HALVES:
         torch.mv(task_grads.T, weights, out=out)
         return
     for chunk, part in zip(task_grads.split(CHUNK_SIZE, dim=1), out.split(CHUNK_SIZE), strict=True):

@@ -56,7 +56,7 @@ from support.errors import UserError
 from support.files import ROOT, check_replaceable, read_json, write_text
 from support.threads import SPIN_COUNT
 from tokenizer import BertTokenizer
-from training.flags import COUNT, PRECISIONS
+from training.flags import COUNT
 
 # Of a task loss, in float32: sums in another order differ by some 1e-6 of a loss near 1, while another mask,
 # pooling, activation or weight changes it by more than 1e-3.
@@ -517,7 +517,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     encoder = "encoder, as in multitask_classifier.py"
     model("--pretrained", default=OFFLINE_ENCODER, metavar="NAME|DIR", help=encoder)
     precision = "of matrix products, measured beside fp32; auto: bf16 where the processor is fast at it"
-    model("--precision", choices=PRECISIONS, default="auto", help=precision)
+    model("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     machine = parser.add_argument_group("machine").add_argument
     machine("--device", default="auto", help="auto, cpu, cuda, ...")
     machine("--num_threads", type=COUNT, help="of each contender; None means torch's choice")

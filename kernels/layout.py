@@ -49,14 +49,14 @@ class Layout:
         other_grads  (K, P - D)   | words | tables |                | biases, LayerNorm |
         matrix_grads (K, D)                        | linear weights |
 
-    Two, so that those of linear layers, nearly all that is not a word, can be bfloat16: half the memory to
-    write and to read. The rest stays float32, since it is added up in many small pieces (a word occurs more
-    than once, a bias is summed over tokens), each of which bfloat16 would round. In float32 runs, and where
-    micro-batches are accumulated, both are float32.
+    Two, so that those of linear layers, nearly all that is not a word, can be bfloat16 or float16: half
+    the memory to write and to read. The rest stays float32, since it is added up in many small pieces (a word
+    occurs more than once, a bias is summed over tokens), each of which those would round. In float32 runs,
+    and where micro-batches are accumulated, both are float32.
 
     Everything that decays is contiguous, so the optimizer sees it as one parameter. Within it, words come
     first and linear weights last, so that each is one range: of words only the rows that occur in a step are
-    touched, and the weights are converted to bfloat16 in one go. Tables are the position and segment
+    touched, and the weights are converted in one go. Tables are the position and segment
     embeddings.
 
     Args:

@@ -31,7 +31,7 @@ from reporting.table_pages import (
 )
 from reporting.table_statistics import DevData, FinishedRun, Table, read_finished_run
 from support.command_line import OneLineParser, number, run_script
-from support.device import is_bf16_fast
+from support.device import PRECISIONS, resolve_precision
 from support.errors import UserError
 from support.files import ROOT, read_json
 from training.flags import COUNT, SEED, flags_marked, given_flags, read_run
@@ -182,7 +182,7 @@ def estimate_seconds(shared: SharedSettings, row: str, rate: float) -> float:
 def matrix_rate() -> float:
     """Floating-point operations a second in a matrix product of the size and type that training uses."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if is_bf16_fast(device) else torch.float32
+    dtype = PRECISIONS[resolve_precision("auto", device)[0]]
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     best = 0.0
     for _ in range(8):

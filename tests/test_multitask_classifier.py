@@ -29,6 +29,7 @@ from datasets import TaskData, read_rows
 from evaluation import TASK_KINDS, read_predictions, summarise
 from heads import MultitaskBERT
 from multitask_classifier import main
+from reporting.read_run import read_metrics
 from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
@@ -178,6 +179,7 @@ def test_autocast_is_only_made_for_bf16():
         "--patience 9",
         "--sampler annealed --grad_method gradvac --precision bf16 --schedule cosine",
         "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify",
+        "--precision fp16 --sampler sqrt --task_weights sts=5",  # so large that the first steps overflow
     ],
 )
 def test_resumed_run_has_the_same_bits(place, whole, monkeypatch, tmp_path, flags, capsys):
@@ -748,3 +750,27 @@ def test_curves_that_cannot_be_drawn_do_not_fail_the_run(monkeypatch, capsys, tm
     monkeypatch.setattr(multitask_classifier, "plot_run", fail)
     assert multitask_classifier.draw_curves(tmp_path) == ""
     assert "warning: no curves" in capsys.readouterr().out
+
+
+@slow
+def test_float16_overflows_are_counted_apart_from_faults(place, tmp_path, capsys, monkeypatch):
+    """The scale falls until the gradients fit; that is no reason to give up, as a loss that is NaN is."""
+    flags = "--precision fp16 --task_weights sts=5 --max_steps 12 --eval_every 6 --max_bad_steps 1"
+    folder = tmp_path / "overflow"
+    assert main(command(place, folder, flags)) == 0
+    printed = capsys.readouterr()
+    state = json.loads((folder / "last" / "state.json").read_text())
+    found, count = state["loss_scale"], state["loss_scale"]["overflow_steps"]
+    assert 3 < count < 12 and found["scale"] == 2 ** (16 - count) and found["good_steps"] <= 12 - count
+    assert state["skipped_steps"] == state["bad_steps"] == 0
+    assert set(state["optimizer_steps"]) == {12 - count}
+    assert f"\n{count} of 12 steps were skipped because a float16 gradient overflowed; " in printed.out
+    assert "warning: step" not in printed.out + printed.err
+    logged = [line for line in read_metrics(folder) if "loss" in line]
+    assert (logged[-1]["loss_scale"], logged[-1]["overflow_steps"]) == (found["scale"], count)
+    assert all(math.isfinite(line["grad_norm"]) for line in logged)
+
+    real = MultitaskBERT.losses
+    monkeypatch.setattr(MultitaskBERT, "losses", lambda *args: [loss * math.nan for loss in real(*args)])
+    assert main(command(place, tmp_path / "fault", flags)) == 2
+    assert "1 steps in a row without a finite loss and gradient" in capsys.readouterr().err

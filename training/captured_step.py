@@ -40,8 +40,9 @@ from training.settings import StepSettings
 from training.step_result import StepResult
 
 MAX_GRAPHS = 24  # beyond, rare shapes are not captured
-# Relative errors (of norms) allowed between the plain step and this one; bfloat16: False, True. Adam's first
-# updates have the size of the learning rate whatever the gradient's, so noise in small gradients shows there.
+# Relative errors (of norms) allowed between the plain step and this one; with bfloat16 or TF32: False, True.
+# Adam's first updates have the size of the learning rate whatever the gradient's, so noise in small gradients
+# shows there.
 TOLERANCES = {
     False: {"losses": 1e-4, "gram matrix": 1e-3, "weights": 1e-3, "update": 0.05},
     True: {"losses": 2e-2, "gram matrix": 5e-2, "weights": 5e-2, "update": 0.5},
@@ -273,7 +274,9 @@ class CapturedStep:
         Raises:
             ValueError: naming what differs by more than TOLERANCES.
         """
-        memory, tolerances = self.memory, TOLERANCES[self.memory.weight_copy is not None]
+        memory = self.memory
+        is_coarse = memory.weight_copy is not None or torch.get_float32_matmul_precision() != "highest"
+        tolerances = TOLERANCES[is_coarse]
         before = memory.data.clone(), self.cosine_ema.clone()
         states = {param: dict(state) for param, state in self.optimizer.state.items()}
         moments = {param: clone_tensors(state) for param, state in states.items()}

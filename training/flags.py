@@ -20,13 +20,15 @@ from training.run_parser import (
     COUNT,
     COUNT_OR_NONE,
     DEVICE,
+    DEVICE_HELP,
     DIR,
     ENCODER,
     FILE,
     NOT_NEGATIVE,
     OUTPUT_DIR,
     POSITIVE,
-    PRECISIONS,
+    PRECISION_HELP,
+    PRECISION_NAMES,
     PROBABILITY,
     READING_MARKS,
     RESUME_MARKS,
@@ -116,17 +118,13 @@ def add_training_flags(parser: RunParser) -> None:
         add(f"--{task}_batch_size", "result", type=COUNT, help=text)
     add("--grad_accum", "result", type=COUNT, default=1, help="batches per task and step")
     add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
-    text = (
-        "number format of matrix products, not of the weights; auto: bf16 where the processor is fast at it"
-    )
-    add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
+    add("--precision", "machine", choices=PRECISION_NAMES, default="auto", help=PRECISION_HELP)
     text = (
         "on a CPU, torch.compile for what goes over memory; on a GPU, steps captured as CUDA graphs; auto: on"
         " a GPU with Triton, and on a CPU with a C++ compiler if the run is long enough to gain from it"
     )
     add("--compile", "result", choices=COMPILE, default="auto", help=text)
-    text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
-    add("--device", "machine", type=DEVICE, default="auto", help=text)
+    add("--device", "machine", type=DEVICE, default="auto", help=DEVICE_HELP)
 
 
 def add_optimizer_flags(parser: RunParser) -> None:

@@ -40,7 +40,15 @@ from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import BatchOrder, Rows, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.command_line import StopRequest, catch_signals, number, run_script
-from support.device import is_bf16_fast, make_autocast, out_of_memory_hint, resolve_device, to_device
+from support.device import (
+    make_autocast,
+    out_of_memory_hint,
+    resolve_device,
+    resolve_precision,
+    set_float32_products,
+    to_device,
+    warn_of_device,
+)
 from support.errors import UserError
 from support.files import lock_folder, read_json, sync, write_text
 from support.seeds import make_seed
@@ -58,17 +66,20 @@ from training.checkpoint import (
     versions,
     write_checkpoint,
 )
+from training.loss_scale import LossScale, scale_of
 from training.masked_lm import BertForMaskedLM, MaskedText, load_head
 from training.run_folder import ARGS_FILE, changed_flags, write_args
 from training.run_parser import (
     COUNT,
     DEVICE,
+    DEVICE_HELP,
     DIR,
     ENCODER,
     NOT_NEGATIVE,
     OUTPUT_DIR,
     POSITIVE,
-    PRECISIONS,
+    PRECISION_HELP,
+    PRECISION_NAMES,
     PROBABILITY,
     RESUME_MARKS,
     SEED,
@@ -90,7 +101,7 @@ SHRINK = "try a smaller --batch_size or --max_length"
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """AdamW over what is trainable; only matrices decay."""
+    """AdamW over what is trainable; only matrices decay. Its moments are there from the start."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     groups = [
         {
@@ -100,7 +111,10 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
         }
         for decays in (True, False)
     ]
-    return AdamW(groups, lr=lr)
+    optimizer = AdamW(groups, lr=lr)
+    for param in trainable:  # they are saved even if every step so far has overflowed
+        add_moments(optimizer, param, 0)
+    return optimizer
 
 
 def train_step(
@@ -111,31 +125,40 @@ def train_step(
     seed: int,
     clip_norm: float = 0.0,
     autocast=nullcontext,
-) -> tuple[float, float]:
+    loss_scale: int = 1,
+) -> tuple[float, float | None]:
     """One optimizer update; the learning rates are already in the optimizer's groups.
 
     Args:
         batch: from `MaskedText.batch`, on the model's device.
         seed: fixes dropout.
         clip_norm: longest gradient; 0 means no clipping.
+        loss_scale: factor of the loss in the backward pass, so that float16 holds its gradients.
 
     Returns:
-        loss in nats and the gradient's length before clipping.
+        loss in nats and the gradient's length before clipping; None instead of that if the gradient
+        overflowed, which a smaller `loss_scale` may mend: nothing was updated then.
 
     Raises:
-        UserError: if either is not finite; nothing was updated then.
+        UserError: if either is not finite for another reason; nothing was updated then.
     """
     torch.manual_seed(seed)
     optimizer.zero_grad()
     with autocast():
         loss = model.loss(batch)
-    loss.backward()  # the word embedding's gradient is the sum of both its uses
+    (loss * loss_scale).backward()  # the word embedding's gradient is the sum of both its uses
     trainable = [param for param in model.parameters() if param.requires_grad]
-    grad_norm = float(nn.utils.clip_grad_norm_(trainable, clip_norm or math.inf))
+    max_norm = clip_norm * loss_scale or math.inf
+    grad_norm = float(nn.utils.clip_grad_norm_(trainable, max_norm)) / loss_scale
+    if loss_scale > 1 and not math.isfinite(grad_norm) and loss.isfinite():
+        return loss.item(), None
     if not math.isfinite(grad_norm + loss.item()):
         raise UserError(
             f"loss {loss.item()} with a gradient of length {grad_norm}; try a smaller --lr, with --overwrite"
         )
+    if loss_scale > 1:
+        for param in trainable:
+            param.grad.div_(loss_scale)
     optimizer.step()
     return loss.item(), grad_norm
 
@@ -190,10 +213,8 @@ def make_parser() -> RunParser:
     inside = number(float, 0, 1, low_open=True, high_open=True)
     add("--mlm_prob", "result", type=inside, default=0.15, help="share of the word pieces to predict")
     add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
-    text = "number format of matrix products; auto: bf16 where the processor is fast at it"
-    add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
-    text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
-    add("--device", "machine", type=DEVICE, default="auto", help=text)
+    add("--precision", "machine", choices=PRECISION_NAMES, default="auto", help=PRECISION_HELP)
+    add("--device", "machine", type=DEVICE, default="auto", help=DEVICE_HELP)
 
     add = parser.adder(parser.add_argument_group("optimizer"))
     add("--lr", "result", type=POSITIVE, default=5e-5, help="learning rate")
@@ -254,14 +275,23 @@ class MlmState:
     step: int = 0
     losses: list[float] = field(default_factory=list)  # since the last line of the log
     log: list[dict] = field(default_factory=list)
+    loss_scale: LossScale | None = None  # None: the run's precision needs none
 
     @classmethod
     def from_json(cls, values: dict) -> "MlmState":
-        """Read what `asdict` made. Raises a ValueError, naming what is missing or of another kind."""
+        """Read what `asdict` made, now or before there was a loss scale.
+
+        Raises a ValueError, naming what is missing or of another kind.
+        """
         for name, kind in (("step", int), ("losses", list), ("log", list)):
             if type(values.get(name)) is not kind:
                 raise ValueError(f"{name!r} is missing or of another kind")
-        return cls(values["step"], values["losses"], values["log"])
+        loss_scale = LossScale.from_json(values.get("loss_scale"))
+        return cls(values["step"], values["losses"], values["log"], loss_scale)
+
+    @property
+    def num_updates(self) -> int:
+        return self.step - (self.loss_scale.overflow_steps if self.loss_scale else 0)
 
 
 def find_run(folder: Path, pretrained: str, overwrite: bool) -> dict | None:
@@ -380,7 +410,7 @@ def load_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW) -> MlmStat
         raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
     for group in optimizer.param_groups:
         for param in group["params"]:
-            add_moments(optimizer, param, state.step)
+            add_moments(optimizer, param, state.num_updates)
     path = folder / TENSORS_FILE
     copy_tensors(load_tensors(path), run_tensors(model, optimizer), path)
     return state
@@ -414,11 +444,14 @@ class MlmLog:
         print(f"step {self.state.step}/{self.max_steps}  dev loss {loss:.4f}", flush=True)
         self.write({"step": self.state.step, "dev_loss": loss})
 
-    def step(self, lr: float, grad_norm: float) -> None:
+    def step(self, lr: float, grad_norm: float | None) -> None:
         """Average the losses since the last line."""
         state, loss = self.state, sum(self.state.losses) / len(self.state.losses)
         state.losses = []
-        self.write({"step": state.step, "lr": lr, "loss": loss, "grad_norm": grad_norm})
+        line = {"step": state.step, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+        if state.loss_scale is not None:
+            line |= {"loss_scale": state.loss_scale.scale, "overflow_steps": state.loss_scale.overflow_steps}
+        self.write(line)
         seconds = (time.perf_counter() - self.started) / (state.step - self.first_step)
         print(
             f"step {state.step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step"
@@ -469,8 +502,11 @@ def train(
                 seed=make_seed(seed, state.step),
                 clip_norm=settings.clip_norm,
                 autocast=autocast,
+                loss_scale=scale_of(state.loss_scale),
             )
         state.step += 1
+        if state.loss_scale is not None:
+            state.loss_scale.count(applied=grad_norm is not None, overflow=grad_norm is None)
         state.losses.append(loss)
 
         # 3. Log and save.
@@ -479,6 +515,8 @@ def train(
         if state.step % settings.save_every == 0 and state.step < max_steps and not stop.requested:
             save_last(folder, model, optimizer, state)
     if state.step == max_steps:
+        if state.loss_scale is not None and state.loss_scale.overflow_steps:
+            print(state.loss_scale.overflow_text(state.step), flush=True)
         check()
     if stop.requested:
         if state.step:
@@ -493,11 +531,12 @@ def train(
 
 
 def resolve_machine(args: argparse.Namespace) -> None:
-    """Fit --device and --precision to this machine, in place."""
+    """Fit --device and --precision to this machine, in place, and TF32 for this process."""
     device = resolve_device(args.device)
+    warn_of_device(device)
     args.device = str(device)
-    if args.precision == "auto":
-        args.precision = "bf16" if is_bf16_fast(device) else "fp32"
+    args.precision, _ = resolve_precision(args.precision, device)
+    set_float32_products(args.precision)
 
 
 def start(args: argparse.Namespace) -> None:
@@ -533,7 +572,8 @@ def start(args: argparse.Namespace) -> None:
     write_args(folder, vars(args), facts, device=args.device, before=stored)
     print(f"encoder {args.pretrained}: {report}")
     model.to(args.device)
-    optimizer, state = make_optimizer(model, args.lr, args.weight_decay), MlmState()
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    state = MlmState(loss_scale=LossScale() if args.precision == "fp16" else None)
     last = find_checkpoint(folder / LAST)
     if last:
         state = load_last(last, model, optimizer)

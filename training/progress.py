@@ -125,6 +125,8 @@ def print_end(run: Run) -> None:
         print(f"nothing to train: the run is at step {state.step}, beyond --max_steps {loop.max_steps}")
     elif state.step < loop.max_steps:
         print(f"stopped at step {state.step}: {loop.patience} evaluations without a better {loop.select_by}")
+    if state.loss_scale is not None and state.loss_scale.overflow_steps:
+        print(state.loss_scale.overflow_text(state.step))
     if state.skipped_steps:
         print(
             f"warning: {state.skipped_steps} of {state.step} steps were skipped; metrics.jsonl names the"

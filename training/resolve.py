@@ -11,13 +11,22 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from config import TASKS, BertConfig
 from datasets import Rows
 from evaluation import prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
 from pcgrad import GRAD_METHODS
-from support.device import is_bf16_fast, make_autocast, resolve_device
+from support.device import (
+    is_ampere,
+    make_autocast,
+    resolve_device,
+    resolve_precision,
+    set_float32_products,
+    warn_of_device,
+)
 from support.errors import UserError
 from support.files import check_replaceable, read_head
 from training.settings import (
@@ -149,25 +158,24 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def resolve_machine(args: argparse.Namespace) -> list[str]:
-    """Settle --device and --precision on this machine, in place.
+    """Settle --device and --precision on this machine, in place, and TF32 for this process.
 
     Returns:
         lines that say what was chosen.
 
     Raises:
-        UserError: if the device is not available.
+        UserError: if the device is not available, or lacks the precision.
     """
     chosen = []
     device = resolve_device("cuda" if args.use_gpu else args.device)
+    warn_of_device(device)
     if args.device != str(device):
         args.device = str(device)
         chosen.append(f"device {device}")
-    if args.precision == "auto":
-        fast = is_bf16_fast(device)
-        args.precision = "bf16" if fast else "fp32"
-        chosen.append(
-            f"precision {args.precision} (this processor is {'fast' if fast else 'slow'} at bfloat16)"
-        )
+    args.precision, why = resolve_precision(args.precision, device)
+    if why:
+        chosen.append(f"precision {args.precision} ({why})")
+    set_float32_products(args.precision)
     return chosen
 
 
@@ -237,29 +245,48 @@ def is_cuda(args: argparse.Namespace) -> bool:
 
 def resolve_compile(args: argparse.Namespace, bert_config: BertConfig, chosen: list[str]) -> None:
     """Decide --compile for good: a resumed run has to go on with the same operations."""
+    problem = compile_problem(args)
+    if args.compile == "on" and problem:
+        raise UserError(f"--compile on: {problem}")
+    if args.compile == "auto":
+        why_not = compile_is_idle(args, bert_config) or problem
+        args.compile = "off" if why_not else "on"
+        why = (
+            "steps are captured as CUDA graphs"
+            if is_cuda(args)
+            else "the first step will take some seconds more"
+        )
+        chosen.append(f"compile {args.compile} ({why_not or why})")
+
+
+def compile_problem(args: argparse.Namespace) -> str | None:
+    """Why a run cannot compile or capture anything; None if it can."""
+    if args.precision == "fp16":
+        return "--precision fp16 trains with plain operations only, which its loss scale needs"
+    if is_cuda(args):
+        if find_spec("triton") is None:
+            return "the package triton is not installed; steps are captured with its kernels"
+        device = torch.device(args.device)
+        if device.type == "cuda" and not is_ampere(device):
+            return f"{device} has a compute capability below 8.0, which captured steps need"
+        return None
+    if not args.device.startswith("cpu"):
+        return f"--device {args.device} trains with plain operations only"
+    if find_compiler() is None:
+        return "no C++ compiler found; expected g++ or clang++ (or their name in CXX)"
+    return None
+
+
+def compile_is_idle(args: argparse.Namespace, bert_config: BertConfig) -> str | None:
+    """Why compiling would not make a run any shorter; None if it would."""
+    if is_cuda(args):
+        return None
     size, layers = bert_config.hidden_size, bert_config.num_hidden_layers
     # Biases and small tables left out: about the number is good enough.
     num_params = size * (bert_config.vocab_size + layers * (4 * size + 2 * bert_config.intermediate_size))
-    if args.compile == "on" and is_cuda(args) and find_spec("triton") is None:
-        raise UserError(
-            "--compile on: the package triton is not installed; steps are captured with its kernels"
-        )
-    if args.compile == "on" and not is_cuda(args) and find_compiler() is None:
-        raise UserError("--compile on: no C++ compiler found; expected g++ or clang++ (or their name in CXX)")
-    if args.compile == "auto":
-        if is_cuda(args):
-            has_triton = find_spec("triton") is not None
-            args.compile = "on" if has_triton else "off"
-            why = "steps are captured as CUDA graphs" if has_triton else "the package triton is not installed"
-        elif args.freeze_encoder or not args.device.startswith("cpu"):
-            args.compile, why = "off", "nothing to gain"
-        elif not pays_off(num_params, args.max_steps):
-            args.compile, why = "off", "the run is too short for it to pay"
-        elif find_compiler() is None:
-            args.compile, why = "off", "no C++ compiler found"
-        else:
-            args.compile, why = "on", "the first step will take some seconds more"
-        chosen.append(f"compile {args.compile} ({why})")
+    if args.freeze_encoder:
+        return "nothing to gain"
+    return None if pays_off(num_params, args.max_steps) else "the run is too short for it to pay"
 
 
 def flags_without_effect(args: argparse.Namespace) -> list[str]:

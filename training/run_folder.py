@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from evaluation import PREDICTION_STYLES, prediction_name
 from heads import MultitaskBERT
 from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW
-from support.device import describe_machine
+from support.device import PRECISIONS, describe_machine
 from support.errors import UserError
 from support.files import ROOT, read_bytes, sync, write_text
 from tokenizer import BertTokenizer
@@ -41,6 +41,7 @@ from training.checkpoint import (
     write_checkpoint,
     write_model,
 )
+from training.loss_scale import LossScale
 from training.settings import RunSettings
 
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
@@ -240,15 +241,17 @@ class RunState:
     optimizer_steps: list[int] = field(default_factory=list)  # of each flat parameter
     log_lines: int = 0
     window: list[dict] = field(default_factory=list)  # what the next line of the log averages
+    loss_scale: LossScale | None = None  # None: the run's precision needs none
 
     def to_json(self) -> dict:
         values = {JSON_NAMES.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
         ema = None if self.cosine_ema is None else self.cosine_ema.tolist()  # float32 survives the round trip
-        return values | {"cosine_ema": ema}
+        loss_scale = None if self.loss_scale is None else asdict(self.loss_scale)
+        return values | {"cosine_ema": ema, "loss_scale": loss_scale}
 
     @classmethod
     def from_json(cls, values: dict, tasks: Collection[str]) -> "RunState":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, now or before there was a loss scale.
 
         Raises:
             ValueError: naming what is missing or of another kind.
@@ -261,8 +264,11 @@ class RunState:
             "best_step": lambda step: step is None or is_count(step),
             "window": lambda records: all(isinstance(record, dict) for record in records),
         }
-        read = {}
+        values = {"loss_scale": None} | values
+        read = {"loss_scale": LossScale.from_json(values["loss_scale"])}
         for each in fields(cls):
+            if each.name in read:
+                continue
             name = JSON_NAMES.get(each.name, each.name)
             try:
                 read[each.name] = values[name]
@@ -287,9 +293,10 @@ class Run:
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
         self.folder = settings.output.folder
         optimizer = settings.optimizer
-        dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
+        dtype = PRECISIONS[optimizer.precision]
         kernels = compile_kernels() if optimizer.compiled else PLAIN
-        # A sum of several bfloat16 gradients would round each time.
+        # What leaves one matrix product may stay in its type: autocast would round gradients of weights just
+        # so, and what overflows is seen. A sum of several would be rounded each time.
         grad_dtype = torch.float32 if optimizer.accumulates else dtype
         self.memory = model.move_to_flat_memory(dtype, grad_dtype, kernels)
         groups = self.memory.param_groups(optimizer.lr, optimizer.head_lr, optimizer.weight_decay)
@@ -298,7 +305,8 @@ class Run:
         )
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
-        self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0))
+        loss_scale = LossScale() if dtype == torch.float16 else None
+        self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0), loss_scale=loss_scale)
 
     @property
     def log_file(self) -> Path:
@@ -366,6 +374,8 @@ class Run:
         load_model(folder, self.model)
         try:
             state = RunState.from_json(load_state(folder), self.settings.loop.tasks)
+            if (state.loss_scale is None) != (self.state.loss_scale is None):
+                raise ValueError("'loss_scale' is of another precision")
             for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
                 if step:
                     add_moments(self.optimizer, param, step)

@@ -8,9 +8,15 @@ from collections.abc import Callable
 
 from config import TASKS
 from support.command_line import FlagType, OneLineParser, number
+from support.device import PRECISIONS
 from training.sources import EXTRA_SOURCES
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISION_NAMES = ("auto", *PRECISIONS)
+PRECISION_HELP = (
+    "number format of matrix products, not of the weights; auto: bf16 where the processor is fast at it, else"
+    " fp16 on an NVIDIA GPU, fp32 elsewhere; tf32: fp32 with coarser, faster products on such a GPU"
+)
+DEVICE_HELP = "auto (an NVIDIA GPU if there is one), cpu, cuda, cuda:1, ..., or mps (Apple; untested)"
 
 # What a flag changes about a run: every flag has one of these marks.
 MARKS = {

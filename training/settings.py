@@ -73,7 +73,7 @@ class OptimizerSettings:
     head_lr: float
     weight_decay: float
     rectify: bool
-    precision: str  # "fp32" or "bf16"
+    precision: str  # a key of support.device.PRECISIONS
     accumulates: bool  # several gradients of a task are added up in a step
     compiled: bool  # passes over flat memory, on the CPU
 

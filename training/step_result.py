@@ -18,3 +18,4 @@ class StepResult:
     grad_norm: float  # of the combined gradient, encoder and heads, before clipping
     num_tokens: int  # real word pieces
     applied: bool  # False: something was not finite and nothing was updated
+    overflow: bool = False  # not applied, and a smaller loss scale may mend it

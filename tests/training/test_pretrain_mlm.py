@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,11 +22,13 @@ from bert import BertModel
 from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows
 from optimizer import lr_factor
+from support.device import make_autocast
 from support.errors import UserError
 from support.seeds import make_seed
 from tests.tiny import make_config, make_data, make_encoder, randomise
 from tokenizer import BertTokenizer
 from training import pretrain_mlm
+from training.loss_scale import LossScale
 from training.masked_lm import BertForMaskedLM, MaskedText, load_head, mask_tokens
 from training.pretrain_mlm import (
     ENCODER_FILES,
@@ -313,6 +316,56 @@ def test_update_repeats_and_clips():
         # float32: the norm of a clipped gradient is the limit but for rounding and torch's epsilon of 1e-6.
         assert math.sqrt(sum(float(grad.square().sum()) for grad in grads)) == pytest.approx(0.1, rel=1e-4)
     assert results[0] == results[1] != results[2]  # dropout follows the seed
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_loss_scale_changes_no_float32_update(clip_norm):
+    """But for torch's epsilon of 1e-6 when it clips."""
+    outcomes = []
+    for loss_scale in (1, 2**14):
+        model = make_model().train()
+        options = {"seed": 5, "clip_norm": clip_norm, "loss_scale": loss_scale}
+        result = train_step(model, make_optimizer(model, 0.01, 0.01), make_batch(), **options)
+        outcomes.append((result, torch.cat([param.detach().flatten() for param in model.parameters()])))
+    (result, params), (scaled_result, scaled_params) = outcomes
+    assert scaled_result == result
+    assert clip_norm or torch.equal(scaled_params, params)
+    torch.testing.assert_close(scaled_params, params, rtol=0, atol=1e-4 if clip_norm else 0)
+
+
+def test_float16_step_overflows_or_is_near_that_in_float32():
+    model, exact = make_model(), make_model()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer, autocast = make_optimizer(model, 0.01, 0.01), make_autocast("cpu", "fp16")
+    step = partial(train_step, model, optimizer, make_batch(), seed=0, autocast=autocast)
+    assert step(loss_scale=2**24)[1] is None
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    loss, grad_norm = step(loss_scale=2**10)
+    expected = train_step(exact, make_optimizer(exact, 0.01, 0.01), make_batch(), seed=0)
+    assert (loss, grad_norm) == pytest.approx(expected, rel=4e-3) and loss != expected[0]
+    with torch.no_grad():
+        model.predictions.bias.fill_(math.nan)
+    with pytest.raises(UserError, match="loss nan"):
+        step(loss_scale=2**10)
+
+
+def test_float16_run_goes_on_with_the_same_bits_after_overflows(place, monkeypatch, capsys):
+    """The first steps overflow, and the run is saved and stopped before any update was made."""
+    monkeypatch.setattr(LossScale.__init__, "__defaults__", (2**24, 0, 0))
+    flags = "--precision fp16 --save_every 1 --max_steps 12 --log_every 4"
+    assert run(place, flags, "half") == 0
+    lines = [json.loads(line) for line in (place / "half" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    count = last["overflow_steps"]
+    assert 4 <= count < 12 and last["loss_scale"] == 2 ** (24 - count)
+    assert f"\n{count} of 12 steps were skipped because" in capsys.readouterr().out
+    for step in (2, count + 1):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, interrupt)
+            assert run(place, flags, f"half{step}") == 130
+        assert run(place, flags, f"half{step}") == 0
+        for name in ("model.safetensors", "metrics.jsonl"):
+            assert (place / f"half{step}" / name).read_bytes() == (place / "half" / name).read_bytes()
 
 
 def test_loss_falls_on_a_tiny_corpus(place):

@@ -11,8 +11,16 @@ from support.errors import UserError
 from tests.tiny import make_data, make_encoder
 from training import resolve
 from training.flags import get_args
-from training.resolve import flags_without_effect, resolve_args, resolve_machine, token_settings
+from training.resolve import (
+    flags_without_effect,
+    make_settings,
+    resolve_args,
+    resolve_machine,
+    token_settings,
+)
 
+NO_FP16 = "off (--precision fp16 trains with plain operations only, which its loss scale needs)"
+TOO_OLD = "off (cuda has a compute capability below 8.0, which captured steps need)"
 SIZES = {"sst": 9, "para": 9, "sts": 9}
 
 
@@ -52,6 +60,44 @@ def test_compile_auto_asks_for_a_long_run_and_a_compiler(monkeypatch):
     assert chosen("--max_steps 5") == "off"
     with pytest.raises(UserError, match="^--compile on: no C"):
         chosen("--compile on", compiler=None)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "flags", "precision", "compiled"),
+    [
+        ("cuda", (7, 5), "", "fp16", NO_FP16),
+        ("cuda", (7, 5), "--precision fp32", "fp32", TOO_OLD),
+        ("cuda", (8, 0), "--precision fp16", "fp16", NO_FP16),
+        ("cuda", (8, 0), "--precision tf32", "tf32", "on (steps are captured as CUDA graphs)"),
+        ("cuda", (9, 0), "", "bf16", "on (steps are captured as CUDA graphs)"),
+        ("mps", (0, 0), "--max_steps 5000", "fp32", "off (--device mps trains with plain operations only)"),
+        ("cpu", (0, 0), "--max_steps 5000 --precision fp16", "fp16", NO_FP16),
+    ],
+)
+def test_precision_and_compile_of_devices(
+    monkeypatch, capsys, device, capability, flags, precision, compiled
+):
+    monkeypatch.setattr(resolve, "resolve_device", torch.device)
+    monkeypatch.setattr(resolve, "find_spec", lambda name: "found")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch.get_float32_matmul_precision()
+    try:
+        args = get_args(f"--device {device} {flags}".split())
+        lines = [*resolve_machine(args), *resolve_args(args, BertConfig(), SIZES)]
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert args.precision == precision and f"compile {compiled}" in lines
+    assert any(line.startswith(f"precision {precision} (") for line in lines) == ("--precision" not in flags)
+    assert ("untested" in capsys.readouterr().out) == (device == "mps")
+    settings = make_settings(args)
+    assert settings.captured == compiled.startswith("on") and not settings.optimizer.compiled
+    if not settings.captured:
+        args = get_args(f"--device {device} {flags} --compile on".split())
+        resolve_machine(args)
+        with pytest.raises(UserError, match="^--compile on: ") as error:
+            resolve_args(args, BertConfig(), SIZES)
+        assert str(error.value).removeprefix("--compile on: ") in compiled
 
 
 def test_cache_dir_empty_is_nowhere(monkeypatch, tmp_path):

@@ -3,15 +3,17 @@
 import json
 import subprocess
 from dataclasses import fields
+from itertools import product
 
 import pytest
 import torch
 
 from kernels.fused import PLAIN, Kernels
 from support.errors import UserError
-from tests.tiny import make_sst_model
+from tests.tiny import make_sst_model, refusal
 from training import run_folder
 from training.checkpoint import write_checkpoint
+from training.loss_scale import LossScale
 from training.run_folder import (
     Run,
     RunState,
@@ -52,12 +54,15 @@ def test_run_trains_with_the_kernels_and_types_that_its_settings_say(tokenizer, 
     for compiled, expected in ((True, kernels), (False, PLAIN)):
         run = Run(settings(tmp_path, compiled=compiled), make_sst_model(tokenizer), tokenizer)
         assert run.memory.kernels is expected and run.optimizer.update is expected.adamw_update
-    types = {("fp32", False): None, ("bf16", False): torch.bfloat16, ("bf16", True): torch.bfloat16}
-    for (precision, accumulates), copy in types.items():
-        memory = Run(settings(tmp_path, precision, accumulates), make_sst_model(tokenizer), tokenizer).memory
-        assert getattr(memory.weight_copy, "dtype", None) == copy
+    types = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for precision, accumulates in product(types, (False, True)):
+        run = Run(settings(tmp_path, precision, accumulates), make_sst_model(tokenizer), tokenizer)
+        copy = types[precision]
+        assert getattr(run.memory.weight_copy, "dtype", None) == copy
         # Sums of several batches are kept in float32.
-        assert memory.matrix_grads.dtype == (torch.bfloat16 if copy and not accumulates else torch.float32)
+        expected = copy if copy and not accumulates else torch.float32
+        assert run.memory.matrix_grads.dtype == expected
+        assert run.state.loss_scale == (LossScale() if precision == "fp16" else None)
 
 
 # --- args.json ------------------------------------------------------------------------------------
@@ -211,6 +216,7 @@ BAD_VALUES = {
     "best_step": (-3,),
     "window": ([3],),
     "log_lines": (None,),
+    "loss_scale": ({"scale": 3, "good_steps": 0, "overflow_steps": 0},),
 }
 
 
@@ -221,7 +227,10 @@ def test_state_of_another_kind_is_refused():
     for values in (fresh, good):
         assert RunState.from_json(values, ["sst"]).to_json() == values
     bad = [(name, good | {name: value}) for name, values in BAD_VALUES.items() for value in values]
-    bad += [(name, {key: value for key, value in good.items() if key != name}) for name in good]
+    bad += [
+        (name, {key: value for key, value in good.items() if key != name})
+        for name in set(good) - {"loss_scale"}
+    ]
     for name, values in bad:
         with pytest.raises(ValueError, match=name):
             RunState.from_json(values, ["sst"])
@@ -235,8 +244,22 @@ def test_state_survives_json_to_the_bit():
     assert list(values) == [
         *("step", "evaluated", "task_batches", "tokens", "bad_steps", "skipped_steps", "cosine_ema"),
         *("best_score", "best_step", "evals_without_gain", "optimizer_steps", "log_lines", "window"),
+        "loss_scale",
     ]
+    old = {name: value for name, value in values.items() if name != "loss_scale"}
+    assert RunState.from_json(old, ["sst", "para", "sts"]).to_json() == values
+    state.loss_scale = LossScale(2**13, 1234, 3)
+    again = RunState.from_json(json.loads(json.dumps(state.to_json())), ["sst", "para", "sts"])
+    assert again.loss_scale == LossScale(2**13, 1234, 3)
     assert torch.equal(RunState.from_json(values, ["sst", "para", "sts"]).cosine_ema, ema)
+
+
+def test_loss_scale_has_to_fit_the_precision(tokenizer, tmp_path):
+    for precision, other in (("fp16", "fp32"), ("fp32", "fp16")):
+        folder = tmp_path / precision
+        Run(settings(folder, precision), make_sst_model(tokenizer), tokenizer).save_last()
+        run = Run(settings(folder, other), make_sst_model(tokenizer), tokenizer)
+        assert "'loss_scale' is of another precision" in refusal(run.load_last, folder / "last")
 
 
 def test_weights_that_are_not_finite_do_not_replace_good_ones(tokenizer, tmp_path):
