@@ -472,9 +472,11 @@ def use_hugging_face(model: MultitaskBERT, pretrained: str) -> MultitaskBERT:
 class HuggingFaceCompiled(HuggingFace):
     """The same with its encoder compiled once for all lengths."""
 
-    def prepare(self):
-        super().prepare()
-        self.model.bert.compile(dynamic=True)
+    def warm_up(self):
+        self.model.bert.compile(
+            dynamic=True
+        )  # not before: its losses without dropout would take another code
+        super().warm_up()
 
 
 def textbook_pcgrad(task_grads: list[torch.Tensor], generator: torch.Generator | None = None) -> torch.Tensor:

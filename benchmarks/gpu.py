@@ -34,13 +34,14 @@ from base_bert import resolve_pretrained
 from benchmarks.contenders import (
     EVALUATE,
     GPU_STEP,
+    OursCaptured,
     Pool,
     Setting,
     StepContender,
     installed,
     make_pool,
 )
-from benchmarks.gpu_checks import CASES, CHECKS, CHECKS_OF_ALL, Case, Lab
+from benchmarks.gpu_checks import CASES, CHECKS, CHECKS_OF_ALL, NUM_FIRST, TOLERANCES, Case, Lab
 from benchmarks.gpu_page import is_page, make_page, write_page
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig
@@ -100,7 +101,7 @@ class Scale:
     smaller: BertConfig | None  # random weights in place of --pretrained; None: that itself
 
 
-FULL = Scale({16: 24, 64: 12, 256: 4}, 15, 1.5, 20, 8, 8192, None, 1000, TINY, BertConfig(), None)
+FULL = Scale({16: 24, 64: 12, 256: 4}, 15, 1.0, 20, 8, 8192, None, 1000, TINY, BertConfig(), None)
 TRIAL = Scale({2: 2, 4: 1}, 3, 0.0, 4, 1, 256, 5, 2, TINIEST, TINIEST, TINIEST)
 
 
@@ -188,6 +189,13 @@ class Bench:
             self.scale.check_examples,
         )
 
+    def label(self, model: str) -> str:
+        """An encoder's name on the page."""
+        if not self.is_cuda:
+            return f"{model} (tiny)"
+        own = "MiniLM" if self.args.pretrained == OFFLINE_ENCODER else Path(self.args.pretrained).name
+        return {"pretrained": own, "base": "bert-base"}[model]
+
     def note(self, part: str, name: str, values) -> None:
         self.measured.setdefault(part, {})[name] = values
 
@@ -229,10 +237,11 @@ def measure_rate(bench: Bench) -> None:
 
 def check(bench: Bench, case: Case, names: list[str]) -> None:
     for name in names:
+        gc.collect()  # not of all times while the next one is captured
         found = CHECKS[name](bench.lab(), case)
         if bench.is_cuda and not found["graphs"]:
             found |= {"ok": False, "note": "no graph was captured"}
-        bench.note("checks", f"{name}: {case.name}", found)
+        bench.note("checks", f"{case.name}/{name}", found)
         errors = ", ".join(f"{what} {error:.1e}" for what, error in found.get("errors", {}).items())
         print(f"  {'ok' if found['ok'] else 'NOT OK'}: {name}  {errors}")
 
@@ -242,11 +251,12 @@ def time_steps(bench: Bench, model: str, size: int, row: str) -> None:
     table, skipped = installed({row: GPU_STEP[row]})
     if skipped:
         raise UserError(skipped[row])
-    if bench.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
     pool = bench.pool(size)
     contender = table[row](bench.setting(model, pool), precision=bench.precision)
     check_losses(bench, model, size, contender)
+    if bench.is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     contender.warm_up()
     windows, started = [], time.perf_counter()
     while len(windows) < bench.scale.max_windows:
@@ -257,12 +267,13 @@ def time_steps(bench: Bench, model: str, size: int, row: str) -> None:
     found["tokens"] = pool.num_tokens("bucketed") / pool.num_steps
     if bench.is_cuda:
         found["memory"] = round(contender.peak_memory())
-    if hasattr(contender, "num_graphs"):
-        found["graphs"] = contender.num_graphs
+        found["reserved"] = round(torch.cuda.max_memory_reserved() / 2**20)  # graphs keep theirs
+    if isinstance(contender, OursCaptured):
+        found["graphs"] = [contender.num_graphs, len(contender.captured.graphs)]
     if "rate" in bench.measured:
         seconds = median(windows)
         found["share"] = linear_flops(bench.config(model), found["tokens"]) / seconds / bench.measured["rate"]
-    bench.note("times", f"{model}/{size}/{row}", found)
+    bench.note("times", f"{bench.label(model)}/{size}/{row}", found)
     print(f"  {median(found['ms']):.2f} ms a step, {found.get('share', 0):.1%} of the matrix rate")
 
 
@@ -298,9 +309,12 @@ def look_inside(bench: Bench, model: str, row: str) -> None:
     contender = GPU_STEP[row](bench.setting(model, bench.pool(size)), precision=bench.precision)
     contender.warm_up()
     num_steps = min(PROFILE_STEPS, contender.pool.num_steps)
-    found = {"waits": count_waits(contender) if bench.is_cuda else None, "size": size}
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CUDA if bench.is_cuda else kinds.CPU]) as profiler:
+    if bench.is_cuda:
+        waits = count_waits(contender)
+        bench.note("waits", f"{bench.label(model)}/{row}", waits)
+        print(f"  waits for the device in a step: {waits:.1f}")
+    found, kinds = {"size": size}, torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * bench.is_cuda]) as profiler:
         found["profiled_ms"] = 1000 * time_window(contender, num_steps)
     found["kinds"] = dict.fromkeys((*KINDS, "other"), 0.0)
     found["kernels"] = 0
@@ -310,9 +324,8 @@ def look_inside(bench: Bench, model: str, row: str) -> None:
             microseconds = event.time_range.elapsed_us() if is_kernel else event.self_cpu_time_total
             found["kinds"][kernel_kind(event.name)] += microseconds / 1000 / num_steps
             found["kernels"] += 1 / num_steps
-    bench.note("inside", f"{model}/{row}", found)
-    waits = "not counted" if found["waits"] is None else f"{found['waits']:.1f}"
-    print(f"  waits a step: {waits}; {found['kernels']:.0f} kernels, {sum(found['kinds'].values()):.2f} ms")
+    bench.note("inside", f"{bench.label(model)}/{row}", found)
+    print(f"  {found['kernels']:.0f} kernels, {sum(found['kinds'].values()):.2f} ms of work in a step")
 
 
 def count_waits(contender: StepContender) -> float:
@@ -349,7 +362,8 @@ def measure_evaluation(bench: Bench, row: str) -> None:
     contender = table[row](bench.setting("pretrained", pool), precision=bench.precision)
     contender.warm_up()
     seconds = [contender.run(0) for _ in range(2)]
-    bench.note("evaluation", row, {"seconds": seconds, "examples": sum(map(len, data.values()))})
+    found = {"seconds": seconds, "examples": sum(map(len, data.values()))}
+    bench.note("evaluation", f"{bench.label('pretrained')}/{row}", found)
     print(f"  {seconds[-1]:.2f} s")
 
 
@@ -358,7 +372,14 @@ def measure_run(bench: Bench) -> None:
     steps, size = bench.scale.run_steps, min(bench.scale.num_batches)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "multitask_classifier.py", "--data_dir", bench.args.data_dir]
-        command += ["--pretrained", bench.pretrained, "--device", bench.args.device, "--batch_size", size]
+        command += [
+            "--pretrained",
+            bench.encoder("pretrained"),
+            "--device",
+            bench.args.device,
+            "--batch_size",
+            size,
+        ]
         command += ["--max_steps", steps, "--lr", 1e-4, "--eval_every", max(1, steps // 4)]
         command += ["--eval_max_examples", 2000, "--seed", SEED, "--output_dir", Path(folder) / "run"]
         started, timeout = time.perf_counter(), max(1.0, bench.seconds_left)
@@ -372,6 +393,7 @@ def measure_run(bench: Bench) -> None:
         raise UserError(f"exit code {done.returncode}: {(done.stderr.strip() or '-').splitlines()[-1]}")
     notes = [line for line in done.stdout.splitlines() if "captured" in line]
     found = {"seconds": time.perf_counter() - started, "steps": steps, "size": size, "notes": notes}
+    found["model"] = bench.label("pretrained")
     bench.measured["run"] = found
     print(f"  {found['seconds']:.1f} s for {steps} steps; {'; '.join(notes) or 'no word of captured steps'}")
 
@@ -388,7 +410,7 @@ def plan(bench: Bench) -> list[Job]:
     def times(model, sizes, rows, seconds):
         return [
             Job(
-                f"time {model}, {size} examples a task: {row}",
+                f"time {bench.label(model)}, {size} examples a task: {row}",
                 seconds,
                 partial(time_steps, model=model, size=size, row=row),
             )
@@ -408,7 +430,7 @@ def plan(bench: Bench) -> list[Job]:
         *times("pretrained", sizes, captured, 10),
         *times("base", sizes, captured, 10),
         Job("waits and profile of a step", 5, partial(look, row=captured[0])),
-        *checks(CASES[1:3], names[:CHECKS_OF_ALL]),
+        *checks(CASES[1:NUM_FIRST], names[:CHECKS_OF_ALL]),
         *times("pretrained", larger, one_row, 5),
         *times("base", larger, one_row, 5),
         *times("pretrained", [small], textbook + hugging_face + plain, 5),
@@ -416,7 +438,7 @@ def plan(bench: Bench) -> list[Job]:
         Job("evaluation of all of dev: ours", 10, partial(measure_evaluation, row="ours")),
         *times("pretrained", [small], torchjd, 8),
         *times("base", larger[:1], torchjd, 8),
-        *checks(CASES[3:], names[:CHECKS_OF_ALL]),
+        *checks(CASES[NUM_FIRST:], names[:CHECKS_OF_ALL]),
         Job("a whole run", 40, measure_run),
         *times("pretrained", larger, textbook + hugging_face + plain, 8),
         *times("base", larger[1:], textbook + hugging_face + plain, 10),
@@ -534,6 +556,8 @@ def run(argv: list[str] | None) -> None:
             "pretrained": args.pretrained,
             "is_trial": not bench.is_cuda,
             "check_steps": bench.scale.check_steps,
+            "checks": list(CHECKS),
+            "tolerances": TOLERANCES,
         }
 
         def save() -> None:  # after each job: a later one may end the process

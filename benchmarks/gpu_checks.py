@@ -26,11 +26,12 @@ from training.captured_step import CapturedStep
 from training.settings import StepSettings
 from training.step_result import StepResult
 
-# Largest errors allowed over all steps, relative to the norm of what is right; of the parameters, relative to
-# what the steps have changed. Float32: sums in another order. bfloat16: three digits, of which sums keep two.
+# Largest errors allowed over all steps, relative to the norm of what is right; of encoder and heads, relative
+# to what the steps have changed. Float32: sums in another order (on a CPU at most 4e-6 was seen). bfloat16:
+# three digits, of which sums keep two.
 TOLERANCES = {
-    "fp32": {"losses": 1e-4, "gram matrix": 1e-3, "weights": 1e-3, "parameters": 1e-2},
-    "bf16": {"losses": 2e-2, "gram matrix": 5e-2, "weights": 5e-2, "parameters": 0.2},
+    "fp32": {"losses": 1e-4, "gradient norms": 1e-3, "gram matrix": 1e-3, "weights": 1e-3, "updates": 2e-3},
+    "bf16": {"losses": 2e-2, "gradient norms": 5e-2, "gram matrix": 5e-2, "weights": 5e-2, "updates": 0.1},
 }
 # Large: Adam would blow rounding up where a gradient is 0, as that of a key's bias always is.
 EPS = 1e-2
@@ -53,8 +54,11 @@ class Case:
         return f"{self.encoder}, {self.head}, {self.method}, {self.precision}"
 
 
-# The most important first; then every gradient method with every head.
+# The most important first; then every gradient method and every head once; then all pairs of them.
 CASES = [Case("tiny"), Case("tiny", precision="bf16"), Case("pretrained", precision="bf16")]
+CASES += [Case("tiny", "diff", "gradvac"), Case("tiny", "cross", "pcgrad")]
+CASES += [Case("tiny", "concat", "sum"), Case("tiny", "cosine", "mean")]
+NUM_FIRST = len(CASES)
 CASES += [
     Case("tiny", head, method)
     for head in PAIR_HEADS
@@ -178,18 +182,19 @@ def outcome(result: StepResult) -> dict[str, torch.Tensor]:
 
 
 def compare_with_plain(lab: Lab, case: Case) -> dict:
-    """Errors of captured steps, without dropout, against plain ones in float32 on the CPU."""
+    """Largest errors of captured steps, without dropout, against plain ones in float32 on the CPU."""
     plain, captured = Training(lab, case), Training(lab, case, CapturedStep)
     start = plain.memory.data.clone()
-    tolerances = TOLERANCES[case.precision]
-    tolerances = tolerances | {"gradient norms": tolerances["gram matrix"]}
-    errors: dict[str, list[float]] = {name: [] for name in tolerances}
+    tolerances, errors = TOLERANCES[case.precision], {name: [] for name in TOLERANCES[case.precision]}
     for number in range(lab.num_steps):
         found, expected = (outcome(each.step(number, with_dropout=False)) for each in (captured, plain))
         for name, tensor in expected.items():
             errors[name].append(relative_error(found[name], tensor))
-    changed = plain.memory.data - start
-    errors["parameters"] = [relative_error(captured.memory.data.cpu() - start, changed)]
+    # Apart, or the heads with their larger learning rate would hide the encoder.
+    num_shared = plain.memory.layout.num_shared
+    for part in (slice(0, num_shared), slice(num_shared, None)):
+        changed = (plain.memory.data - start)[part]
+        errors["updates"].append(relative_error((captured.memory.data.cpu() - start)[part], changed))
     largest = {name: float(torch.tensor(values).max()) for name, values in errors.items()}  # keeps a NaN
     ok = all(largest[name] <= limit for name, limit in tolerances.items())
     return {"errors": largest, "tolerances": tolerances, "graphs": captured.num_graphs, "ok": ok}
