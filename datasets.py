@@ -17,7 +17,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,20 +153,28 @@ def warning_lines(rows: Rows) -> list[str]:
     return [f"{rows.path}: {warning_text(kind, lines)}" for kind, lines in rows.warnings.items()]
 
 
-def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def table_rows(
+    lines: Iterable[str], path: str | Path, delimiter: str = "\t"
+) -> Iterator[tuple[int, list[str]]]:
     """For each row that is not blank, the line where it begins, and its fields.
+
+    Args:
+        lines: of the table, with their ends.
 
     Raises:
         UserError: for misplaced quotation marks and overlong fields.
     """
     csv.field_size_limit(MAX_FIELD_SIZE)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1
     try:
         for fields in reader:
             last = reader.line_num
-            # A sentence may hold line breaks, but one that also holds a tab is really several rows.
-            if last > line and any("\t" in field and re.search("[\r\n]", field) for field in fields):
+            # A sentence may hold line breaks, but one that also holds a tab is really several rows. Of commas
+            # between columns that cannot be said.
+            if last > line and any(
+                "\t" == delimiter in field and re.search("[\r\n]", field) for field in fields
+            ):
                 raise UserError(
                     f"{path}:{line}: a quotation mark in this row is closed only in line {last} and swallows"
                     f" the rows between; {QUOTES}"
@@ -319,7 +327,7 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     columns = ["id", *spec.text_columns] + ([] if split == "test" else [spec.label_column])
     text, sha256, warnings = read_text(path)
     check_delimiter(text, columns, path)
-    table = table_rows(text, path)
+    table = table_rows(io.StringIO(text, newline=""), path)
     line, header = next(table, (1, None))
     if header is None:
         raise UserError(f"{path}: the file is empty; {expected(columns)}")

@@ -79,6 +79,8 @@ class TaskKind:
         num_outputs: C, from the task's row.
         loss: mean loss of logits (B, C) float32 against labels (B,).
         decode: logits (B, C) -> predictions (B,), on the scale of the labels.
+        probabilities: logits (B, C) -> probabilities of the classes (B, classes), in the order of
+            `TaskSpec.class_names`; None if predictions are no classes.
         scores: predictions and labels -> named scores in [-1, 1].
         baseline: labels -> the main score of a model that ignores its input.
         baseline_name: what that score is called.
@@ -94,6 +96,7 @@ class TaskKind:
     num_outputs: Callable[[TaskSpec], int]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
+    probabilities: Callable[[torch.Tensor], torch.Tensor] | None
     scores: Callable[[np.ndarray, np.ndarray], dict[str, float]]
     baseline: Callable[[np.ndarray], float]
     baseline_name: str
@@ -115,6 +118,7 @@ TASK_KINDS = {
         num_outputs=lambda spec: int(spec.label_range[1]) + 1,
         loss=lambda logits, labels: F.cross_entropy(logits, labels.long()),
         decode=lambda logits: logits.argmax(-1),
+        probabilities=lambda logits: logits.softmax(-1),
         scores=class_scores,
         baseline=majority_baseline,
         baseline_name="majority baseline",
@@ -129,6 +133,7 @@ TASK_KINDS = {
         num_outputs=lambda spec: 1,
         loss=lambda logits, labels: F.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float()),
         decode=lambda logits: (logits.squeeze(-1) > 0).long(),  # the threshold that the loss trains for
+        probabilities=lambda logits: torch.cat([-logits, logits], dim=-1).sigmoid(),
         scores=class_scores,
         baseline=majority_baseline,
         baseline_name="majority baseline",
@@ -143,6 +148,7 @@ TASK_KINDS = {
         num_outputs=lambda spec: 1,
         loss=lambda logits, labels: F.mse_loss(logits.squeeze(-1), labels.float()),
         decode=lambda logits: logits.squeeze(-1),
+        probabilities=None,
         scores=correlation_scores,
         baseline=lambda labels: 0.0,
         baseline_name="constant baseline",
@@ -247,8 +253,10 @@ def cut_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext) -> np.ndarray:
-    """Predictions of a task for all examples of `data`.
+def predict_logits(
+    model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext
+) -> torch.Tensor:
+    """Logits of a task for all examples of `data`.
 
     Each distinct sequence is encoded once, together with others of similar length; the head then sees the
     vectors. The model is in eval mode meanwhile, and left in the mode that it was in.
@@ -257,7 +265,7 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
         autocast: makes the context for mixed precision.
 
     Returns:
-        (N,) on the scale of the labels: int64 classes, or float32.
+        (N, C) float32.
 
     Raises:
         UserError: if a logit is not finite; what it decodes to may well be a class like any other.
@@ -287,6 +295,16 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
         model.train(was_training)
     logits = torch.cat(logits)  # (N, C)
     check_finite(task, logits, data.rows.ids)
+    return logits
+
+
+def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext) -> np.ndarray:
+    """Predictions of a task for all examples of `data`; arguments and errors as for `predict_logits`.
+
+    Returns:
+        (N,) on the scale of the labels: int64 classes, or float32.
+    """
+    logits = predict_logits(model, task, data, pad_token_id, autocast)
     return TASK_KINDS[model.tasks[task].kind].decode(logits).cpu().numpy()
 
 

@@ -39,7 +39,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base_bert import resolve_pretrained, weights_digest
-from bert import BertModel
 from config import TASKS
 from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
@@ -88,6 +87,7 @@ from training.resolve import (
 from training.run_data import (
     fingerprints,
     load_encoder,
+    make_model,
     read_data,
     read_split,
     read_test_rows,
@@ -102,7 +102,7 @@ from training.run_folder import (
     read_args_file,
     write_args,
 )
-from training.settings import LoopSettings, ModelSettings, OutputSettings, RunSettings, StepSettings
+from training.settings import LoopSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
 from training.step_result import StepResult
 
@@ -502,20 +502,54 @@ def evaluate_best(
     test_rows: dict[str, Rows] | None,
     write_scores: bool = True,
 ) -> None:
-    """Evaluate the best checkpoint on all of dev, print its scores, and write them and the predictions.
+    """Score the best checkpoint as --final_eval says, and write its scores and the predictions asked for.
 
     Args:
         test_rows: what to predict besides dev; None: write no prediction files.
         write_scores: also write the run's `scores.json`.
     """
-    folder = settings.output.folder
-    checkpoint = need_checkpoint(folder / "best")
+    output, loop, pad_token_id = settings.output, settings.loop, tokenizer.pad_token_id
+    checkpoint = need_checkpoint(output.folder / "best")
     step = load_state(checkpoint)["step"]
     load_model(checkpoint, model)
-    summary, predictions = evaluate(model, dev_data, tokenizer.pad_token_id, settings.step.autocast)
-    if write_scores:
-        write_text(folder / "scores.json", json.dumps({"step": step, "dev": summary}, indent=2) + "\n")
-    print(f"\ndev scores of the best checkpoint by {settings.output.select_by}, step {step}")
+    scored, predictions = {}, {}  # of whole splits only where --final_eval is full
+    if output.final_eval != "none":
+        limit = loop.eval_max_examples if output.final_eval == "part" else None
+        scored = {task: data.sample(limit, loop.seed) for task, data in dev_data.items()}
+        summary, predictions = evaluate(model, scored, pad_token_id, settings.step.autocast)
+        if write_scores:
+            part = {"final_eval": "part"} if output.final_eval == "part" else {}
+            text = json.dumps({"step": step, **part, "dev": summary}, indent=2)
+            write_text(output.folder / "scores.json", text + "\n")
+        print(f"\ndev scores of the best checkpoint by {output.select_by}, step {step}")
+        print_scores(summary, scored, predictions)
+    if test_rows is None or not output.asked_files:
+        return
+    splits = {"dev": dev_data, "test": tokenize_split(settings.tokens, test_rows, tokenizer)}
+    written = {}
+    for task, split in output.asked_files:
+        data = splits[split].get(task)
+        if data is scored.get(task, ()):  # predicted already
+            written[task, split] = data, predictions[task]
+        elif data is not None:  # else it has no test file
+            values = predict(model, task, data, pad_token_id, settings.step.autocast)
+            written[task, split] = data, values
+    write_predictions(output, written)
+
+
+def write_predictions(
+    output: OutputSettings, predicted: dict[tuple[str, str], tuple[TaskData, np.ndarray]]
+) -> None:
+    """Write prediction files: of each (task, split) its data and predictions."""
+    print("predictions")
+    for (task, split), (data, values) in predicted.items():
+        path, ids = output.prediction_files[task, split], data.rows.ids
+        write_text(path, format_predictions(TASKS[task], ids, values.tolist(), output.prediction_style))
+        print(f"  {path}  ({len(ids)} rows)")
+
+
+def print_scores(summary: dict, dev_data: dict[str, TaskData], predictions: dict[str, np.ndarray]) -> None:
+    """Print what `evaluate` returned, with baselines and warnings."""
     for task, scores in summary["tasks"].items():
         spec, labels = TASKS[task], dev_data[task].rows.labels
         named = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -526,49 +560,9 @@ def evaluate_best(
             print(f"         warning: {warning}")
     for name, overall in OVERALLS.items():
         print(f"  {overall.title}: {summary[name]:.4f}")
-    if test_rows is not None:
-        test_data = tokenize_split(settings.tokens, test_rows, tokenizer)
-        test_predictions = {
-            task: predict(model, task, data, tokenizer.pad_token_id, settings.step.autocast)
-            for task, data in test_data.items()
-        }
-        splits = {"dev": (dev_data, predictions), "test": (test_data, test_predictions)}
-        write_predictions(settings.output, splits)
-
-
-def write_predictions(
-    output: OutputSettings, splits: dict[str, tuple[dict[str, TaskData], dict[str, np.ndarray]]]
-) -> None:
-    """Write the prediction files of every task and of each of --predict_splits.
-
-    Args:
-        splits: split -> data and predictions, both by task; a task without test data has no test file.
-    """
-    print("predictions")
-    for (task, split), path in output.prediction_files.items():
-        data, predictions = splits[split]
-        if split in output.predict_splits and task in data:
-            rows = data[task].rows
-            values = predictions[task].tolist()
-            write_text(path, format_predictions(TASKS[task], rows.ids, values, output.prediction_style))
-            print(f"  {path}  ({len(rows.ids)} rows)")
 
 
 # --- a run from the command line ------------------------------------------------------------------
-
-
-def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
-    """The model on top of an encoder; the heads' first weights depend on --seed only."""
-    torch.manual_seed(make_seed(settings.seed))
-    return MultitaskBERT(
-        bert,
-        {task: TASKS[task] for task in settings.heads},
-        settings.heads,
-        pooling=settings.pooling,
-        head_layers=settings.head_layers,
-        head_dropout_prob=settings.head_dropout_prob,
-        freeze_encoder=settings.freeze_encoder,
-    )
 
 
 def start(args: Namespace) -> None:
@@ -639,7 +633,8 @@ def evaluate_again(args: Namespace) -> None:
     folder = output_folder(args)
     best = need_checkpoint(folder / "best")
     data = data_settings(args)
-    dev_rows = read_split(data, "dev", data.tasks)
+    predicted = data.predict_tasks if "dev" in data.predict_splits else ()
+    dev_rows = read_split(data, "dev", predicted if args.final_eval == "none" else data.tasks)
     test_rows = read_test_rows(data) if args.predict_only else None
     bert, tokenizer = load_encoder(best, args.hidden_dropout_prob)
     for line in [*resolve_machine(args), *fit_to_encoder(args, bert.config)]:
@@ -653,6 +648,8 @@ def evaluate_again(args: Namespace) -> None:
     same_way = all(
         stored["args"].get(name) == settings.flags[name] for name in ("max_length", "precision", "device")
     )
+    # Scores of part of dev do not take the place of those of all of it.
+    same_way = same_way and args.final_eval in ("full", stored["args"].get("final_eval", "full"))
     # Scores from other data, in another precision or on another machine would not fit the run's predictions.
     write_scores = same_data and same_way and (args.eval_only or "dev" in args.predict_splits)
     if not write_scores:

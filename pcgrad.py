@@ -154,7 +154,7 @@ def gradvac(
     0.99, beyond which the formula divides by almost nothing. Without a running mean yet, the aim is 0, which
     is PCGrad.
     """
-    aims = torch.zeros_like(gram) if cosine_ema is None else cosine_ema.clamp(-0.99, 0.99)
+    aims = torch.zeros_like(gram) if cosine_ema is None else cosine_ema.double().clamp(-0.99, 0.99)
     return project(gram, orders, aims, adjusted)
 
 

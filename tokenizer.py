@@ -6,14 +6,17 @@ sentences and for joint pairs (`[CLS] a [SEP] b [SEP]` with segment ids, the lon
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 
 from base_bert import resolve_pretrained, warn_once
 from support.errors import UserError, quote
@@ -144,6 +147,61 @@ class BertTokenizer:
     def __len__(self) -> int:
         """Number of word pieces: the smallest vocab_size of an encoder that covers every id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> dict[str, list | Tensor]:
+        """One text or several, in the way of Hugging Face's tokenizers and of the course's code.
+
+        Args:
+            text: a sentence, or B of them.
+            text_pair: the second sentences of joint pairs, in the same form.
+            padding: True or "longest": to the longest sequence; "max_length": to `max_length`.
+            truncation: cut sequences to `max_length`, which by default is the tokenizer's own.
+            return_tensors: "pt" for tensors (B, T), also of a single sentence; None for lists.
+
+        Returns:
+            `input_ids`, `token_type_ids`, and `attention_mask` (1 for word pieces, 0 for padding).
+
+        Raises:
+            ValueError: for arguments that contradict each other or that this tokenizer does not know.
+        """
+        if padding not in (True, False, "longest", "max_length") or return_tensors not in (None, "pt"):
+            raise ValueError(
+                f"padding is {padding!r}, return_tensors {return_tensors!r}; expected True, False, 'longest'"
+                " or 'max_length', and None or 'pt'"
+            )
+        is_single = isinstance(text, str)
+        if text_pair is not None and isinstance(text_pair, str) != is_single:
+            raise ValueError("text is one sentence and text_pair several, or the other way round")
+        texts, limit = [text] if is_single else list(text), max_length or self.max_length
+        cut_at = limit if truncation else sys.maxsize
+        if text_pair is None:
+            encodings = self.encode_batch(texts, cut_at)
+        else:
+            pairs = zip(texts, [text_pair] if is_single else text_pair, strict=True)
+            encodings = self.encode_pair_batch(list(pairs), cut_at)
+        longest = max((len(encoding["input_ids"]) for encoding in encodings), default=0)
+        width = {False: 0, "max_length": limit}.get(padding, longest)
+        columns = {"input_ids": [], "token_type_ids": [], "attention_mask": []}
+        for encoding in encodings:
+            length = len(encoding["input_ids"])
+            rest = max(0, width - length)
+            columns["input_ids"].append(encoding["input_ids"] + rest * [self.pad_token_id])
+            columns["token_type_ids"].append(encoding["token_type_ids"] + rest * [0])
+            columns["attention_mask"].append(length * [1] + rest * [0])
+        if return_tensors is None:
+            return {name: rows[0] for name, rows in columns.items()} if is_single else columns
+        if len({len(row) for row in columns["input_ids"]}) > 1:
+            raise ValueError("sequences of different lengths make no tensor; give padding=True")
+        return {name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()}
 
     def encode(self, text: str, max_length: int | None = None) -> dict[str, list[int]]:
         """One sentence as `[CLS] text [SEP]`; see `encode_batch`."""

@@ -160,8 +160,8 @@ def show_checks(measured: dict) -> list[str]:
         {measured["facts"]["check_steps"]} steps each. A case is encoder, head of pairs, gradient method,
         precision. First the largest errors of captured steps against plain ones in float32 on the CPU,
         without dropout: relative to the norm of what is right; of the updates of encoder and heads, relative
-        to what all steps have changed. Allowed: {allowed}. The other checks are of equal bits; behind each the
-        number of graphs that were captured."""
+        to what all steps have changed. Allowed: {allowed}. The other checks are of equal bits; behind each
+        the number of graphs that were captured."""
     header = ["case", *limits["fp32"], compared, *others]
     return ["## Checks", paragraph(introduction), table(header, rows)]
 
@@ -241,8 +241,8 @@ def show_rest(measured: dict) -> list[str]:
     if "run" in measured:
         found = measured["run"]
         said = "; ".join(found["notes"]) or "nothing of captured steps"
-        text = f"""{found["model"]}, {found["steps"]} steps of {found["size"]} examples a task, four evaluations, scores and
-            predictions: {found["seconds"]:.1f} s. It said: {said}."""
+        text = f"""{found["model"]}, {found["steps"]} steps of {found["size"]} examples a task, four
+            evaluations, scores and predictions: {found["seconds"]:.1f} s. It said: {said}."""
         blocks += ["## A whole run", paragraph(text)]
     missing = [f"- {name}: {reason}" for name, reason in measured["failed"].items()]
     missing += [f"- {title}: no time was left" for title in measured["left_out"]]

@@ -599,3 +599,65 @@ def combine_adamw(
         grads, weights, param, exp_avg, exp_avg_sq, numbers, copy, grad_out, grads.stride(0), size,
         K=num_tasks, COLUMNS=BLOCK,
     )  # fmt: skip
+
+
+# --- gradients of embedding tables --------------------------------------------------------------------------
+
+
+@triton.jit
+def piece_sums_kernel(x, order, pieces, partial, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program for some columns of one piece: hidden rows that are added to the same table row."""
+    piece = tl.program_id(0)
+    begin, end = tl.load(pieces + piece), tl.load(pieces + piece + 1)
+    if begin >= end:
+        return
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_width = columns < width
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(begin, end, ROWS):
+        places = first + tl.arange(0, ROWS)
+        rows = tl.load(order + places, mask=places < end, other=0).to(tl.int64)
+        inside = (places < end)[:, None] & in_width[None, :]
+        offsets = rows[:, None] * width + columns[None, :]  # (ROWS, COLUMNS)
+        total += tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partial + piece.to(tl.int64) * width + columns, tl.sum(total, 0), mask=in_width)
+
+
+@triton.jit
+def table_sums_kernel(partial, sums, offsets, out, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program for some columns of one table row: adds up its pieces, which lie end to end."""
+    table_row = tl.program_id(0)
+    begin, end = tl.load(sums + table_row), tl.load(sums + table_row + 1)
+    if begin >= end:
+        return
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_width = columns < width
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(begin, end, ROWS):
+        pieces = first + tl.arange(0, ROWS)
+        inside = (pieces < end)[:, None] & in_width[None, :]
+        places = pieces.to(tl.int64)[:, None] * width + columns[None, :]  # (ROWS, COLUMNS)
+        total += tl.load(partial + places, mask=inside, other=0.0)
+    place = out + tl.load(offsets + table_row).to(tl.int64) + columns
+    before = tl.load(place, mask=in_width, other=0.0)
+    tl.store(place, before + tl.sum(total, 0), mask=in_width)
+
+
+def sum_rows(x: Tensor, order: Tensor, pieces: Tensor, sums: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """Add rows of x to the rows of a table that they were looked up in, in a fixed order.
+
+    Replaces `index_add_`, whose atomic additions round in another way in every run, and which lets all
+    occurrences of a frequent word wait for each other.
+
+    Args:
+        x: (M, H).
+        order, pieces, sums, offsets: int32, on the device, as `static.TableRows` explains them; what is left
+            over of `pieces` and `sums` is empty ranges.
+        out: float32, flat; row j is added to out[offsets[j] : offsets[j] + H].
+    """
+    assert are_contiguous(x, order, pieces, sums, offsets, out)
+    width, columns = x.shape[1], 128
+    partial = x.new_empty(len(pieces) - 1, width, dtype=torch.float32)
+    num_blocks, tile = triton.cdiv(width, columns), {"ROWS": 8, "COLUMNS": columns}
+    piece_sums_kernel[len(pieces) - 1, num_blocks](x, order, pieces, partial, width, **tile)
+    table_sums_kernel[len(offsets), num_blocks](partial, sums, offsets, out, width, **tile)

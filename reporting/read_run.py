@@ -7,7 +7,16 @@ import json
 from functools import cache
 from itertools import permutations
 from pathlib import Path
-from typing import Literal, Required, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Literal,
+    NotRequired,
+    Required,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from config import TASKS
 from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
@@ -24,6 +33,7 @@ Summary = TypedDict("Summary", {"tasks": dict[Task, dict[str, float]]} | dict.fr
 class Scores(TypedDict):
     step: int
     dev: Summary
+    final_eval: NotRequired[str]  # "part": not all of dev was scored
 
 
 class LogLine(TypedDict, total=False):

@@ -47,25 +47,28 @@ def line_at(raw: bytes, offset: int) -> int:
     return 1 + before.count(b"\n") + before.count(b"\r") - before.count(b"\r\n")
 
 
-def decode(raw: bytes, path: Path) -> str:
-    """The file's text.
+def decode(raw: bytes, path: str | Path, line: int = 1) -> str:
+    """The text of a file, or of a part of it that begins with a line's beginning.
+
+    Args:
+        line: the number of that line.
 
     Raises:
         UserError: for NUL bytes and for anything but UTF-8, naming the line.
     """
     for start, kind in FILE_STARTS.items():
-        if raw.startswith(start):
+        if line == 1 and raw.startswith(start):
             raise UserError(f"{path}: looks like {kind}")
     nul = raw.find(b"\0")
     if nul >= 0:
         even, odd = (raw[n:1000:2].count(0) for n in (0, 1))
         if (not even or not odd) and max(even, odd) > len(raw[:1000]) / 4:  # every other byte
             raise UserError(f"{path}: looks like {UTF_16}")
-        raise UserError(f"{path}:{line_at(raw, nul)}: a NUL byte; expected text, so the file may be damaged")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = raw[error.start]
         raise UserError(
-            f"{path}:{line_at(raw, error.start)}: not UTF-8 text (byte 0x{bad:02x}); save the file as UTF-8"
-        ) from None
+            f"{path}:{line - 1 + line_at(raw, nul)}: a NUL byte; expected text, so the file may be damaged"
+        )
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        bad, place = raw[error.start], f"{path}:{line - 1 + line_at(raw, error.start)}"
+        raise UserError(f"{place}: not UTF-8 text (byte 0x{bad:02x}); save the file as UTF-8") from None

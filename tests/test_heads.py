@@ -35,22 +35,14 @@ POOLED = {
 }
 
 
-def test_every_pooling_has_a_row():
-    assert POOLED.keys() == POOLINGS.keys()
-
-
-@pytest.mark.parametrize("name", POOLINGS)
 @pytest.mark.parametrize("mask_type", [torch.long, torch.bool, torch.float32])
-def test_pooling_by_hand(name, mask_type):
-    assert POOLINGS[name](OUTPUTS, ATTENTION_MASK.to(mask_type)).tolist() == POOLED[name]
-
-
-@pytest.mark.parametrize("name", POOLINGS)
-def test_pooling_ignores_padding(name):
+def test_pooling_by_hand_ignores_padding(mask_type):
+    assert POOLED.keys() == POOLINGS.keys()
+    mask = ATTENTION_MASK.to(mask_type)
     changed = OUTPUTS["last_hidden_state"].masked_fill(ATTENTION_MASK[:, :, None] == 0, -7.0)
-    longer = F.pad(changed, (0, 0, 0, 4), value=9.0)  # (R, T + 4, H)
-    outputs = OUTPUTS | {"last_hidden_state": longer}
-    assert POOLINGS[name](outputs, F.pad(ATTENTION_MASK, (0, 4))).tolist() == POOLED[name]
+    longer = OUTPUTS | {"last_hidden_state": F.pad(changed, (0, 0, 0, 4), value=9.0)}  # (R, T + 4, H)
+    for name, pool in POOLINGS.items():
+        assert pool(OUTPUTS, mask).tolist() == pool(longer, F.pad(mask, (0, 4))).tolist() == POOLED[name]
 
 
 def test_mean_of_nothing_is_finite():
@@ -73,28 +65,22 @@ FEATURES = {
 }
 
 
-def test_every_pair_feature_has_a_row():
+def test_features_by_hand():
     assert FEATURES.keys() == {name for name, spec in HEADS.items() if spec.features is not None}
+    for name, expected in FEATURES.items():
+        found = HEADS[name].features(U, V)
+        # The cosine is rounded in float32, the others are exact.
+        atol = 1e-6 * (name == "cosine")
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=atol)
+        assert found.shape[-1] == HEADS[name].width(U.shape[-1])
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_features_by_hand(name):
-    found = HEADS[name].features(U, V)
-    # The cosine is rounded in float32, the others are exact.
-    torch.testing.assert_close(found, torch.tensor(FEATURES[name]), rtol=0, atol=1e-6 * (name == "cosine"))
-    assert found.shape[-1] == HEADS[name].width(U.shape[-1])
-
-
-def test_cosine_of_bfloat16_is_float32():
+def test_cosine_of_bfloat16_is_float32_and_finite_with_a_zero_vector():
     torch.manual_seed(0)
     u, v = torch.randn(2, B, 384).bfloat16()
-    found = HEADS["cosine"].features(u, v)
-    assert found.dtype == torch.float32
     expected = F.cosine_similarity(u.double(), v.double())[:, None].float()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # bfloat16 arithmetic would be 1e-3 off
-
-
-def test_cosine_with_a_zero_vector_is_finite():
+    # bfloat16 arithmetic would be 1e-3 off
+    torch.testing.assert_close(HEADS["cosine"].features(u, v), expected, rtol=0, atol=1e-6)
     u = torch.zeros(1, H, requires_grad=True)
     cosine = HEADS["cosine"].features(u, torch.ones(1, H))
     cosine.sum().backward()
@@ -123,31 +109,30 @@ def test_every_head_has_a_row():
     assert PAIR_HEADS == ("concat", "cosine", "diff", "cross")
 
 
-@pytest.mark.parametrize("num_outputs", [1, 5])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("name", HEADS)
-def test_shapes(name, num_layers, num_outputs):
+def test_shapes_and_dropout_before_every_layer(monkeypatch, name, num_layers, training):
+    """But not of a single number: dropping it would only be noise."""
+    calls = []
+
+    def record(x, p, training):
+        calls.append((tuple(x.shape), p, training))
+        return x
+
+    monkeypatch.setattr(heads, "dropout", record)
     width, num_vectors, joint = EXPECTED_HEADS[name]
-    head = TaskHead(name, H, num_outputs, num_layers)
-    widths = [width] + [H] * (num_layers - 1 if name != "cosine" else 0) + [num_outputs]
+    num_outputs = 1 if training else 5
+    head = TaskHead(name, H, num_outputs, num_layers, dropout_prob=0.3).train(training)
+    widths = [width] + [H] * (num_layers - 1) * (name != "cosine")
     shapes = [tuple(layer.weight.shape) for layer in head.dense]
-    assert shapes == [(widths[i + 1], widths[i]) for i in range(len(widths) - 1)]
-    assert head.spec.joint is joint
-    assert (head.spec.features is None) == (num_vectors == 1)
+    assert shapes == list(zip([*widths[1:], num_outputs], widths, strict=True))
+    assert head.spec.joint is joint and (head.spec.features is None) == (num_vectors == 1)
     logits = head(*make_vectors(name))
     assert logits.shape == (B, num_outputs)
     logits.square().sum().backward()
-    for parameter in head.parameters():
-        assert parameter.grad.abs().sum() > 0
-
-
-def test_one_layer_by_hand():
-    head = TaskHead("concat", 2, 1).eval()
-    with torch.no_grad():
-        head.dense[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
-        head.dense[0].bias.fill_(0.5)
-    # (3, 4, 4, 3) -> 3 + 8 + 12 + 12 + 0.5; (1, 0, 0, -2) -> 1 - 8 + 0.5; (2, 0, -1, 0) -> 2 - 3 + 0.5
-    assert head(U, V).tolist() == [[35.5], [-6.5], [-0.5]]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+    assert calls == [((B, width), 0.3 if width > 1 else 0.0, training) for width in widths]
 
 
 def test_two_layers_by_hand():
@@ -157,13 +142,9 @@ def test_two_layers_by_hand():
         head.dense[0].bias.copy_(torch.tensor([0.0, 3.0]))
         head.dense[1].weight.copy_(torch.tensor([[2.0, 10.0]]))
         head.dense[1].bias.fill_(1.0)
-
-    def gelu(x):
-        return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
-
+    gelu_3, gelu_1 = (x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in (3, -1))
     # (3, 4): hidden 3 and -4 + 3 = -1
-    expected = 2 * gelu(3) + 10 * gelu(-1) + 1
-    assert head(U[:1]).item() == pytest.approx(expected, abs=1e-5)
+    assert head(U[:1]).item() == pytest.approx(2 * gelu_3 + 10 * gelu_1 + 1, abs=1e-5)
 
 
 def test_initial_weights():
@@ -178,64 +159,20 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("num_outputs", [1, 5])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("name", [name for name in HEADS if name != "cosine"])
-def test_logits_start_in_the_middle(name, num_layers, num_outputs):
-    nothing = [torch.zeros(1, H)] * EXPECTED_HEADS[name][1]  # then the last bias alone speaks
-    head = TaskHead(name, H, num_outputs, num_layers, logit_range=(1, 5)).eval()
-    assert head(*nothing).tolist() == [[3.0] * num_outputs]
-    # Vectors of order 1 through weights of order 0.02 stay near it, and differ.
-    logits = head(*make_vectors(name))
-    assert logits.std() > 0 and (logits - 3).abs().max() < 1
-    head = TaskHead(name, H, num_outputs, num_layers).eval()
-    assert head(*nothing).tolist() == [[0.0] * num_outputs]
-
-
-@pytest.mark.parametrize("num_outputs", [1, 5])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_cosine_starts_at_its_range(num_layers, num_outputs):
+def test_logits_start_in_the_middle_and_the_cosine_at_its_range(num_layers, num_outputs):
+    for name in HEADS.keys() - {"cosine"}:
+        nothing = [torch.zeros(1, H)] * EXPECTED_HEADS[name][1]  # then the last bias alone speaks
+        for middle, options in ((3.0, {"logit_range": (1, 5)}), (0.0, {})):
+            head = TaskHead(name, H, num_outputs, num_layers, **options).eval()
+            assert head(*nothing).tolist() == [[middle] * num_outputs]
+            # Vectors of order 1 through weights of order 0.02 stay near it, and differ.
+            logits = head(*make_vectors(name))
+            assert logits.std() > 0 and (logits - middle).abs().max() < 1
     head = TaskHead("cosine", 2, num_outputs, num_layers, logit_range=(-1, 4))
     u = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
     v = torch.tensor([[0.0, 5.0], [7.0, 0.0], [0.0, -1.0], [0.5, math.sqrt(0.75)]])
     expected = torch.tensor([-1.0, 4.0, -6.0, 1.5])  # cosines 0, 1, -1 and a half
     torch.testing.assert_close(head(u, v), expected[:, None].expand(4, num_outputs), rtol=0, atol=1e-5)
-
-
-# --- dropout ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("name", HEADS)
-def test_dropout_stands_before_every_layer(monkeypatch, name, num_layers, training):
-    """And a single number has none: dropping it would only be noise."""
-    calls = []
-
-    def record(x, p, training):
-        calls.append((tuple(x.shape), p, training))
-        return x
-
-    monkeypatch.setattr(heads, "dropout", record)
-    TaskHead(name, H, 5, num_layers, dropout_prob=0.3).train(training)(*make_vectors(name))
-    if name == "cosine":
-        assert calls == [((B, 1), 0.0, training)]
-    else:
-        widths = [EXPECTED_HEADS[name][0]] + [H] * (num_layers - 1)
-        assert calls == [((B, width), 0.3, training) for width in widths]
-
-
-# --- other properties ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_an_example_is_the_same_alone_and_in_a_batch_and_inputs_are_not_modified(name):
-    head = TaskHead(name, H, 5, 2, initializer_range=0.5).eval()
-    vectors = make_vectors(name)
-    before = [vector.clone() for vector in vectors]
-    together = head(*vectors)
-    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
-    for i in range(B):
-        alone = head(*(vector[i : i + 1] for vector in vectors))
-        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)  # float32, other order of sums
 
 
 # --- the multitask model ------------------------------------------------------------------------------------
@@ -284,15 +221,16 @@ def test_gradients_by_task_land_in_the_order_of_the_tasks():
 
 
 def test_memory_has_the_types_and_kernels_that_were_asked_for():
+    kernels = Kernels(gram_matrix=len)
+    for frozen in (False, True):
+        model = make_model(freeze_encoder=frozen)
+        memory = model.move_to_flat_memory(torch.bfloat16, torch.bfloat16, kernels)
+        assert memory.matrix_grads.dtype == torch.bfloat16 and memory.kernels is kernels
+        assert frozen or memory.weight_copy.dtype == torch.bfloat16
+        assert (memory.layout.num_shared == 0) == frozen
     memory = make_model().move_to_flat_memory()
     assert memory.weight_copy is None and memory.matrix_grads.dtype == torch.float32
     assert memory.kernels is PLAIN
-    kernels = Kernels(gram_matrix=len)
-    memory = make_model().move_to_flat_memory(torch.bfloat16, torch.bfloat16, kernels)
-    assert memory.weight_copy.dtype == memory.matrix_grads.dtype == torch.bfloat16
-    assert memory.kernels is kernels
-    memory = make_model(freeze_encoder=True).move_to_flat_memory(torch.bfloat16, torch.bfloat16)
-    assert memory.layout.num_shared == 0
 
 
 @pytest.mark.parametrize("freeze_encoder", [False, True])

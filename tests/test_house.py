@@ -38,16 +38,13 @@ def python_files(*folders: str) -> list[Path]:
     return [path.relative_to(ROOT) for path in [*sorted(ROOT.glob("*.py")), *found]]
 
 
-def read_tree(path: Path) -> ast.Module:
-    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts)
-
-
-CODE = {module_name(path): path for path in python_files(*PACKAGES) if path.name != "__init__.py"}
-COMMANDS = [name for name, path in CODE.items() if "__main__" in (ROOT / path).read_text(encoding="utf-8")]
+TEXTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in python_files(*PACKAGES, "tests")}
+CODE = {
+    ".".join(path.with_suffix("").parts): path
+    for path in TEXTS
+    if path.parts[0] != "tests" and path.name != "__init__.py"
+}
+COMMANDS = [name for name, path in CODE.items() if "__main__" in TEXTS[path]]
 
 
 class Imports(ast.NodeVisitor):
@@ -69,56 +66,40 @@ class Imports(ast.NodeVisitor):
 
 
 @pytest.fixture(scope="module")
-def imports() -> dict[str, set[str]]:
-    found = {}
-    for name, path in CODE.items():
-        visitor = Imports()
-        visitor.visit(read_tree(path))
-        found[name] = visitor.found
-    return found
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(text) for path, text in TEXTS.items()}
 
 
-def test_no_import_goes_up(imports):
+@pytest.fixture(scope="module")
+def imports(trees) -> dict[str, set[str]]:
+    visitors = {name: Imports() for name in CODE}
+    for name, visitor in visitors.items():
+        visitor.visit(trees[CODE[name]])
+    return {name: visitor.found for name, visitor in visitors.items()}
+
+
+def test_imports_go_down_and_only_benchmarks_import_a_command(imports):
     floor = {name: FLOOR.get(name.split(".")[0]) for name in CODE}
     assert None not in floor.values(), "a file without a layer"
-    assert not [
-        f"{name} imports {other}" for name in CODE for other in imports[name] if floor[other] > floor[name]
-    ]
-
-
-def test_no_circle(imports):
+    pairs = [(name, other) for name in CODE for other in imports[name]]
+    assert not [f"{name} imports {other}" for name, other in pairs if floor[other] > floor[name]]
     TopologicalSorter(imports).prepare()  # its CycleError names the circle
-
-
-def test_only_benchmarks_import_a_command(imports):
-    assert not [
-        f"{name} imports {other}"
-        for name in CODE
-        for other in imports[name] & (TOP_LEVEL & set(COMMANDS))
-        if not name.startswith("benchmarks.")
-    ]
-
-
-def test_the_top_level_holds_what_it_should():
+    commands = TOP_LEVEL & set(COMMANDS)
+    assert {name.split(".")[0] for name, other in pairs if other in commands} <= {"benchmarks"}
     assert {path.stem for path in ROOT.glob("*.py")} == TOP_LEVEL
 
 
-def test_every_file_says_what_it_holds():
-    files = python_files(*PACKAGES, "tests")
+def test_files_say_what_they_hold_and_functions_are_short(trees):
     assert not [
-        str(path) for path in files if path.name != "__init__.py" and not ast.get_docstring(read_tree(path))
+        str(path) for path in trees if path.name != "__init__.py" and not ast.get_docstring(trees[path])
     ]
-
-
-def test_functions_are_short():
-    too_long = {
+    assert not {
         f"{path}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
-        for path in python_files(*PACKAGES, "tests")
-        for node in ast.walk(read_tree(path))
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno - node.lineno >= MAX_LINES
     }
-    assert not too_long
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -151,7 +132,5 @@ except SystemExit:
 
 def test_readme_lists_every_command():
     rows = re.findall(r"^\|.*`python .*\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    if not rows:
-        pytest.skip("the README has no table of commands yet")
     listed = "\n".join(rows)
     assert not [name for name in COMMANDS if f"-m {name}" not in listed and f"python {name}.py" not in listed]

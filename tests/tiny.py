@@ -17,12 +17,24 @@ from heads import HEADS, MultitaskBERT
 from kernels.flat_memory import FlatMemory
 from multitask_classifier import StepResult, TaskBatch, train_step
 from optimizer import AdamW
+from support.errors import UserError
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 from training.settings import StepSettings
 from training.sources import EXTRA_SOURCES
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 SIZES = {"train": 24, "dev": 11, "test": 9}
+
+
+def refusal(function, *args) -> str:
+    """The message of the UserError that a call ends in: one line, of a length that can be read."""
+    try:
+        function(*args)
+    except UserError as error:
+        message = str(error)
+        assert message.isprintable() and len(message) < 600
+        return message
+    raise AssertionError("no UserError was raised")
 
 
 def make_config(vocab_size: int, **changes) -> BertConfig:

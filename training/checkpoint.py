@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from config import BertConfig
 from heads import MultitaskBERT
 from support.errors import UserError
 from support.files import default_mode, file_digest, is_regular, read_bytes, read_json, sync
@@ -25,6 +27,8 @@ from tokenizer import BertTokenizer
 
 SUMS_FILE = "SHA256SUMS"  # written last: a folder that holds it is complete
 STATE_FILE = "state.json"
+# A label of answers that come from no head of ours.
+UNTRAINED = "this folder is an encoder without trained heads; see reporting.export"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
 
@@ -176,13 +180,24 @@ def need_checkpoint(folder: Path) -> Path:
 # --- what is in them ------------------------------------------------------------------------------
 
 
+def encoder_config(config: BertConfig) -> dict:
+    """A `config.json` for an encoder without the heads that were trained on it.
+
+    A library that puts a classifier of its own on top starts that at random. It warns, but its answers look
+    like any others, so their labels say it, too.
+    """
+    labels = {number: f"UNTRAINED {number}: {UNTRAINED}" for number in range(2)}
+    return {"model_type": "bert", "architectures": ["BertModel"], **asdict(config), "id2label": labels}
+
+
 def write_model(folder: Path, model: MultitaskBERT, tokenizer: BertTokenizer, state: dict) -> None:
     """Write a model's weights, sizes and vocabulary.
 
     Args:
         state: anything that JSON holds exactly.
     """
-    model.bert.config.to_json(folder / "config.json")
+    text = json.dumps(encoder_config(model.bert.config), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(folder)
     save_tensors(model.state_dict(), folder / "model.safetensors")
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

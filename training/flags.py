@@ -42,6 +42,7 @@ from training.settings import HEAD_DROPOUT_PROB
 from training.sources import EXTRA_SOURCES
 
 COMPILE = ("auto", "on", "off")
+FINAL_EVALS = ("full", "part", "none")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
 OPTIONS = {"pretrain": True, "finetune": False}
 
@@ -57,7 +58,13 @@ def are_weights(value) -> bool:
     )
 
 
-split_list = name_list(("dev", "test"), "dev, test or dev,test", "SPLIT,...")
+some_splits = name_list(("dev", "test"), "dev, test, dev,test or none", "SPLIT,...")
+split_list = FlagType(
+    lambda text: () if text.strip() == "none" else some_splits.convert(text),
+    lambda value: value == () or some_splits.is_valid(value),
+    some_splits.expected,
+    some_splits.metavar,
+)
 weight_list = FlagType(
     parse_weights, are_weights, "TASK=NUMBER,..., as in sst=1,sts=2.5", metavar="TASK=X,..."
 )
@@ -113,7 +120,10 @@ def add_training_flags(parser: RunParser) -> None:
         "number format of matrix products, not of the weights; auto: bf16 where the processor is fast at it"
     )
     add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
-    text = "use torch.compile; auto: on a CPU with a C++ compiler, if the run is long enough to gain from it"
+    text = (
+        "on a CPU, torch.compile for what goes over memory; on a GPU, steps captured as CUDA graphs; auto: on"
+        " a GPU with Triton, and on a CPU with a C++ compiler if the run is long enough to gain from it"
+    )
     add("--compile", "result", choices=COMPILE, default="auto", help=text)
     text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     add("--device", "machine", type=DEVICE, default="auto", help=text)
@@ -162,7 +172,8 @@ def add_output_flags(parser: RunParser) -> None:
     add("--output_dir", "mode", type=OUTPUT_DIR, help=text)
     text = "steps between evaluations, each with a checkpoint (default: a tenth of the run)"
     add("--eval_every", "result", type=COUNT, help=text)
-    text = "dev examples per task in evaluations during the run; the last one uses all (default: all)"
+    text = "dev examples per task in evaluations during the run; the last one follows --final_eval"
+    text += " (default: all)"
     add("--eval_max_examples", "result", type=COUNT, help=text)
     text = "dev score that chooses the best checkpoint: an overall score or a task's"
     add("--select_by", "result", choices=(*OVERALLS, *TASKS), default="mean", help=text)
@@ -171,8 +182,12 @@ def add_output_flags(parser: RunParser) -> None:
     add("--log_every", "upkeep", type=COUNT, default=10, help="steps between lines of the log")
     text = "checkpoints to keep, in last/, last.1/, ...; an older one replaces one that is damaged"
     add("--keep_last", "upkeep", type=COUNT, default=2, help=text)
-    text = "splits to write prediction files for at the end"
+    text = "what the best checkpoint is scored on at the end: all of dev, --eval_max_examples, or nothing"
+    add("--final_eval", "predictions", choices=FINAL_EVALS, default="full", help=text)
+    text = "splits to write prediction files for at the end, or none"
     add("--predict_splits", "predictions", type=split_list, default="dev,test", help=text)
+    text = "tasks to write prediction files for (default: all of the run)"
+    add("--predict_tasks", "predictions", type=task_list, help=text)
     text = "whose form prediction files have: that of the course's starter or of its handout"
     add("--prediction_style", "predictions", choices=PREDICTION_STYLES, default="starter", help=text)
 
@@ -283,11 +298,22 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         ("select_by", {args.select_by} & set(TASKS)),
         ("task_weights", args.task_weights),
         ("surgery_tasks", args.surgery_tasks or ()),
+        ("predict_tasks", args.predict_tasks or ()),
     ):
         for task in sorted(set(named) - set(args.tasks)):
             parser.error(f"--{flag} names {task}, which is not among --tasks {','.join(args.tasks)}")
     if not any(args.task_weights.get(task, 1.0) for task in args.tasks):
         parser.error("--task_weights is 0 for every task; nothing would be trained")
+    if args.final_eval == "part" and args.eval_max_examples is None:
+        parser.error("--final_eval part needs --eval_max_examples, which says how large the part is")
+    if args.eval_only and args.final_eval == "none":
+        parser.error(
+            "--eval_only and --final_eval none contradict each other; give --final_eval full or part"
+        )
+    if args.predict_only and not args.predict_splits:
+        parser.error(
+            "--predict_only and --predict_splits none contradict each other; give --predict_splits dev,test"
+        )
     check_sources(parser, args)
 
 

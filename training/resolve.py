@@ -67,6 +67,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
         files=files,
         extra_data=args.extra_data,
         predict_splits=args.predict_splits,
+        predict_tasks=args.predict_tasks or args.tasks,
         batch_sizes=batch_sizes(args),
     )
 
@@ -93,8 +94,12 @@ def output_settings(args: argparse.Namespace) -> OutputSettings:
         for task in args.tasks
         for split in ("dev", "test")
     }
+    names = ("prediction_style", "predict_splits", "final_eval", "select_by", "keep_last")
     return OutputSettings(
-        folder, files, args.prediction_style, args.predict_splits, args.select_by, args.keep_last
+        folder=folder,
+        prediction_files=files,
+        predict_tasks=args.predict_tasks or args.tasks,
+        **{name: getattr(args, name) for name in names},
     )
 
 
@@ -291,8 +296,7 @@ def check_outputs(output: OutputSettings) -> None:
         UserError: if a path is taken by a folder, by two outputs, or by a file that is no prediction file.
     """
     taken = {}
-    files = output.prediction_files.items()
-    for (task, split), path in (item for item in files if item[0][1] in output.predict_splits):
+    for (task, split), path in output.asked_files.items():
         flag = f"--{task}_{split}_out"
         check_replaceable(path, "prediction file", is_prediction_file, flag)
         if path.resolve() in taken:
@@ -318,12 +322,10 @@ def check_own_predictions(args: argparse.Namespace, stored: dict, rows: dict[str
         UserError: naming the flag that says where they should go.
     """
     digests = set(stored.get("data_files", {}).values())
-    output = output_settings(args)
-    for split in set(rows) & set(output.predict_splits):
-        for task, found in rows[split].items():
-            path, flag = output.prediction_files[task, split], f"--{task}_{split}_out"
-            if not getattr(args, flag[2:]) and found.sha256 not in digests and path.exists():
-                raise UserError(
-                    f"{found.path}: is not the {split} data of this run, whose predictions in {path} would be"
-                    f" lost; give {flag} FILE"
-                )
+    for (task, split), path in output_settings(args).asked_files.items():
+        found, flag = rows.get(split, {}).get(task), f"--{task}_{split}_out"
+        if found and not getattr(args, flag[2:]) and found.sha256 not in digests and path.exists():
+            raise UserError(
+                f"{found.path}: is not the {split} data of this run, whose predictions in {path} would be"
+                f" lost; give {flag} FILE"
+            )

@@ -1,19 +1,23 @@
-"""What a run starts from: data files, read, checked, reported on and tokenized, and the encoder."""
+"""What a run starts from: data files, read, checked, reported on and tokenized; the encoder, the model."""
 
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from base_bert import check_vocab_size
 from bert import BertModel
 from config import TASKS
 from datasets import Rows, TaskData, count_of, name_some, read_rows, unknown_rows, warning_lines
+from heads import MultitaskBERT
 from support.errors import UserError, one_line
 from support.files import file_digest
+from support.seeds import make_seed
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
 from training.checkpoint import SUMS_FILE, find_damage
-from training.settings import DataSettings, TokenSettings
+from training.settings import DataSettings, ModelSettings, TokenSettings
 from training.sources import EXTRA_SOURCES, add_sources, held_out_keys
 from training.token_cache import tokenize_cached
 
@@ -30,9 +34,9 @@ def read_split(settings: DataSettings, split: str, tasks: Iterable[str]) -> dict
 
 
 def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
-    """The test rows that --predict_splits asks for; read early, so that a bad row ends no long run."""
+    """The test rows that are to be predicted; read early, so that a bad row ends no long run."""
     present = []
-    for task in settings.tasks if "test" in settings.predict_splits else ():
+    for task in settings.predict_tasks if "test" in settings.predict_splits else ():
         path = settings.files[task, "test"]
         if path.exists():
             present.append(task)
@@ -134,3 +138,17 @@ def load_encoder(source: str | Path, hidden_dropout_prob: float | None) -> tuple
     bert = BertModel.from_pretrained(source, **overrides)
     check_vocab_size(len(tokenizer), bert.config.vocab_size, source)
     return bert, tokenizer
+
+
+def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
+    """The model on top of an encoder; the heads' first weights depend on --seed only."""
+    torch.manual_seed(make_seed(settings.seed))
+    return MultitaskBERT(
+        bert,
+        {task: TASKS[task] for task in settings.heads},
+        settings.heads,
+        pooling=settings.pooling,
+        head_layers=settings.head_layers,
+        head_dropout_prob=settings.head_dropout_prob,
+        freeze_encoder=settings.freeze_encoder,
+    )

@@ -17,7 +17,7 @@ MARKS = {
     "result": "what the run computes: weights, scores, which checkpoint is the best",
     "mode": "what is done, with which run folder",
     "place": "where files are read from and written to",
-    "predictions": "which predictions are written, and in what form",
+    "predictions": "what is scored and predicted at the end, and in what form",
     "length": "when the run ends",
     "upkeep": "what is logged and kept on the way, and how much trouble is tolerated",
     "machine": "which processor computes, and how precisely",

@@ -23,6 +23,7 @@ class DataSettings:
     files: Mapping[tuple[str, str], Path]  # (task, split) -> data file, of every task that there is
     extra_data: Mapping[str, int | None]  # source -> examples to draw; None means its own limit
     predict_splits: tuple[str, ...]
+    predict_tasks: tuple[str, ...]
     batch_sizes: Mapping[str, int]  # task -> examples; a smaller file is warned about
 
 
@@ -105,8 +106,19 @@ class OutputSettings:
     prediction_files: Mapping[tuple[str, str], Path]  # (task, split) -> file
     prediction_style: str
     predict_splits: tuple[str, ...]
+    predict_tasks: tuple[str, ...]
+    final_eval: str
     select_by: str
     keep_last: int
+
+    @property
+    def asked_files(self) -> dict[tuple[str, str], Path]:
+        """The prediction files that are to be written."""
+        return {
+            (task, split): path
+            for (task, split), path in self.prediction_files.items()
+            if split in self.predict_splits and task in self.predict_tasks
+        }
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A fault campaign: runs are killed and resumed, broken files are read, and nothing may go wrong.
 
     python -m tests.campaign.faults                 # everything, ten minutes; writes results/faults.md
-    python -m tests.campaign.faults kills --kills 50 --seed 1
+    python -m tests.campaign.faults kills --kills 50 --seed 1     # a part, printed
 
 - kills: small runs are killed at random moments (by signals, inside a save, by a power cut), resumed,
   perhaps killed again, until they end; then every bit has to be that of a run nobody disturbed.
@@ -29,7 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,13 +48,12 @@ from heads import PAIR_HEADS
 from optimizer import SCHEDULES
 from pcgrad import GRAD_METHODS
 from support.device import describe_machine
-from support.files import ROOT, check_replaceable, read_head, write_text
+from support.files import ROOT, write_text
 from tests.campaign import forks
 from tests.campaign.forks import DOING, Died, Ended, Strike
 from tests.tiny import make_data, make_encoder
 from training.run_folder import ARGS_FILE, describe_code, describe_versions
 
-TITLE = "# Faults"
 NUM_SETTINGS = 10  # different runs to kill
 PLOT_SHARE = 0.05  # of the runs that also draw their curves, which takes a second
 # Imported once, for all forks: it takes seconds.
@@ -70,7 +69,7 @@ KINDS = {
     "SIGHUP": (129, -1),
     "damaged last/": (-9,),
 }
-SIGNALS = {"SIGKILL at a random time": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
+STEP_KINDS = {"SIGTERM in a step": (143,), "SIGKILL in a step": (-9,)}  # of the matrix
 FACTORS = {
     "sampler": tuple(SAMPLERS),
     "grad_method": tuple(GRAD_METHODS),
@@ -103,12 +102,14 @@ class Bench:
     Args:
         keep: where folders and files of failed cases go; None: nowhere.
         steps: least and greatest length of the runs that are killed.
+        jobs: processes at a time.
     """
 
     folder: Path
     seed: int = 0
     keep: Path | None = None
     steps: tuple[int, int] = (9, 14)
+    jobs: int = 1
     settings: list[Setting] = field(default_factory=list)
 
     def __post_init__(self):
@@ -117,46 +118,31 @@ class Bench:
         make_encoder(self.folder / "encoder")
         make_data(self.folder / "data")
         for precision in FACTORS["precision"]:  # what a process does once, its forks need not do again
-            argv = [
-                *self.flags(1, 1, "diff", precision=precision),
-                "--output_dir",
-                str(self.folder / precision),
-            ]
+            output = ["--output_dir", str(self.folder / precision)]
             with redirect_stdout(io.StringIO()):
-                multitask_classifier.main(argv)
-        self.num_rows = {
-            prediction_name(task, split, "starter"): len(self.read(task, split).ids)
-            for task in TASKS
-            for split in ("dev", "test")
-        }
+                multitask_classifier.main([*self.flags(1, 1, "diff", precision=precision), *output])
+        splits = [(task, split) for task in TASKS for split in ("dev", "test")]
+        self.num_rows = {prediction_name(*names, "starter"): len(self.read(*names).ids) for names in splits}
 
     def read(self, task: str, split: str):
         return read_rows(self.folder / "data" / TASKS[task].files[split], TASKS[task], split)
 
-    def flags(
-        self, max_steps: int, eval_every: int, head: str, sts_head: str | None = None, **others
-    ) -> list[str]:
-        flags = {
-            "para_head": head,
-            "sts_head": sts_head or head,
-            "max_steps": max_steps,
-            "eval_every": eval_every,
-        }
-        flags |= {"pretrained": self.folder / "encoder", "data_dir": self.folder / "data", "device": "cpu"}
-        flags |= {"batch_size": 4, "log_every": 2, "lr": 0.003, "head_lr": 0.01, "compile": "off"}
+    def flags(self, max_steps: int, eval_every: int, head: str, sts_head: str = "", **others) -> list[str]:
+        flags = {"para_head": head, "sts_head": sts_head or head}
+        flags |= {"max_steps": max_steps, "eval_every": eval_every, "device": "cpu", "compile": "off"}
+        flags |= {"pretrained": self.folder / "encoder", "data_dir": self.folder / "data"}
+        flags |= {"batch_size": 4, "log_every": 2, "lr": 0.003, "head_lr": 0.01}
         return [str(word) for name, value in (flags | others).items() for word in (f"--{name}", value)]
 
-    def run(
-        self, argv: list[str], output: Path, *, strike=None, strike_at=None, plot=False, **options
-    ) -> Ended:
+    def run(self, argv: list[str], output: Path, *, strike=None, plot=False, **options) -> Ended:
         """One run in a child."""
+        argv, strike = [*argv, "--output_dir", str(output)], strike or Strike()
 
         def work(cell):
-            forks.watch(cell, strike_at, plot)
-            forks.count_operations(cell, output, strike or Strike())
-            argv_of_run = [*argv, "--output_dir", str(output)]
-            sys.argv = ["multitask_classifier.py", *argv_of_run]
-            return multitask_classifier.main(argv_of_run)
+            forks.watch(cell, strike.in_step, plot)
+            forks.count_operations(cell, output, strike)
+            sys.argv = ["multitask_classifier.py", *argv]
+            return multitask_classifier.main(argv)
 
         return forks.run_forked(work, output.parent, **options)
 
@@ -204,26 +190,18 @@ class Killed:
 
 def draw_kill(kind: str, rng: random.Random, setting: Setting, left: float) -> dict:
     """Options of `Bench.run` for a kill of some kind, as long as there is `left` of the run, as a share."""
+    number = signal.SIGKILL if "KILL" in kind else getattr(signal, kind.split()[0], signal.SIGTERM)
+    if kind in STEP_KINDS:
+        return {"strike": Strike(in_step=(rng.randrange(setting.max_steps), number))}
     at, operations = rng.uniform(0, setting.seconds * left), int(setting.num_operations * left)
     strike = Strike(rng.randint(1, max(1, operations)), rng.choice(("before", "middle", "after")))
     if kind == "SIGTERM twice":
-        return {"blows": [(at, signal.SIGTERM), (at + rng.uniform(0, 0.02), signal.SIGTERM)]}
+        return {"blows": [(at, number), (at + rng.uniform(0, 0.02), number)]}
     if "operation" not in kind and kind != "damaged last/":
-        return {"blows": [(at, SIGNALS.get(kind, signal.SIGTERM))]}
+        return {"blows": [(at, number)]}
     if kind == "damaged last/":  # late enough for a checkpoint to be there
-        strike.number += operations // 3
-    strike.power_cut = kind.startswith("power")
-    return {"strike": strike}
-
-
-def check_end(kind: str, ended: Ended) -> list[str]:
-    """What is wrong with how a killed run ended."""
-    wrong = []
-    if ended.status not in KINDS[kind]:
-        wrong.append(f"ended with {ended}, expected {' or '.join(map(str, KINDS[kind]))}")
-    if "Traceback" in ended.err:
-        wrong.append(f"traceback: {ended}")
-    return wrong
+        strike = replace(strike, number=strike.number + operations // 3)
+    return {"strike": replace(strike, power_cut=kind.startswith("power"))}
 
 
 def damage_file(path: Path, rng: random.Random) -> None:
@@ -302,12 +280,13 @@ def kill_until_done(
             killed.wrong += forks.find_problems(folder, bench.num_rows, ever_damaged)
             left_over = [number for number in forks.older(folder) if number >= setting.keep_last]
             killed.wrong += [f"last.{number}/ is left over" for number in left_over]
-            return killed
+            break
+        expected = (KINDS | STEP_KINDS).get(kind, (0,))
+        if ended.status not in expected or "Traceback" in ended.err:
+            killed.wrong.append(f"{argv[:1]} ended with {ended}, expected {' or '.join(map(str, expected))}")
         if kind is None:
-            killed.wrong.append(f"{argv[:1]} ended with {ended}")
-            return killed
+            break
         killed.kills.append((kind, cell.what()))
-        killed.wrong += check_end(kind, ended)
         killed.wrong += forks.find_problems(folder, bench.num_rows, ever_damaged)
         saved, damaged = max(saved, cell.started_at, cell.saved_step), False
         stopped = re.search(r"stopped by a signal at step (\d+)", ended.out)
@@ -318,13 +297,12 @@ def kill_until_done(
             killed.wrong += wrong
             damaged = ever_damaged = True
         if killed.wrong or saved is None:
-            return killed
-
-
-# --- matrix -------------------------------------------------------------------------------------------------
+            break
+    return killed
 
 
 def all_rows() -> list[dict[str, str]]:
+    """The rows of the matrix."""
     return [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
 
 
@@ -332,22 +310,14 @@ def matrix_case(bench: Bench, rows: list[dict[str, str]], number: int, folder: P
     """Run a row to its end; again, but stopped in some step and resumed; the bits have to be the same."""
     rng, max_steps = random.Random(f"{bench.seed} matrix {number}"), 4
     setting = Setting(bench.flags(max_steps, 2, **rows[number], seed=rng.randrange(1000)), max_steps)
-    strike_at = rng.randrange(max_steps), rng.choice((signal.SIGTERM, signal.SIGKILL))
-    wrong, run = run_undisturbed(bench, setting, folder).wrong, folder / "stopped"
+    wrong, kind = run_undisturbed(bench, setting, folder).wrong, rng.choice(list(STEP_KINDS))
     if setting.result:
-        ended = bench.run(setting.flags, run, strike_at=strike_at)
-        if ended.status not in (143, -9):
-            wrong.append(f"stopped in step {strike_at}: {ended}")
-        ended = bench.run(next_command(setting, run), run)
-        if ended.status == 0:
-            wrong += forks.find_differences(run, setting.result)
-        else:
-            wrong.append(f"resumed after {strike_at}: {ended}")
+        killed = kill_until_done(bench, setting, folder / "stopped", [kind], rng)
+        wrong += killed.wrong + ([] if killed.kills else [f"was not stopped by {kind}"])
     if wrong:
-        bench.keep_folder(run, f"matrix-{number}")
-    return [
-        f"{shlex.join(f'{key}={value}' for key, value in rows[number].items())}: {text}" for text in wrong
-    ]
+        bench.keep_folder(folder / "stopped", f"matrix-{number}")
+    row = shlex.join(f"{key}={value}" for key, value in rows[number].items())
+    return [f"{row}: {text}" for text in wrong]
 
 
 # --- the campaign -------------------------------------------------------------------------------------------
@@ -364,25 +334,25 @@ class Outcome:
     lines: list[str] = field(default_factory=list)  # of Markdown
     seconds: float = 0.0
 
-    def wrong_by_place(self) -> dict[str, int]:
-        """The first text of each place (before a bar), and how often there was something wrong there."""
+    def summary(self) -> str:
+        return f"{self.name}: {self.num_cases} cases, {self.num_wrong} wrong, {self.seconds:.0f} s"
+
+    def page(self) -> list[str]:
+        """Lines of Markdown; the texts of each place (before a bar) are shown once, and counted."""
         counts, first = Counter(), {}
         for text in self.wrong:
             place = text.partition(": ")[2].partition(" | ")[0]
             counts[place] += 1
-            first.setdefault(place, text[:500])
-        return {first[place]: count for place, count in counts.most_common()}
+            first.setdefault(place, " ".join(text.split())[:500])
+        wrong = [f"- {count} x {first[place]}" for place, count in counts.most_common(100)]
+        heading = ["", f"## {self.name}", "", f"{self.summary()}.", "", *self.lines]
+        return [*heading, "", "Wrong:", "", *wrong] if wrong else heading
 
-    def summary(self) -> str:
-        return f"{self.name}: {self.num_cases} cases, {self.num_wrong} wrong, {self.seconds:.0f} s"
 
-
-def go_through(
-    outcome: Outcome, bench: Bench, work: Callable, num_cases: int, jobs: int, take: Callable
-) -> Outcome:
+def go_through(outcome: Outcome, bench: Bench, work: Callable, num_cases: int, take: Callable) -> Outcome:
     """Work on all cases, hand each result to `take`, which returns what was wrong, and show progress."""
     started = shown = time.monotonic()
-    for number, (case, result) in enumerate(forks.in_parallel(work, num_cases, jobs, bench.folder), 1):
+    for number, (case, result) in enumerate(forks.in_parallel(work, num_cases, bench.jobs, bench.folder), 1):
         wrong = [str(result)] if isinstance(result, Died) else take(result)
         outcome.num_cases += 1
         outcome.num_wrong += bool(wrong)
@@ -390,10 +360,8 @@ def go_through(
         now = time.monotonic()
         if number == num_cases or now - shown > 15:
             shown, left = now, (now - started) / number * (num_cases - number)
-            print(
-                f"{outcome.name}: {number}/{num_cases}, {outcome.num_wrong} wrong, {left:.0f} s left",
-                flush=True,
-            )
+            progress = f"{number}/{num_cases}, {outcome.num_wrong} wrong, {left:.0f} s left"
+            print(f"{outcome.name}: {progress}", file=sys.stderr, flush=True)
     outcome.seconds += time.monotonic() - started
     return outcome
 
@@ -404,19 +372,19 @@ def table(corner: str, counts: dict[tuple[str, str], int], rows, columns) -> lis
         [name for name in names if any(name in key for key in counts)] for names in (rows, columns)
     )
     lines = [f"| {corner} | {' | '.join(columns)} | all |", "| --- |" + " ---: |" * (len(columns) + 1)]
-    for row in [*rows, "all"]:
-        cells = [
-            sum(counts.get((name, column), 0) for name in ([row] if row in rows else rows))
-            for column in columns
-        ]
+    for row, summed in [*((row, [row]) for row in rows), ("all", rows)]:
+        cells = [sum(counts.get((name, column), 0) for name in summed) for column in columns]
         lines.append(f"| {row} | {' | '.join(map(str, cells))} | {sum(cells)} |")
     return lines
 
 
-def run_kills(bench: Bench, num_runs: int, jobs: int, num_settings: int = NUM_SETTINGS) -> Outcome:
+def run_kills(bench: Bench, num_runs: int, num_settings: int = NUM_SETTINGS) -> Outcome:
     drawn = [draw_settings(bench, number) for number in range(num_settings)]
     outcome, counts, chains = Outcome("kills"), Counter(), Counter()
     bench.settings = []
+
+    def work(number, folder):
+        return run_undisturbed(bench, drawn[number], folder)
 
     def take_setting(setting):
         bench.settings += [setting] if setting.result else []
@@ -427,29 +395,22 @@ def run_kills(bench: Bench, num_runs: int, jobs: int, num_settings: int = NUM_SE
         chains[len(killed.kills)] += 1
         return killed.wrong
 
-    go_through(
-        outcome,
-        bench,
-        lambda n, folder: run_undisturbed(bench, drawn[n], folder),
-        num_settings,
-        jobs,
-        take_setting,
-    )
+    go_through(outcome, bench, work, num_settings, take_setting)
     bench.settings.sort(key=lambda setting: setting.flags)
-    go_through(outcome, bench, partial(kill_case, bench), num_runs, jobs, take)
+    go_through(outcome, bench, partial(kill_case, bench), num_runs, take)
+    often = ", ".join(f"{runs} runs {times} times" for times, runs in sorted(chains.items()))
     outcome.lines = [
-        f"{num_runs} runs of {len(bench.settings)} settings were killed {sum(counts.values())} times: "
-        + ", ".join(f"{runs} runs {times} times" for times, runs in sorted(chains.items()))
-        + ". By kind of kill and by what the run was doing:",
+        f"{num_runs} runs of {len(bench.settings)} settings were killed {sum(counts.values())} times:",
+        f"{often}. By kind of kill and by what the run was doing:",
         "",
         *table("kill", counts, KINDS, DOING),
     ]
     return outcome
 
 
-def run_matrix(bench: Bench, rows: list[dict[str, str]], jobs: int) -> Outcome:
+def run_matrix(bench: Bench, rows: list[dict[str, str]]) -> Outcome:
     work = partial(matrix_case, bench, rows)
-    outcome = go_through(Outcome("matrix"), bench, work, len(rows), jobs, lambda wrong: wrong)
+    outcome = go_through(Outcome("matrix"), bench, work, len(rows), lambda wrong: wrong)
     sizes = " x ".join(f"{len(values)} {name}s" for name, values in FACTORS.items())
     outcome.lines = [
         f"{len(rows)} rows ({sizes}), each run to its end, and stopped in some step and resumed."
@@ -457,8 +418,8 @@ def run_matrix(bench: Bench, rows: list[dict[str, str]], jobs: int) -> Outcome:
     return outcome
 
 
-def run_fuzz(bench: Bench, num_cases: int, jobs: int, fuzzer=None) -> Outcome:
-    from tests.campaign.fuzz import Fuzzer  # it imports this file
+def run_fuzz(bench: Bench, num_cases: int, fuzzer=None) -> Outcome:
+    from tests.campaign.fuzz import Fuzzer  # `kills` and `matrix` have no use for it
 
     counts, fuzzer = Counter(), fuzzer or Fuzzer(bench)
 
@@ -466,45 +427,28 @@ def run_fuzz(bench: Bench, num_cases: int, jobs: int, fuzzer=None) -> Outcome:
         counts[result.target, "refused" if result.refused else "read"] += 1
         return result.wrong
 
-    outcome = go_through(Outcome("fuzz"), bench, fuzzer.case, num_cases, jobs, take)
-    rows = sorted({target for target, _ in counts})
+    outcome = go_through(Outcome("fuzz"), bench, fuzzer.case, num_cases, take)
     outcome.lines = [f"{num_cases} broken inputs, by what was done with them:", ""]
-    outcome.lines += table("input", counts, rows, ("read", "refused"))
+    outcome.lines += table("input", counts, sorted({target for target, _ in counts}), ("read", "refused"))
     return outcome
 
 
-def make_page(outcomes: list[Outcome], argv: list[str], hide: dict[str, str]) -> str:
-    """The page of a campaign; paths of this machine are left out."""
+def make_page(outcomes: list[Outcome], argv: list[str]) -> str:
     machine, code = describe_machine("cpu"), describe_code() or {"commit": "unknown", "changed": []}
     facts = [f"Code {code['commit'][:7]}{' with changes' if code['changed'] else ''}"]
     facts += [f"{name} {value}" for name, value in describe_versions().items()]
     facts += [f"{machine['processor']}, {machine['cores']} cores, 1 thread a run", sys.platform]
     num_wrong, num_cases = (sum(getattr(o, name) for o in outcomes) for name in ("num_wrong", "num_cases"))
     lines = [
-        TITLE,
+        "# Faults",
         "",
         f"Made by `{shlex.join(['python', '-m', 'tests.campaign.faults', *argv])}`; its docstring says how.",
         f"**{num_wrong} of {num_cases} cases were wrong.**",
         "",
         f"{'; '.join(facts)}; {sum(outcome.seconds for outcome in outcomes) / 60:.0f} minutes.",
+        *(line for outcome in outcomes for line in outcome.page()),
     ]
-    for outcome in outcomes:
-        lines += ["", f"## {outcome.name}", "", f"{outcome.summary()}.", "", *outcome.lines]
-        if outcome.wrong:
-            lines += [
-                "",
-                "Wrong:",
-                "",
-                *(f"- {' '.join(text.split())[:500]}" for text in outcome.wrong[:100]),
-            ]
-    page = "\n".join(lines) + "\n"
-    for path, name in hide.items():
-        page = page.replace(path, name)
-    return page
-
-
-def is_page(path: Path) -> bool:
-    return read_head(path).startswith(TITLE.encode())
+    return "\n".join(lines) + "\n"
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -514,61 +458,48 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     sections = ["kills", "matrix", "fuzz"]
-    parser.add_argument(
-        "sections", nargs="*", default=sections, metavar="SECTION", help="kills, matrix, fuzz"
-    )
-    parser.add_argument("--kills", type=int, default=200, help="runs to kill, each at least once")
-    parser.add_argument("--cases", type=int, default=10_000, help="broken inputs")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument(
-        "--output", type=Path, help="page to write; a whole campaign writes results/faults.md"
-    )
-    parser.add_argument("--keep_failures", type=Path, metavar="DIR", help="where files of failed cases go")
+    add = parser.add_argument
+    add("sections", nargs="*", default=sections, metavar="SECTION", help="kills, matrix, fuzz")
+    add("--kills", type=int, default=200, help="runs to kill, each at least once")
+    add("--cases", type=int, default=10_000, help="broken inputs")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--jobs", type=int, default=2, help="processes at a time")
+    add("--keep_failures", type=Path, metavar="DIR", help="where the files of failed cases go")
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(sections):
         parser.error(f"section {min(unknown)!r}; expected some of {', '.join(sections)}")
-    if args.output:
-        check_replaceable(args.output, "page of a campaign", is_page, "--output")
-    if args.output is None and args.sections == sections and args.kills >= 200 and args.cases >= 10_000:
-        args.output = ROOT / "results" / "faults.md"
+    args.is_whole = args.sections == sections and args.kills >= 200 and args.cases >= 10_000
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args, outcomes = get_args(argv), []
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that the folder is removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the folder goes
     memory = Path("/dev/shm")  # in memory, where there is that: thousands of small files
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=memory if os.access(memory, os.W_OK) else None))
-    keep = args.keep_failures or Path(tempfile.mkdtemp(prefix="faults-failed-"))
+    keep = args.keep_failures or Path(tempfile.gettempdir()) / f"faults-failed-{os.getpid()}"
     try:
-        bench = Bench(folder, args.seed, keep)
+        bench = Bench(folder, args.seed, keep, jobs=args.jobs)
         sections = {
-            "kills": lambda: run_kills(bench, args.kills, args.jobs),
-            "matrix": lambda: run_matrix(bench, all_rows(), args.jobs),
-            "fuzz": lambda: run_fuzz(bench, args.cases, args.jobs),
+            "kills": lambda: run_kills(bench, args.kills),
+            "matrix": lambda: run_matrix(bench, all_rows()),
+            "fuzz": lambda: run_fuzz(bench, args.cases),
         }
         for name in args.sections:
             outcomes.append(sections[name]())
-            print(outcomes[-1].summary(), flush=True)
-            for text, count in outcomes[-1].wrong_by_place().items():
-                print(f"  {count} x {text}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if args.output:
-        typed = sys.argv[1:] if argv is None else argv
-        hide = {str(folder): "WORK", str(ROOT) + os.sep: "", str(keep): "FAILED"}
-        short = [word if word.startswith("-") else Path(word).name for word in typed]
-        write_text(args.output, make_page(outcomes, short, hide))
-        print(f"wrote {os.path.relpath(args.output)}")
+    page = make_page(outcomes, sys.argv[1:] if argv is None else argv)
+    for path, name in {str(folder): "WORK", str(ROOT) + os.sep: "", str(keep): "FAILED"}.items():
+        page = page.replace(path, name)  # paths of this machine are left out
+    print(page)
+    if args.is_whole:
+        write_text(ROOT / "results" / "faults.md", page)
+        print("wrote results/faults.md")
     wrong = any(outcome.wrong for outcome in outcomes)
     if wrong:
         print(f"what failed is kept in {keep}")
-    elif not args.keep_failures:
-        shutil.rmtree(keep, ignore_errors=True)
     return int(wrong)
 
 

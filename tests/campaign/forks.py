@@ -42,7 +42,7 @@ DOING = (
     *("reading data, encoder or checkpoint", "training, no checkpoint yet", "training", "evaluating"),
     *("writing best/", "writing last/", "scores and predictions"),
 )
-STARTING, FIRST_TRAINING, TRAINING, EVALUATING, SAVING_BEST, SAVING_LAST, FINISHING = range(len(DOING))
+FIRST_TRAINING, TRAINING = 1, 2
 # What touches the disk, by module; writing to an opened file is counted separately.
 OPERATIONS = {
     os: ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "link", "symlink", "truncate"),
@@ -79,15 +79,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name / "state.json").exists()]
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether a checkpoint's files are those that its checksums were made of."""
-    try:
-        check_sums(folder / SUMS_FILE)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def check_sums(path: Path) -> None:
     sums = dict(reversed(line.split("  ")) for line in path.read_text(encoding="utf-8").splitlines())
     if set(sums) != {other.name for other in path.parent.iterdir()} - {SUMS_FILE}:
@@ -95,6 +86,15 @@ def check_sums(path: Path) -> None:
     for name, digest in sums.items():
         if hashlib.sha256((path.parent / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"{name} has another checksum")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a checkpoint's files are those that its checksums were made of."""
+    try:
+        check_sums(folder / SUMS_FILE)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_file(path: Path, num_rows: dict[str, int]) -> None:
@@ -106,22 +106,18 @@ def check_file(path: Path, num_rows: dict[str, int]) -> None:
     content = path.read_bytes()
     if path.name == SUMS_FILE:
         check_sums(path)
-    elif path.suffix == ".json":
-        if not isinstance(json.loads(content), dict):
-            raise ValueError("no JSON object")
+    elif path.suffix in (".json", ".jsonl"):
+        for text in content.split(b"\n")[:-1] if path.suffix == ".jsonl" else [content]:
+            assert isinstance(json.loads(text), dict), "no JSON object"
     elif path.suffix == ".safetensors":
         load_file(path)
-    elif path.suffix == ".jsonl":
-        for line in content.split(b"\n")[:-1]:
-            json.loads(line)
     elif path.suffix == ".csv":
         found = len(read_predictions(path, TASKS[path.name.split("-")[0]]))
-        if found != num_rows.get(path.name, found):
-            raise ValueError(f"{found} rows of {num_rows[path.name]}")
+        assert found == num_rows.get(path.name, found), f"{found} rows of {num_rows[path.name]}"
     elif path.suffix == ".zip":
         zipfile.ZipFile(path).close()
-    elif not content.endswith(PNG_END if path.suffix == ".png" else (b"\n", b">")):
-        raise ValueError("cut off")
+    else:
+        assert content.endswith(PNG_END if path.suffix == ".png" else (b"\n", b">")), "cut off"
 
 
 def find_problems(folder: Path, num_rows: dict[str, int], damaged: bool = False) -> set[str]:
@@ -130,17 +126,12 @@ def find_problems(folder: Path, num_rows: dict[str, int], damaged: bool = False)
     Args:
         damaged: checkpoints to resume from were damaged on purpose.
     """
-
-    def is_exempt(path):
-        parts = path.relative_to(folder).parts
-        was_damaged = damaged and parts[0].partition(".")[0] == "last"
-        return was_damaged or any(part.endswith(UNFINISHED) for part in parts)
-
     problems = set()
     for path in sorted(folder.rglob("*")):
-        if is_exempt(path):
-            continue
         name = path.relative_to(folder).as_posix()
+        was_damaged = damaged and re.match(r"last[./]|last$", name)
+        if was_damaged or any(part.endswith(UNFINISHED) for part in name.split("/")):
+            continue
         if path.is_file():
             try:
                 check_file(path, num_rows)
@@ -148,8 +139,8 @@ def find_problems(folder: Path, num_rows: dict[str, int], damaged: bool = False)
                 problems.add(f"{name} is not whole: {type(error).__name__}: {str(error)[:200]}")
         elif name.startswith(("last", "best")):
             needed = CHECKPOINT_FILES | ({"optimizer.safetensors"} if name.startswith("last") else set())
-            for missing in sorted(needed - {file.name for file in path.iterdir()}):
-                problems.add(f"{name}/ is not whole: {missing} is missing")
+            absent = sorted(needed - {file.name for file in path.iterdir()})
+            problems |= {f"{name}/ is not whole: {missing} is missing" for missing in absent}
     return problems
 
 
@@ -164,12 +155,10 @@ def comparable(folder: Path) -> dict[str, object]:
         if path.name in (ARGS_FILE, "curves.png") or re.fullmatch(r"last\.\d+", path.parts[0]):
             continue
         if path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in content.decode().splitlines()]
-            found[name] = [{key: line[key] for key in line if key != "tokens_per_second"} for line in lines]
+            content = [json.loads(line) | {"tokens_per_second": None} for line in content.splitlines()]
         elif path.name == SUMS_FILE:
-            found[name] = [line for line in content.decode().splitlines() if not line.endswith(ARGS_FILE)]
-        else:
-            found[name] = content
+            content = [line for line in content.decode().splitlines() if not line.endswith(ARGS_FILE)]
+        found[name] = content
     return found
 
 
@@ -188,7 +177,7 @@ def find_differences(folder: Path, reference: dict[str, object]) -> list[str]:
 class Cell(ctypes.Structure):
     """Numbers that a child writes, and that outlive it."""
 
-    NAMES = ("doing", "step", "started_at", "saved_step", "num_saves", "num_operations")
+    NAMES = ("doing", "started_at", "saved_step", "num_saves", "num_operations")
     _fields_ = [(name, ctypes.c_int64) for name in NAMES]
 
     def what(self) -> str:
@@ -256,12 +245,10 @@ def run_in_child(work: Callable[[], int], folder: Path, files: tuple, seconds: f
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         os.chdir(folder)  # relative paths of random command lines lead there
-        for descriptor, file in zip((1, 2), files, strict=True):
-            os.dup2(file.fileno(), descriptor)
-        sys.stdout, sys.stderr = (
-            io.TextIOWrapper(io.FileIO(descriptor, "w"), "utf-8", "backslashreplace", write_through=True)
-            for descriptor in (1, 2)
-        )
+        for number, (name, file) in enumerate(zip(("stdout", "stderr"), files, strict=True), start=1):
+            os.dup2(file.fileno(), number)
+            stream = io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", "backslashreplace", write_through=True)
+            setattr(sys, name, stream)
         code = work()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -287,26 +274,10 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
         plot: draw the curves at the end, which takes a second.
     """
 
-    def wrap(owner, name, doing, before=None, after=None):
-        function = getattr(owner, name)
-
-        def wrapped(*args, **options):
-            outside, cell.doing = cell.doing, doing
-            if before:
-                before(*args, **options)
-            result = function(*args, **options)
-            if after:
-                after(*args)
-            cell.doing = outside
-            return result
-
-        setattr(owner, name, wrapped)
-
-    def start_training(run, *rest, **options):
-        cell.started_at = cell.step = run.state.step
+    def start_training(run, *rest):
+        cell.started_at = run.state.step
 
     def start_step(*args, step, **options):
-        cell.step = step
         if strike_at and step == strike_at[0]:
             signal.raise_signal(strike_at[1])
 
@@ -314,13 +285,29 @@ def watch(cell: Cell, strike_at: tuple[int, int] | None = None, plot: bool = Fal
         cell.saved_step = run.state.step
         cell.num_saves += 1
 
+    def nothing(*args, **options):
+        pass
+
+    def wrap(owner, name, doing, before=nothing, after=nothing):
+        function, number = getattr(owner, name), DOING.index(doing)
+
+        def wrapped(*args, **options):
+            outside, cell.doing = cell.doing, number
+            before(*args, **options)
+            result = function(*args, **options)
+            after(*args)
+            cell.doing = outside
+            return result
+
+        setattr(owner, name, wrapped)
+
     main = multitask_classifier
-    wrap(main, "train", TRAINING, start_training)
-    wrap(main, "train_step", TRAINING, start_step)
-    wrap(main, "evaluate", EVALUATING)
-    wrap(main, "evaluate_best", FINISHING)
-    wrap(main.Run, "save_best", SAVING_BEST)
-    wrap(main.Run, "save_last", SAVING_LAST, after=note_save)
+    wrap(main, "train", "training", start_training)
+    wrap(main, "train_step", "training", start_step)
+    wrap(main, "evaluate", "evaluating")
+    wrap(main, "evaluate_best", "scores and predictions")
+    wrap(main.Run, "save_best", "writing best/")
+    wrap(main.Run, "save_last", "writing last/", after=note_save)
     if not plot:
         main.plot_run = lambda folder: None
 
@@ -332,11 +319,13 @@ class Strike:
     Args:
         moment: before it, in the middle (half of the bytes are written), or after it.
         power_cut: what was not put on disk by then is lost, as when the power fails.
+        in_step: instead, a step and the signal that the run gets in the middle of it.
     """
 
     number: int = 0
     moment: str = "before"
     power_cut: bool = False
+    in_step: tuple[int, int] | None = None
 
 
 def count_operations(cell: Cell, folder: Path, strike: Strike) -> None:
@@ -344,15 +333,18 @@ def count_operations(cell: Cell, folder: Path, strike: Strike) -> None:
     inside, real_open = str(folder), io.open
     dirty = {}  # path -> bytes that are safe on disk
 
-    def is_due():
-        cell.num_operations += 1
-        return cell.num_operations == strike.number
-
     def die():
         for path, size in dirty.items() if strike.power_cut else ():
             with suppress(OSError), real_open(path, "r+b") as file:
                 file.truncate(min(size, os.fstat(file.fileno()).st_size))
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def is_due():
+        cell.num_operations += 1
+        due = cell.num_operations == strike.number
+        if due and strike.moment == "before":
+            die()
+        return due
 
     def note(name, args):
         if name == "save_file":
@@ -370,8 +362,6 @@ def count_operations(cell: Cell, folder: Path, strike: Strike) -> None:
 
         def wrapped(*args, **options):
             due = is_due()
-            if due and strike.moment == "before":
-                die()
             result = function(*args, **options)
             note(name, args)
             if due and strike.moment == "middle" and name == "save_file":
@@ -386,8 +376,6 @@ def count_operations(cell: Cell, folder: Path, strike: Strike) -> None:
         if not set(mode) & set("wax+") or not str(file).startswith(inside):
             return real_open(file, mode, *args, **options)
         due = is_due()
-        if due and strike.moment == "before":
-            die()
         before = os.path.getsize(file) if "a" in mode and os.path.exists(file) else 0
         stream = real_open(file, mode, *args, **options)
         dirty[str(file)] = min(dirty.get(str(file), before), before)
@@ -433,18 +421,15 @@ def in_parallel(
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         sender.send(work(case, own))
 
-    def start(case):
-        own = Path(tempfile.mkdtemp(prefix=f"case{case}-", dir=folder))
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=serve, args=(sender, case, own))
-        process.start()
-        sender.close()
-        running[receiver] = case, process, own, time.monotonic()
-
     try:
         while True:
             for case in islice(cases, jobs - len(running)):
-                start(case)
+                own = Path(tempfile.mkdtemp(prefix=f"case{case}-", dir=folder))
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=serve, args=(sender, case, own))
+                process.start()
+                sender.close()
+                running[receiver] = case, process, own, time.monotonic()
             if not running:
                 return
             for receiver in connection.wait(running, timeout=1):

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from reporting import report
 from reporting.table_statistics import DevData, read_finished_run
 from support.errors import UserError
 from support.files import ROOT
-from tests.campaign.forks import PNG_END, comparable, find_differences, find_problems, run_forked
+from tests.campaign.forks import PNG_END, Strike, comparable, find_differences, find_problems, run_forked
 from tests.tiny import SAMPLE
 from tokenizer import BertTokenizer
 from training import checkpoint, download, flags, resolve, token_cache
@@ -235,34 +236,23 @@ def draw_flags(rng: random.Random, *, for_run: bool) -> list[str]:
 
 
 @dataclass
-class Reader:
-    """A function that reads a type of file.
+class Target:
+    """What reads files: a function called in this process, or a script that is run in a child.
 
     Args:
         name: for the table of results.
-        files: that are spoilt, one in each case; none if `read` takes a command line.
-        read: called with the spoilt file and the good one, or with a command line.
-        errors: that it may raise.
+        files: that are spoilt, one in each case; none if it takes a command line.
+        read: called with the spoilt file and the good one, or with a command line; a script's `main`.
+        errors: that a function may raise.
+        argv: of a script, where JOB and OUTPUT stand for the case's folders; None: no script.
+        run: the run folder that a script finds at OUTPUT; None for a new one.
     """
 
     name: str
     files: list[str]
     read: Callable
     errors: tuple[type[Exception], ...] = (UserError,)
-
-
-@dataclass
-class Script:
-    """A script that is run in a child; in its `argv`, JOB and OUTPUT stand for the case's folders.
-
-    Args:
-        run: the run folder to copy to OUTPUT; None for a new one.
-    """
-
-    name: str
-    files: list[str]
-    main: Callable[[list[str]], int]
-    argv: list[str]
+    argv: list[str] | None = None
     run: str | None = None
 
 
@@ -299,13 +289,12 @@ class Fuzzer:
         self.rows = bench.read("para", "train")
         self.tokens = self.tokenize(self.base / "cache")
         self.make_run("done", bench.flags(2, 2, "diff"), 0)
-        self.make_run("stopped", bench.flags(6, 2, "diff"), 143, strike_at=(4, signal.SIGTERM))
+        self.make_run("stopped", bench.flags(6, 2, "diff"), 143, strike=Strike(in_step=(4, signal.SIGTERM)))
         shutil.copytree(self.base / "stopped", self.base / "resumed")
         self.make_run("resumed", ["--resume"], 0)
         self.resumed = comparable(self.base / "resumed")
-        self.data_files = {
-            spec.files[split]: (task, split) for task, spec in TASKS.items() for split in spec.files
-        }
+        splits = {spec.files[split]: (task, split) for task, spec in TASKS.items() for split in spec.files}
+        self.data_files = splits
         self.source_files = {name: key for key, source in EXTRA_SOURCES.items() for name in source.files}
         self.readers, self.scripts = self.make_readers(), self.make_scripts()
 
@@ -315,18 +304,22 @@ class Fuzzer:
         """A few rows of every additional source."""
         for source in EXTRA_SOURCES.values():
             for name in source.files:
-                if (path := self.base / "data" / name).exists():
+                path = self.base / "data" / name
+                if path.exists():
                     continue
                 if (SAMPLE / name).exists():
                     lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines()[:15]
                 elif source.form == "triplets":
-                    text = 'sent0,sent1,hard_neg\na dog runs,"a dog, moving",no dog\nrain falls,wet,dry'
-                    lines = text.splitlines()
+                    lines = [
+                        "sent0,sent1,hard_neg",
+                        'a dog runs,"a dog, moving",no dog',
+                        "rain falls,wet,dry",
+                    ]
                 else:
                     label = next(iter(source.labels)) if isinstance(source.labels, dict) else "1"
                     words = ["some words", "other words"][: len(source.text_columns)]
                     lines = ["\t".join([*source.text_columns, source.label_column])]
-                    lines += ["\t".join([f"{text} {n}" for text in words] + [label]) for n in range(8)]
+                    lines += ["\t".join([*(f"{text} {n}" for text in words), label]) for n in range(8)]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -347,12 +340,11 @@ class Fuzzer:
     def files_of(self, folder: str) -> list[str]:
         return sorted(str(p.relative_to(self.base)) for p in (self.base / folder).rglob("*") if p.is_file())
 
-    # --- readers: (spoilt file, good file)
-
     def tokenize(self, folder: Path):
-        return token_cache.tokenize_cached(
-            self.rows, self.tokenizer, joint=False, max_length=64, cache_dir=folder
-        )
+        options = {"joint": False, "max_length": 64, "cache_dir": folder}
+        return token_cache.tokenize_cached(self.rows, self.tokenizer, **options)
+
+    # --- readers: (spoilt file, good file)
 
     def read_data(self, path: Path, good: Path) -> None:
         task, split = self.data_files[path.name]
@@ -375,9 +367,11 @@ class Fuzzer:
 
     def read_tokens(self, path: Path, good: Path) -> None:
         found = self.tokenize(path.parent)
-        for name in ("input_ids", "token_type_ids", "offsets"):
-            assert np.array_equal(getattr(found.sequences, name), getattr(self.tokens.sequences, name))
         assert np.array_equal(found.index, self.tokens.index)
+        for array, expected in zip(
+            *(vars(data.sequences).values() for data in (found, self.tokens)), strict=True
+        ):
+            assert np.array_equal(array, expected)
 
     def read_predictions(self, path: Path, good: Path) -> None:
         task, split, _ = path.name.split("-")
@@ -395,75 +389,70 @@ class Fuzzer:
     def read_finished(self, path: Path, good: Path) -> None:
         read_finished_run(path.parent, DevData(str(self.base / "data")))
 
+    def read_metrics(self, path: Path, good: Path) -> None:
+        report.read_metrics(path.parent)
+
     def download(self, path: Path, good: Path) -> None:
         target = path.with_name("downloaded")
         download.fetch(path.resolve().as_uri(), target, download.git_blob_id(good))
         assert target.read_bytes() == good.read_bytes()
 
-    def make_readers(self) -> list[Reader]:
+    def make_readers(self) -> list[Target]:
         data = [f"data/{name}" for name in self.data_files]
-        checkpoint_files = [name for name in self.files_of("stopped") if "/last" in name]
-        encoder_files = [
-            f"encoder/{name}" for name in ("vocab.txt", "tokenizer_config.json", "model.safetensors")
-        ]
-        encoder_files += ["encoder/config.json", "old_encoder/config.json", "old_encoder/tokenizer.json"]
-        return [
-            Reader("data files", data, self.read_data),
-            Reader("additional data", [f"data/{name}" for name in self.source_files], self.read_source),
-            *(Reader(f"encoder: {Path(name).name}", [name], self.read_encoder) for name in encoder_files),
-            Reader("checkpoint files", checkpoint_files, self.read_checkpoint),
-            Reader("token cache", self.files_of("cache"), self.read_tokens),
-            Reader("prediction files", self.files_of("done/predictions"), self.read_predictions),
-            Reader("scores.json", ["done/scores.json"], self.read_finished),
-            Reader(
-                "metrics.jsonl", ["done/metrics.jsonl"], lambda path, good: report.read_metrics(path.parent)
-            ),
-            Reader("downloads", data, self.download, (ValueError,)),
-            *(
-                Reader(
-                    f"args.json, {mode}",
-                    ["stopped/args.json"],
-                    lambda path, good, mode=mode: flags.get_args(["--output_dir", str(path.parent), mode]),
-                )
-                for mode in ("--resume", "--eval_only", "--predict_only")
-            ),
-            Reader("command line", [], flags.get_args),
-            Reader("base_url", [], lambda argv: download.resolve_base_url(argv[-1]), (ValueError,)),
+        last = [name for name in self.files_of("stopped") if "/last" in name]
+        encoder = ["vocab.txt", "tokenizer_config.json", "model.safetensors", "config.json"]
+        encoder = [f"encoder/{name}" for name in encoder] + [
+            "old_encoder/config.json",
+            "old_encoder/tokenizer.json",
         ]
 
-    def make_scripts(self) -> list[Script]:
+        def resolve_args(mode, path, good):
+            flags.get_args(["--output_dir", str(path.parent), mode])
+
+        modes = {mode: partial(resolve_args, mode) for mode in ("--resume", "--eval_only", "--predict_only")}
+        return [
+            Target("data files", data, self.read_data),
+            Target("additional data", [f"data/{name}" for name in self.source_files], self.read_source),
+            *(Target(f"encoder: {Path(name).name}", [name], self.read_encoder) for name in encoder),
+            Target("checkpoint files", last, self.read_checkpoint),
+            Target("token cache", self.files_of("cache"), self.read_tokens),
+            Target("prediction files", self.files_of("done/predictions"), self.read_predictions),
+            Target("scores.json", ["done/scores.json"], self.read_finished),
+            Target("metrics.jsonl", ["done/metrics.jsonl"], self.read_metrics),
+            Target("downloads", data, self.download, (ValueError,)),
+            *(Target(f"args.json, {mode}", ["stopped/args.json"], modes[mode]) for mode in modes),
+            Target("command line", [], flags.get_args),
+            Target("base_url", [], lambda argv: download.resolve_base_url(argv[-1]), (ValueError,)),
+        ]
+
+    def make_scripts(self) -> list[Target]:
+        def script(name, files, argv, run=None, main=multitask_classifier.main):
+            return Target(name, files, main, argv=argv, run=run)
+
         data = [f"data/{name}" for name in (*self.data_files, *self.source_files)]
         old = [name for name in self.files_of("old_encoder") if not name.endswith(".bin")]
         last = [name for name in self.files_of("stopped") if "/last" in name]
         best = [name for name in self.files_of("done") if "/best" in name]
         predictions = self.files_of("done/predictions")
         results = [f"done/{name}" for name in ("args.json", "scores.json", "metrics.jsonl")]
-        train = multitask_classifier.main
         start = [*self.bench.flags(1, 1, "diff"), "--data_dir", "JOB/data"]
         start += ["--extra_data", "sick,mrpc,sst_trees", "--pretrained"]
+        new, old_encoder = [*start, "JOB/encoder"], [*start, "JOB/old_encoder"]
         submit = ["OUTPUT", "--data_dir", "JOB/data", "--output", "OUTPUT/z.zip"]
-        resume = {
-            "checkpoint": last,
-            "args.json": ["stopped/args.json"],
-            "metrics.jsonl": ["stopped/metrics.jsonl"],
-        }
-        again = {"checkpoint": best, "args.json": ["done/args.json"]}
+        args, metrics = ["stopped/args.json"], ["stopped/metrics.jsonl"]
+        again = {"checkpoint": best, "args.json": ["done/args.json"]}.items()
+        modes = ("--eval_only", "--predict_only")
         return [
-            Script("run: data files", data, train, [*start, "JOB/encoder"]),
-            Script("run: encoder", self.files_of("encoder"), train, [*start, "JOB/encoder"]),
-            Script("run: old encoder", old, train, [*start, "JOB/old_encoder"]),
-            Script("run: command line", [], train, [*start, "JOB/encoder"]),
-            *(
-                Script(f"--resume: {kind}", names, train, ["--resume"], "stopped")
-                for kind, names in resume.items()
-            ),
-            *(
-                Script(f"{mode}: {kind}", names, train, [mode], "done")
-                for mode in ("--eval_only", "--predict_only")
-                for kind, names in again.items()
-            ),
-            Script("report", results + predictions, report.main, ["OUTPUT"], "done"),
-            Script("prepare_submit", predictions + data[:9], prepare_submit.main, submit, "done"),
+            script("run: data files", data, new),
+            script("run: encoder", self.files_of("encoder"), new),
+            script("run: old encoder", old, old_encoder),
+            script("run: command line", [], new),
+            script("--resume: checkpoint", last, ["--resume"], "stopped"),
+            script("--resume: args.json", args, ["--resume"], "stopped"),
+            script("--resume: metrics.jsonl", metrics, ["--resume"], "stopped"),
+            *(script(f"{mode}: {kind}", names, [mode], "done") for mode in modes for kind, names in again),
+            script("report", results + predictions, ["OUTPUT"], "done", report.main),
+            script("prepare_submit", predictions + data[:9], submit, "done", prepare_submit.main),
         ]
 
     # --- a case
@@ -472,7 +461,7 @@ class Fuzzer:
         """Spoil an input in the case's own copy of the files, and see what becomes of it."""
         rng = random.Random(f"{self.bench.seed} fuzz {number}")
         target = rng.choice(self.scripts if rng.random() < self.share_of_runs else self.readers)
-        is_script = isinstance(target, Script)
+        is_script = target.argv is not None
         if target.files:
             name, argv = rng.choice(target.files), []
             content, how = spoil(self.base / name, rng)
@@ -490,12 +479,10 @@ class Fuzzer:
             kept = self.bench.keep / f"fuzz-{number}"
             kept.mkdir(parents=True, exist_ok=True)
             (kept / Path(name).name).write_bytes(content)
-            (kept / "what.txt").write_text(
-                "\n".join(found.wrong), encoding="utf-8", errors="backslashreplace"
-            )
+            (kept / "what.txt").write_bytes("\n".join(found.wrong).encode("utf-8", "backslashreplace"))
         return found
 
-    def read(self, target: Reader, name: str, argv: list[str], folder: Path) -> Fuzzed:
+    def read(self, target: Target, name: str, argv: list[str], folder: Path) -> Fuzzed:
         """Call a reader in this process."""
         found, out, err = Fuzzed(target.name), io.StringIO(), io.StringIO()
 
@@ -522,12 +509,11 @@ class Fuzzer:
             signal.setitimer(signal.ITIMER_REAL, 0)
         return found
 
-    def run(self, target: Script, name: str, argv: list[str], folder: Path) -> Fuzzed:
+    def run(self, target: Target, name: str, argv: list[str], folder: Path) -> Fuzzed:
         """Run a script in a child."""
-        found, output = Fuzzed(target.name), folder / (target.run or "output")
+        found, output, in_last = Fuzzed(target.name), folder / (target.run or "output"), "/last" in name
         if target.run and not output.exists():
             shutil.copytree(self.base / target.run, output)
-        in_last = "/last" in name
         before = find_problems(output, {}, damaged=in_last)
         argv = [
             word.replace("JOB", str(folder)).replace("OUTPUT", str(output)) for word in target.argv
@@ -536,16 +522,16 @@ class Fuzzer:
         def work(cell):
             Figure.savefig = lambda figure, buffer, **options: buffer.write(PNG_END)  # a second each
             sys.argv = [target.name, *argv]
-            return target.main(argv)
+            return target.read(argv)
 
-        if target.main is multitask_classifier.main:
+        if target.read is multitask_classifier.main:
             ended = self.bench.run(argv, output, seconds=HANG_SECONDS * 3)
         else:
             ended = run_forked(work, folder, seconds=HANG_SECONDS * 3)
         found.refused, num_lines = ended.status == 2, len(ended.err.splitlines())
         if ended.status not in (0, 2) or "Traceback" in ended.err:
             found.wrong.append(f"{str(ended).partition(':')[2].partition(':')[0]} | ended with {ended}")
-        elif found.refused and (num_lines == 0 or num_lines > 1 and target.main is not prepare_submit.main):
+        elif found.refused and (num_lines == 0 or num_lines > 1 and target.read is not prepare_submit.main):
             found.wrong.append(f"exit code 2 with {num_lines} lines | {ended.err[:300]!r}")
         broken = {text.split(" is ")[0] for text in before}
         after = find_problems(output, {}, damaged=in_last)

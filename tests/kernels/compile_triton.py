@@ -58,6 +58,7 @@ def record_launches(dtype: torch.dtype, head_size: int, max_length: int) -> list
     tk.dropout_add_norm_backward(x, x, number, vector, 0.0, rng, 0, False)
     tk.sum_by_task(x, integer[:num_tasks], sums)
     tk.sum_by_task(x, integer[:num_tasks], sums, x, accumulate=True)
+    tk.sum_rows(x, *[integer] * 4, number)
     tk.gram_by_block(grads, integer.long(), integer.long())
     tk.gram_by_block(grads, integer.long(), integer.long(), alignment=16)
     tk.combine_adamw(grads, number[:num_tasks], *[vector] * 3, numbers, vector.to(dtype), vector)

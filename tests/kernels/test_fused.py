@@ -18,9 +18,9 @@ from kernels.fused import (
     fused_weighted_sum,
     pays_off,
 )
-from optimizer import AdamW, adamw_update
+from optimizer import adamw_update
 from pcgrad import gram_matrix, weighted_sum
-from tests.test_optimizer import check_course, check_decay
+from tests.test_optimizer import check_decay
 
 # Both sides compute in float32 and add in another order.
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -67,23 +67,13 @@ def check_kernels(kernels: Kernels, num_columns: int, dtype: torch.dtype, num_ta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_tasks", [1, 3])
 def test_functions_equal_their_plain_twins(num_tasks, dtype):
     kernels = Kernels(fused_gram_matrix, fused_weighted_sum, fused_adamw_update)
     check_kernels(kernels, 1013, dtype, num_tasks)
 
 
-def test_functions_by_hand():
-    grads = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0], [0.0, 2.0, -3.0]])
-    expected = [[18.0, -22.0, -1.0], [-22.0, 38.0, -1.0], [-1.0, -1.0, 13.0]]
-    assert fused_gram_matrix(grads).tolist() == fused_gram_matrix(grads.bfloat16()).tolist() == expected
-    out = torch.full((3,), torch.nan)
-    fused_weighted_sum(grads[:2], torch.tensor([0.5, -2.0]), out)
-    assert out.tolist() == [-14.0, -1.5, -1.5]
-
-
-def test_decay_equals_the_course_and_is_not_lost_when_small():
-    check_course(update=fused_adamw_update)
+def test_decay_is_not_lost_when_small():
     check_decay(update=fused_adamw_update)
 
 
@@ -106,9 +96,7 @@ def no_compiling(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-@pytest.mark.skipif(
-    " " in torch.__path__[0], reason="torch compiles nothing if its own path has a blank in it"
-)
+@pytest.mark.skipif(" " in torch.__path__[0], reason="torch compiles nothing if its own path has a blank")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiled_kernels_equal_their_plain_twins(monkeypatch, capsys):
     monkeypatch.setattr(fused, "MIN_SIZE", 64)
@@ -120,11 +108,11 @@ def test_compiled_kernels_equal_their_plain_twins(monkeypatch, capsys):
 
     for each in (kernels.gram_matrix, kernels.weighted_sum, kernels.adamw_update):
         each.plain = refuse
-    check_kernels(kernels, 1013, torch.bfloat16)
-    check_decay(update=kernels.adamw_update)
+    check_kernels(kernels, 3000, torch.bfloat16)
+    check_decay(update=kernels.adamw_update)  # of the same size, so that nothing is compiled again
     # Others than were compiled with.
     hyperparameters = torch.tensor([0.5, 0.75, 0.1, 1.0, 0.25, 0.5], dtype=torch.float64)
-    found, expected = (make_update(1013, (0.25, 0.5), seed=1)[0] for _ in range(2))
+    found, expected = (make_update(3000, (0.25, 0.5), seed=1)[0] for _ in range(2))
     kernels.adamw_update(*found, hyperparameters)
     adamw_update(*expected, hyperparameters)
     for a, b in zip(found, expected, strict=True):
@@ -142,34 +130,19 @@ def test_each_function_is_compiled_for_this_number_of_threads(no_compiling):
     assert PLAIN == Kernels(gram_matrix, weighted_sum, adamw_update)
 
 
-def test_optimizer_with_a_compiled_update_equals_the_plain_one(no_compiling):
-    params = [torch.nn.Parameter(torch.linspace(-1, 1, 101)) for _ in range(2)]
-    updates = ({}, {"update": compile_kernels().adamw_update})
-    optimizers = [
-        AdamW([param], weight_decay=0.1, **update) for param, update in zip(params, updates, strict=True)
-    ]
-    for step in range(5):
-        grad = random_grads(1, 101, seed=step)[0]
-        for param, optimizer in zip(params, optimizers, strict=True):
-            param.grad = grad.clone()
-            optimizer.step()
-    torch.testing.assert_close(*(param.detach() for param in params), **FLOAT32)
-
-
-@pytest.mark.parametrize(("size", "way"), [(99, "plain"), (100, "compiled")])
-def test_small_tensors_take_the_plain_way(no_compiling, monkeypatch, size, way):
+def test_small_tensors_take_the_plain_way(no_compiling, monkeypatch):
     monkeypatch.setattr(fused, "MIN_SIZE", 100)
     found = CompiledKernel(lambda tensor, other: ("compiled", other), lambda tensor, other: ("plain", other))
-    assert found(torch.zeros(1, size), 7) == (way, 7)
+    assert [found(torch.zeros(1, size), 7) for size in (99, 100)] == [("plain", 7), ("compiled", 7)]
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (RuntimeError("\n  no compiler here\nand much more\nto say"), "no compiler here"),
-        (KeyError(), "KeyError"),
-    ],
-)
+ERRORS = [
+    (RuntimeError("\n  no compiler here\nand much\nto say"), "no compiler here"),
+    (KeyError(), "KeyError"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), ERRORS)
 def test_failing_compiler_falls_back_with_one_warning(monkeypatch, capsys, error, reason):
     """For each kernel that fails; later calls go the plain way at once."""
     monkeypatch.setattr(fused, "MIN_SIZE", 1)
@@ -190,27 +163,23 @@ def test_failing_compiler_falls_back_with_one_warning(monkeypatch, capsys, error
 # --- whether to compile -------------------------------------------------------------------------------------
 
 
-def make_program(folder, name: str) -> str:
-    path = folder / name
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o755)
-    return str(path)
-
-
 def test_find_compiler_honours_cxx_and_else_takes_what_is_there(monkeypatch, tmp_path):
     """An own PATH, whatever is installed here."""
+
+    def make_program(name: str) -> str:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        return str(tmp_path / name)
+
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "gone"))
-    assert find_compiler() is None
-    monkeypatch.delenv("CXX")
     (tmp_path / "g++").write_text("not a program")
     assert find_compiler() is None
-    clang = make_program(tmp_path, "clang++")
+    clang = make_program("clang++")
     assert find_compiler() == clang
-    gcc = make_program(tmp_path, "g++")
-    assert find_compiler() == gcc
+    gcc = make_program("g++")
     (tmp_path / "elsewhere").mkdir()
-    own = make_program(tmp_path / "elsewhere", "own-compiler")
+    own = make_program("elsewhere/own-compiler")
     for cxx, expected in (("clang++", clang), (own, own), ("", gcc)):  # a name, a path, nothing
         monkeypatch.setenv("CXX", cxx)
         assert find_compiler() == expected

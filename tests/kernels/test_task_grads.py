@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert import MIN_WIDTH, BertModel
-from kernels import task_grads
 from kernels.flat_memory import FlatMemory
 from kernels.packing import Packing
 from kernels.task_grads import GradTarget, embedding, layer_norm, linear
 from tests.tiny import make_config, randomise
+
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # sums in another order
 
 # --- targets ------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ from tests.tiny import make_config, randomise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_target_is_overwritten_first_and_added_to_later(dtype):
     grads = torch.full((2, 2, 3), torch.nan, dtype=dtype)
-    target = GradTarget(torch.zeros(2, 3), list(grads), [True, True])
+    target = GradTarget(torch.zeros(2, 3), list(grads), grads, [True, True])
     a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
     product = torch.tensor([[3.0, 4.0, 5.0], [6.0, 8.0, 10.0]])
     target.write_product(1, a, b)  # in bfloat16 through a copy, else straight to its place
@@ -49,7 +50,7 @@ def make_target(*params: nn.Parameter, num_tasks: int = 3, dtype: torch.dtype = 
     """What `FlatMemory` does for parameters that lie end to end."""
     weight = torch.cat([param.detach() for param in params]).to(dtype)
     grads = torch.full((num_tasks, *weight.shape), torch.nan)
-    return GradTarget(weight, list(grads), [True] * num_tasks)
+    return GradTarget(weight, list(grads), grads, [True] * num_tasks)
 
 
 def pack(targets: dict[nn.Parameter, GradTarget], with_tasks: bool = True) -> Packing:
@@ -58,51 +59,78 @@ def pack(targets: dict[nn.Parameter, GradTarget], with_tasks: bool = True) -> Pa
     return Packing(SIZES, TASKS, {id(param): target for param, target in targets.items()})
 
 
-def random_input(
-    width: int, seed: int = 0, num_tokens: int = NUM_TOKENS
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_input(width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's input and the gradient of its output, each (M, width)."""
-    generator = torch.Generator().manual_seed(seed)
-    x, dy = torch.randn(2, num_tokens, width, generator=generator)
+    x, dy = torch.randn(2, NUM_TOKENS, width, generator=torch.Generator().manual_seed(0))
     return x.requires_grad_(), dy
 
 
-def test_fused_layers_equal_separate_ones():
-    """Query, key and value in one product: values, the input's gradient, each task's of every parameter."""
+def normalise(x: torch.Tensor, layer: nn.LayerNorm) -> torch.Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (x.var(1, unbiased=False, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+
+
+# Layers, what is tested, and the formula. Query, key and value in one product; an eps that shows where it is
+# added.
+LAYERS = {
+    "linear": (
+        lambda: [nn.Linear(6, width) for width in (6, 6, 5)],
+        linear,
+        lambda x, *layers: torch.cat([x @ layer.weight.T + layer.bias for layer in layers], dim=1),
+    ),
+    "layer_norm": (lambda: [randomise(nn.LayerNorm(6, eps=0.1))], layer_norm, normalise),
+    "embedding": (
+        lambda: [nn.Embedding(9, 4)],
+        embedding,
+        lambda ids, layer: F.one_hot(ids, 9).float() @ layer.weight,
+    ),
+}
+WORD_IDS = torch.tensor([1, 1, 8, 0, 1, 5, 1, 5, 2, 2, 2, 1, 8, 8, 4, 1, 0])
+
+
+@pytest.mark.parametrize("with_tasks", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_equal_the_formula_and_each_task_has_its_gradients(kind, with_tasks):
     torch.manual_seed(0)
-    layers = [nn.Linear(6, width) for width in (6, 6, 5)]
-    weight = make_target(*(layer.weight for layer in layers))
-    bias = make_target(*(layer.bias for layer in layers))
-    x, _ = random_input(6)
-    _, dy = random_input(17)
-    expected = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in layers], dim=1)
-    expected_dx, *dweights = torch.autograd.grad(expected, [x, *(layer.weight for layer in layers)], dy)
-    y = linear(x, pack({layers[0].weight: weight, layers[0].bias: bias}), *layers)
+    make, function, formula = LAYERS[kind]
+    layers = make()
+    x = WORD_IDS if kind == "embedding" else random_input(6)[0]
+    expected = formula(x, *layers)
+    dy = torch.randn_like(expected)
+    kinds = ("weight",) if kind == "embedding" else ("weight", "bias")
+    groups = [[getattr(layer, name) for layer in layers] for name in kinds]
+    targets = [make_target(*group) for group in groups]
+    for task in (0, 2) if kind == "embedding" else ():
+        targets[0].grads[task].zero_()  # as `start_step` leaves them
+    by_param = {group[0]: target for group, target in zip(groups, targets, strict=True)}
+    y = function(x, pack(by_param, with_tasks), *layers)
+    torch.testing.assert_close(y, expected, **FLOAT32)
     y.backward(dy)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)  # float32, as all below
-    torch.testing.assert_close(x.grad, expected_dx, rtol=1e-5, atol=1e-6)
-    for task in (0, 2):
-        tokens = TOKENS_OF[task]
-        torch.testing.assert_close(weight.grads[task], dy[tokens].T @ x[tokens], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(bias.grads[task], dy[tokens].sum(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(weight.grads[0] + weight.grads[2], torch.cat(dweights), rtol=1e-5, atol=1e-5)
-    assert weight.is_empty == bias.is_empty == [False, True, False]
-    assert weight.grads[1].isnan().all() and bias.grads[1].isnan().all()  # not written: for `finish_grads`
-    assert all(param.grad is None for layer in layers for param in layer.parameters())
+    if x.requires_grad:
+        torch.testing.assert_close(x.grad, torch.autograd.grad(expected, x, dy, True)[0], **FLOAT32)
+    for group, target in zip(groups, targets, strict=True):
+        if not with_tasks:
+            for param, grad in zip(group, torch.autograd.grad(expected, group, dy, True), strict=True):
+                torch.testing.assert_close(param.grad, grad, **FLOAT32)
+            assert target.is_empty == [True] * 3
+            continue
+        for task in (0, 2):
+            tokens = TOKENS_OF[task]
+            grads = torch.autograd.grad(expected[tokens], group, dy[tokens], retain_graph=True)
+            torch.testing.assert_close(target.grads[task], torch.cat(grads), **FLOAT32)
+        assert target.grads[1].isnan().all()  # not written: for `finish_grads`
+        assert kind == "embedding" or target.is_empty == [False, True, False]
+        assert all(param.grad is None for param in group)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_tasks_change_nothing_without_gradients_or_trainable_parameters(frozen):
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 6), nn.LayerNorm(6), nn.Embedding(5, 6)]
-    for layer in layers:
-        layer.requires_grad_(not frozen)
-    x, _ = random_input(6)
-    ids = torch.arange(NUM_TOKENS) % 5
-    packing = pack({})
+    layers = nn.ModuleList([nn.Linear(6, 6), nn.LayerNorm(6), nn.Embedding(5, 6)]).requires_grad_(not frozen)
+    (x, _), ids, packing = random_input(6), torch.arange(NUM_TOKENS) % 5, pack({})
+    functions = zip((linear, layer_norm, embedding), (x, x, ids), layers, strict=True)
     with torch.set_grad_enabled(frozen):  # there are no targets: an access would fail
-        found = [linear(x, packing, layers[0]), layer_norm(x, packing, layers[1])]
-        found += [embedding(ids, packing, layers[2])]
+        found = [function(tensor, packing, layer) for function, tensor, layer in functions]
     for y, expected in zip(found, [layers[0](x), layers[1](x), layers[2](ids)], strict=True):
         assert torch.equal(y, expected)
     assert [y.requires_grad for y in found] == [frozen, frozen, False]  # through the input
@@ -128,35 +156,6 @@ def test_linear_reads_the_copy_of_its_weights():
     )
     torch.testing.assert_close(bias.grads[2], dy[TOKENS_OF[2]].sum(0), rtol=2**-8, atol=2**-8)
     torch.testing.assert_close(x.grad, dy @ weight.weight.float(), rtol=2**-8, atol=2**-8)
-
-
-@pytest.mark.parametrize("with_tasks", [True, False])
-def test_layer_norm_equals_the_formula(with_tasks):
-    layer = nn.LayerNorm(7, eps=0.1)  # a large eps shows where it is added
-    x, dy = random_input(7)
-    with torch.no_grad():
-        layer.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
-        layer.bias.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(2))
-    weight, bias = make_target(layer.weight), make_target(layer.bias)
-    centred = x - x.mean(1, keepdim=True)
-    normal = centred / (x.var(1, unbiased=False, keepdim=True) + 0.1).sqrt()
-    expected = normal * layer.weight + layer.bias
-    expected_dx, dweight, dbias = torch.autograd.grad(expected, [x, layer.weight, layer.bias], dy)
-    y = layer_norm(x, pack({layer.weight: weight, layer.bias: bias}, with_tasks), layer)
-    y.backward(dy)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)  # float32, as all below
-    torch.testing.assert_close(x.grad, expected_dx, rtol=1e-5, atol=1e-6)
-    if not with_tasks:
-        torch.testing.assert_close(layer.weight.grad, dweight, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(layer.bias.grad, dbias, rtol=1e-5, atol=1e-5)
-        assert weight.is_empty == [True] * 3
-        return
-    assert layer.weight.grad is None and layer.bias.grad is None
-    for task in (0, 2):
-        tokens = TOKENS_OF[task]
-        torch.testing.assert_close(weight.grads[task], (dy * normal)[tokens].sum(0), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(bias.grads[task], dy[tokens].sum(0), rtol=1e-5, atol=1e-5)
-    assert weight.is_empty == bias.is_empty == [False, True, False]
 
 
 def test_layer_norm_gradients_are_accurate_for_bfloat16_input():
@@ -185,29 +184,6 @@ def test_layer_norm_gradients_are_accurate_for_bfloat16_input():
             kept += [float((a - b).norm() / b.norm()) for a, b in zip(grads, exact, strict=True)]
     assert max(errors) < 3e-3, errors
     assert max(errors) < max(plain_errors) / 3, plain_errors  # or else there would be no need for more lines
-
-
-@pytest.mark.parametrize("with_tasks", [True, False])
-def test_embedding_adds_to_the_rows_of_its_words(with_tasks):
-    torch.manual_seed(0)
-    layer = nn.Embedding(9, 4)
-    target = make_target(layer.weight)
-    for task in (0, 2):
-        target.grads[task].zero_()  # as `start_step` leaves them
-    ids = torch.tensor([1, 1, 8, 0, 1, 5, 1, 5, 2, 2, 2, 1, 8, 8, 4, 1, 0])
-    _, dy = random_input(4)
-    y = embedding(ids, pack({layer.weight: target}, with_tasks), layer)
-    assert torch.equal(y, layer.weight[ids])
-    y.backward(dy)
-    one_hot = F.one_hot(ids, 9).float()
-    if not with_tasks:
-        torch.testing.assert_close(layer.weight.grad, one_hot.T @ dy)  # float32
-        assert not target.grads[0].any()
-        return
-    assert layer.weight.grad is None
-    for task in (0, 2):
-        torch.testing.assert_close(target.grads[task], one_hot[TOKENS_OF[task]].T @ dy[TOKENS_OF[task]])
-    assert target.grads[1].isnan().all()
 
 
 # --- a whole encoder ----------------------------------------------------------------------------------------
@@ -283,12 +259,11 @@ def stored_grads(bert: BertModel, memory: FlatMemory) -> dict[str, torch.Tensor]
     }
 
 
-def run_step(bert, memory: FlatMemory, passes: list, stale: float | None = torch.nan, autocast=nullcontext):
-    """One step up to its gradients; before it, everything that may be stale is made so."""
-    if stale is not None:
-        memory.matrix_grads.fill_(stale)
-        memory.other_grads[:, memory.layout.words.stop :].fill_(stale)
-        memory.word_grads[:, memory.touched] = stale
+def run_step(bert, memory: FlatMemory, passes: list, autocast=nullcontext):
+    """One step up to its gradients; before it, everything that may be stale is made NaN."""
+    memory.matrix_grads.fill_(torch.nan)
+    memory.other_grads[:, memory.layout.words.stop :].fill_(torch.nan)
+    memory.word_grads[:, memory.touched] = torch.nan
     memory.start_step([inputs[0] for batches in passes for _, inputs, _, _ in batches])
     for batches in passes:
         inputs, task_numbers = [inputs for _, inputs, _, _ in batches], [task for task, *_ in batches]
@@ -319,46 +294,20 @@ def compare(bert, found, expected, passes, tolerance):
 
 @pytest.mark.parametrize("pooler", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_every_task_equal_autograd(case, pooler):
-    """Float32 sums in another order: errors of about 1e-6 of a parameter's gradient."""
+def test_gradients_of_every_task_equal_autograd(case, pooler, in_double):
+    """A tight tolerance: what is wrong in a few rows or a small parameter has no room to hide."""
     bert = make_bert(pooler)
     passes = make_passes(CASES[case], pooler)
-    expected = plain_grads(bert, passes)
-    memory = make_memory(bert)
-    run_step(bert, memory, passes)
-    compare(bert, stored_grads(bert, memory), expected, passes, 1e-5)
-    assert all(param.grad is None for param in bert.parameters())
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_of_every_task_equal_autograd_in_float64(case, in_double):
-    """A tight tolerance: what is wrong in a few rows or a small parameter has no room to hide."""
-    bert = make_bert(seed=1)
-    passes = make_passes(CASES[case], True, seed=1)
     expected = plain_grads(bert, passes)
     memory = make_memory(bert, grad_dtype=torch.float64)
     run_step(bert, memory, passes)
     found = stored_grads(bert, memory)
     compare(bert, found, expected, passes, 1e-12)
+    assert all(param.grad is None for param in bert.parameters())
     present = sorted({task for batches in passes for task, *_ in batches})
     for name, grads in found.items():
         if "query" not in name and "key" not in name:  # with one word piece they have none
             assert all(grads[task].any() for task in present), name
-
-
-def test_steps_after_each_other_know_nothing_of_each_other():
-    """Other batches, other tasks absent, other words: each step's gradients are its own, to the bit."""
-    bert = make_bert()
-    memory = make_memory(bert)
-    for seed, case in enumerate(CASES):
-        passes = make_passes(CASES[case], True, seed=seed)
-        run_step(bert, memory, passes, stale=None)
-        found = {name: grad.clone() for name, grad in stored_grads(bert, memory).items()}
-        fresh = make_bert()
-        fresh_memory = make_memory(fresh)
-        run_step(fresh, fresh_memory, passes, stale=None)
-        for name, grads in stored_grads(fresh, fresh_memory).items():
-            assert torch.equal(found[name], grads), (case, name)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
@@ -385,31 +334,9 @@ def test_dropout_is_that_of_an_ordinary_pass():
     torch.manual_seed(4)
     outputs = bert.encode(inputs)
     losses = [loss_of(output, *weighs) for output, (_, _, *weighs) in zip(outputs, batches, strict=True)]
-    expected = {name: torch.zeros(NUM_TASKS, *param.shape) for name, param in params.items()}
-    for task, loss in enumerate(losses):
-        grads = torch.autograd.grad(loss, list(params.values()), retain_graph=True)
-        for name, grad in zip(params, grads, strict=True):
-            expected[name][task] = grad
+    by_task = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+    expected = {name: torch.stack(grads) for name, *grads in zip(params, *by_task, strict=True)}
     memory = make_memory(bert)
     torch.manual_seed(4)
     run_step(bert, memory, passes)
     compare(bert, stored_grads(bert, memory), expected, passes, 1e-5)  # float32
-
-
-def test_no_gradient_is_kept_twice(monkeypatch):
-    """Each linear layer writes once per task and pass, and each first write goes straight to its place."""
-    bert = make_bert()
-    passes = make_passes(CASES["side by side"], True)
-    memory = make_memory(bert)
-    places, real_mm = [], torch.mm
-
-    def recorded(a, b, out):
-        places.append(out.data_ptr())
-        return real_mm(a, b, out=out)
-
-    monkeypatch.setattr(task_grads.torch, "mm", recorded)
-    run_step(bert, memory, passes)
-    groups = len(bert.linear_groups())
-    assert len(places) == len(set(places)) == 2 * groups  # two tasks
-    low, high = memory.matrix_grads.data_ptr(), memory.matrix_grads[2].data_ptr()
-    assert all(low <= place < high for place in places)

@@ -19,9 +19,13 @@ import torch.nn.functional as F
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 pytest.importorskip("triton")
 
+import numpy as np
+
+from kernels import static
 from kernels import triton_kernels as tk
 from optimizer import AdamW, rectification
 from support.files import ROOT
+from tests.training.test_captured_step import Pair
 
 if type(tk.dropout_kernel).__name__ != "InterpretedFunction":
     pytest.skip("triton was imported before, without its interpreter", allow_module_level=True)
@@ -413,3 +417,32 @@ def test_max_tile_by_card():
     assert [tk.max_tile(torch.float16, shared) for shared in cards] == [32, 128, 256, 256]
     assert [tk.max_tile(torch.float32, shared) for shared in cards] == [0, 128, 256, 256]
     assert tk.max_tile(torch.float32, 0) == 0
+
+
+# --- gradients of embedding tables, and a whole step --------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_added_to_the_table_rows_that_they_were_looked_up_in(dtype, monkeypatch):
+    """Some occur more often than a piece holds; two tasks, each with a table of its own."""
+    monkeypatch.setattr(static, "PIECE", 16)
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 9, 150) * rng.integers(0, 2, 150)  # half of them are 0
+    tasks, starts = [slice(0, 70), slice(70, 150)], [40, 5000]
+    table = static.sort_rows(numbers, tasks, starts, 130)
+    pad = [(values, size) for values, size in ((table.pieces, 40), (table.sums, 40), (table.offsets, 39))]
+    padded = [torch.from_numpy(np.pad(values, (0, size - len(values)), "edge")).int() for values, size in pad]
+    x, out = randn(150, 130, dtype=dtype), randn(8000)
+    expected = out.double()
+    for task, start in zip(tasks, starts, strict=True):
+        for row in range(task.start, task.stop):
+            place = start + 130 * int(numbers[row])
+            expected[place : place + 130] += x[row].double()
+    tk.sum_rows(x, torch.from_numpy(table.order).int(), *padded, out)
+    close(out, expected)
+
+
+def test_whole_steps_with_these_kernels_equal_plain_ones():
+    pair = Pair(ops=tk, grad_method="pcgrad", clip_norm=1.0)
+    pair.steps(2, sizes=(2,))
+    pair.compare_parameters()

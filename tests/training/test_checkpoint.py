@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, damage is found, and a replacement never loses the last good one."""
 
+import hashlib
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 
 from bert import BertModel
 from support.errors import UserError
-from support.files import whole_file, write_text
+from support.files import write_text
 from tests.tiny import make_sst_model
 from training import checkpoint
 from training.checkpoint import (
@@ -45,19 +46,6 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- whole files ----------------------------------------------------------------------------------
-
-
-def test_file_that_fails_leaves_the_old_one(tmp_path):
-    path = tmp_path / "folder" / "file"
-    write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
-        temporary.write_text("ne")
-        assert path.read_text() == "old"
-        raise ZeroDivisionError
-    assert path.read_text() == "old" and names(path.parent) == ["file"]
-
-
 def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -71,30 +59,20 @@ def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tm
 
 
 def test_round_trip(tokenizer, tmp_path):
-    model, other = make_sst_model(tokenizer), make_sst_model(tokenizer, seed=1)
+    """Also as an encoder's folder, with checksums as `sha256sum` makes them."""
+    model, other, folder = make_sst_model(tokenizer), make_sst_model(tokenizer, seed=1), tmp_path / "last"
     state = {"step": 3, "cosine_ema": [[0.1, -1 / 3]], "best_score": None}
-    save(tmp_path / "last", model, tokenizer, state)
-    assert load_state(tmp_path / "last") == state  # JSON keeps every bit of a float
+    save(folder, model, tokenizer, state)
+    assert load_state(folder) == state and names(tmp_path) == ["last"]  # JSON keeps every bit of a float
     assert not same(model, other)
-    load_model(tmp_path / "last", other)
+    load_model(folder, other)
     assert same(model, other)
-    assert names(tmp_path) == ["last"]
-
-
-def test_checkpoint_is_an_encoder_folder(tokenizer, tmp_path):
-    model = make_sst_model(tokenizer)
-    save(tmp_path / "best", model, tokenizer, {})
-    encoder = BertModel.from_pretrained(tmp_path / "best")
-    assert same(model.bert, encoder)
-    assert "heads.sst" in encoder.load_report  # named as not used
-
-
-@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
-def test_checksums_are_those_of_sha256sum(tokenizer, tmp_path):
-    save(tmp_path / "last", make_sst_model(tokenizer), tokenizer, {})
-    assert os.system(f"cd {tmp_path}/last && sha256sum --check --strict --quiet SHA256SUMS") == 0
-    listed = {line.split()[1] for line in (tmp_path / "last" / "SHA256SUMS").read_text().splitlines()}
-    assert listed == set(names(tmp_path / "last")) - {"SHA256SUMS"}
+    encoder = BertModel.from_pretrained(folder)
+    assert same(model.bert, encoder) and "heads.sst" in encoder.load_report  # named as not used
+    sums = (folder / "SHA256SUMS").read_text()
+    expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    del expected["SHA256SUMS"]
+    assert sums == "".join(f"{digest}  {name}\n" for name, digest in expected.items())
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -146,18 +124,20 @@ def test_half_removed_checkpoint_has_no_name(tmp_path, monkeypatch):
     """A kill while old ones are removed leaves nothing like a checkpoint, and the next save clears up."""
     for number in (1, 2):
         write_number(tmp_path / "last", number, 2)
-
-    def die(*args, **options):
-        raise KeyboardInterrupt
-
-    real, calls = shutil.rmtree, iter(range(9))
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **o: die() if next(calls) == 0 else real(*args, **o))
+    monkeypatch.setattr(shutil, "rmtree", fail_with(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         write_number(tmp_path / "last", 3, 2)
     monkeypatch.undo()
     assert names(tmp_path) == ["last", "last.1", "last.old"]
     checkpoint.remove_leftovers(tmp_path / "last")
     assert names(tmp_path) == ["last", "last.1"]
+
+
+def fail_with(error):
+    def fail(*args, **options):
+        raise error
+
+    return fail
 
 
 def test_what_cannot_be_removed_is_a_warning_and_links_are_not_followed(tmp_path, monkeypatch, capsys):
@@ -168,11 +148,7 @@ def test_what_cannot_be_removed_is_a_warning_and_links_are_not_followed(tmp_path
     write_number(tmp_path / "last", 2)
     assert load_state(tmp_path / "elsewhere")["step"] == 1 and load_state(tmp_path / "last")["step"] == 2
     assert names(tmp_path) == ["elsewhere", "last"]
-
-    def refuse(*args, **options):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", fail_with(PermissionError(13, "Permission denied")))
     for number in (3, 4):
         write_number(tmp_path / "last", number)
         assert load_state(tmp_path / "last")["step"] == number
@@ -219,47 +195,45 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize(
-    "name",
-    ["model.safetensors", "state.json", "config.json", "vocab.txt", "tokenizer_config.json", "SHA256SUMS"],
-)
-def test_every_damage_is_found_and_the_one_before_takes_its_place(tokenizer, tmp_path, capsys, name, damage):
-    folder = tmp_path / "last"
+FILES = ["model.safetensors", "state.json", "config.json", "vocab.txt", "tokenizer_config.json", "SHA256SUMS"]
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    """Two checkpoints of step 2 and, before it, 1; to be copied."""
+    folder = tmp_path_factory.mktemp("saved")
     for step in (1, 2):
-        save(folder, make_sst_model(tokenizer, seed=step), tokenizer, {"step": step}, keep=2)
-    assert find_damage(folder) is None and find_checkpoint(folder) == folder
-    assert not capsys.readouterr().out
-    DAMAGES[damage](folder / name)
-    assert find_checkpoint(folder) == tmp_path / "last.1"
-    printed = capsys.readouterr().out
-    assert printed.startswith("warning: ") and str(folder) in printed and printed.count("\n") == 1
-    assert load_state(tmp_path / "last.1")["step"] == 1
-    DAMAGES[damage](tmp_path / "last.1" / name)
-    with pytest.raises(UserError, match="no undamaged checkpoint is left"):
-        find_checkpoint(folder)
+        save(folder / "last", make_sst_model(tokenizer, seed=step), tokenizer, {"step": step}, keep=2)
+    assert set(names(folder / "last")) == set(FILES)
+    return folder
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_checksums_that_lost_a_line(tmp_path, number):
-    def write(new):
-        for name in ("a.json", "state.json", "z.txt"):
-            (new / name).write_text("{}")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_found_and_the_one_before_takes_its_place(saved, tmp_path, capsys, damage):
+    for name in FILES:
+        folder = shutil.copytree(saved, tmp_path / name) / "last"
+        assert find_damage(folder) is None and find_checkpoint(folder) == folder
+        assert not capsys.readouterr().out
+        DAMAGES[damage](folder / name)
+        before = folder.with_name("last.1")
+        assert find_checkpoint(folder) == before and load_state(before)["step"] == 1
+        printed = capsys.readouterr().out
+        assert printed.startswith("warning: ") and str(folder) in printed and printed.count("\n") == 1
+        DAMAGES[damage](before / name)
+        with pytest.raises(UserError, match="no undamaged checkpoint is left"):
+            find_checkpoint(folder)
 
-    write_checkpoint(tmp_path / "last", write)
-    path = tmp_path / "last" / "SHA256SUMS"
+
+def test_checksums_that_lost_a_line_or_point_elsewhere(saved, tmp_path):
+    folder = shutil.copytree(saved / "last", tmp_path / "last")
+    path, outside = folder / "SHA256SUMS", tmp_path / "outside"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:number] + lines[number + 1 :]))
-    assert "SHA256SUMS" in find_damage(tmp_path / "last")
-
-
-def test_checksums_cannot_point_elsewhere(tmp_path):
-    write_number(tmp_path / "last", 1)
-    outside = tmp_path / "outside"
+    for line in lines:
+        path.write_text("".join(other for other in lines if other != line))
+        assert "SHA256SUMS" in find_damage(folder)
     outside.write_text("")
-    with open(tmp_path / "last" / "SHA256SUMS", "a") as file:
-        file.write(f"{checkpoint.file_digest(outside)}  ../outside\n")
-    assert "'../outside' is not of this checkpoint" in find_damage(tmp_path / "last")
+    path.write_text("".join([*lines, f"{checkpoint.file_digest(outside)}  ../outside\n"]))
+    assert "'../outside' is not of this checkpoint" in find_damage(folder)
 
 
 def test_no_checkpoint(tmp_path):
@@ -282,22 +256,15 @@ def test_gap_between_two_renames(tmp_path, capsys):
 # --- what is in them ------------------------------------------------------------------------------
 
 
-def test_damaged_tensors(tmp_path):
+def test_tensors_that_are_damaged_or_do_not_fit(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"no tensors")
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_tensors(path)
-    with pytest.raises(UserError, match="missing"):
-        load_tensors(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("source", [{}, {"a": torch.zeros(3)}, {"a": torch.zeros(2), "b": torch.zeros(1)}])
-def test_copy_tensors_refuses_what_does_not_fit(tmp_path, source):
-    with pytest.raises(UserError, match="does not fit"):
-        copy_tensors(source, {"a": torch.zeros(2)}, tmp_path)
-
-
-def test_copy_tensors_keeps_views(tmp_path):
+    for bad, message in ((path, r"model\.safetensors"), (tmp_path / "nowhere", "missing")):
+        with pytest.raises(UserError, match=message):
+            load_tensors(bad)
+    for source in ({}, {"a": torch.zeros(3)}, {"a": torch.zeros(2), "b": torch.zeros(1)}):
+        with pytest.raises(UserError, match="does not fit"):
+            copy_tensors(source, {"a": torch.zeros(2)}, path)
     memory = torch.zeros(4)
-    copy_tensors({"a": torch.ones(2)}, {"a": memory[1:3]}, tmp_path)
+    copy_tensors({"a": torch.ones(2)}, {"a": memory[1:3]}, path)  # views stay views
     assert memory.tolist() == [0, 1, 1, 0]

@@ -1,14 +1,12 @@
 """The command line of multitask_classifier.py, held against its help texts: each flag changes a run as it
 promises, contradictions end in one line, and a run that exists takes only the flags that their marks allow.
 
-Whole trainings of three steps, of a tiny encoder on a few rows, are compared bit by bit.
+Trainings of a few steps, of a tiny encoder on a few rows, are compared bit by bit.
 """
 
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,9 +14,9 @@ from safetensors.torch import load_file
 
 import multitask_classifier
 from config import TASKS
+from evaluation import TASK_KINDS, summarise
 from kernels.fused import find_compiler
 from support.errors import UserError
-from support.files import ROOT
 from tests.tiny import make_data, make_encoder
 from training import token_cache
 from training.flags import READING_MAY_CHANGE, RESUME_MAY_CHANGE, get_args, given_flags, make_parser, read_run
@@ -35,8 +33,8 @@ slow = pytest.mark.slow
 def place(tmp_path_factory):
     """A folder with two encoders and two sets of data, and no plots to wait for."""
     folder = tmp_path_factory.mktemp("flags")
-    make_encoder(folder / "encoder")
-    make_encoder(folder / "other_encoder", seed=1)
+    for name, seed in (("encoder", 0), ("other_encoder", 1)):
+        make_encoder(folder / name, seed)
     make_data(folder / "data")
     make_data(folder / "other_data", start=50)
     with pytest.MonkeyPatch.context() as patch:
@@ -69,6 +67,29 @@ def run(place, command):
     return run
 
 
+@pytest.fixture(scope="module")
+def train(place, command):
+    """As `run`, but without evaluations, which change no weight; returns the weights at the end."""
+    done = {}
+
+    def evaluate(model, *args):
+        scores = {task: {TASK_KINDS[spec.kind].main_score: 0.0} for task, spec in model.tasks.items()}
+        return summarise(scores, model.tasks), dict.fromkeys(scores)
+
+    def train(flags=""):
+        if flags not in done:
+            folder = place / f"training{len(done)}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(multitask_classifier, "evaluate", evaluate)
+                patch.setattr(multitask_classifier, "find_warnings", lambda *args: [])
+                patch.setattr(multitask_classifier, "evaluate_best", lambda *args, **options: None)
+                assert multitask_classifier.main(command(flags, folder)) == 0
+            done[flags] = weights(folder)
+        return done[flags]
+
+    return train
+
+
 def again(folder, flags):
     """The exit code of a command on a run that exists."""
     return multitask_classifier.main(["--output_dir", str(folder), *shlex.split(flags)])
@@ -78,8 +99,7 @@ def weights(folder):
     return load_file(folder / "last" / "model.safetensors")
 
 
-def same_weights(a, b):
-    first, second = weights(a), weights(b)
+def are_same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -110,48 +130,66 @@ CHANGES = (
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
 TRAINING["sampler"] = ("--seed 3", "--sampler proportional --seed 3")
-for task, spec in TASKS.items():
-    alone, file = f"--tasks {task}", f"{{place}}/other_data/{spec.files['train']}"
-    TRAINING[f"{task}_batch_size"] = (alone, f"{alone} --{task}_batch_size 5")
-    TRAINING[f"{task}_train"] = (alone, f"{alone} --{task}_train {file}")
 
 
 @slow
 @pytest.mark.parametrize("flag", TRAINING)
-def test_training_flag_changes_the_weights(run, flag):
+def test_training_flag_changes_the_weights(train, place, flag):
     reference, change = TRAINING[flag]
-    assert not same_weights(run(reference), run(change))
+    after = train(change)
+    assert not are_same(train(reference), after)
+    if flag in ("option", "fine_tune_mode", "freeze_encoder"):
+        before = load_file(place / "encoder" / "model.safetensors")
+        assert all(torch.equal(tensor, after[f"bert.{name}"]) for name, tensor in before.items())
 
 
 @slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--select_by mean",  # the default, said aloud, so that it runs again
-        "--option finetune",
-        "--fine-tune-mode full-model",
-        "--eval_every 1",  # looking does not change the run
-    ],
-)
-def test_flags_without_an_effect_on_the_weights_give_the_same_bits(run, flags):
-    assert same_weights(run(), run(flags))
+def test_flags_without_an_effect_on_the_weights_give_the_same_bits(run, train):
+    """Defaults said aloud; and neither evaluations nor what is written changes a run."""
+    for flags in ("--option finetune --fine-tune-mode full-model --select_by mean", OUTPUT_FLAGS):
+        assert are_same(train(), weights(run(flags)))
 
 
 @slow
-@pytest.mark.parametrize("flag", ["option", "fine_tune_mode", "freeze_encoder"])
-def test_freezing_flags_leave_the_encoder_as_it_was(run, place, flag):
-    before, after = load_file(place / "encoder" / "model.safetensors"), weights(run(TRAINING[flag][1]))
-    assert all(torch.equal(tensor, after[f"bert.{name}"]) for name, tensor in before.items())
+def test_data_file_flags(run):
+    """All of them together are as good as --data_dir."""
+    files = {f"{task}_{split}": name for task in TASKS for split, name in TASKS[task].files.items()}
+    given, wanted = (
+        run(f"{ALL_TASKS} {flags}")
+        for flags in (
+            " ".join(f"--{flag} {{place}}/other_data/{name}" for flag, name in files.items()),
+            "--data_dir {place}/other_data",
+        )
+    )
+    assert are_same(weights(given), weights(wanted)) and not are_same(weights(given), weights(run(ALL_TASKS)))
+    found = prediction_files(given)
+    assert found == prediction_files(wanted) and len(found) == 2 * len(TASKS)
+
+
+@slow
+def test_batch_sizes_of_tasks(train, monkeypatch):
+    sizes, real, found = dict(zip(TASKS, (5, 6, 7, 3), strict=True)), multitask_classifier.train_step, {}
+
+    def watched(model, memory, optimizer, task_batches, *args, **options):
+        found.update({batch.task: len(batch.micro_batches[0]["labels"]) for batch in task_batches})
+        return real(model, memory, optimizer, task_batches, *args, **options)
+
+    monkeypatch.setattr(multitask_classifier, "train_step", watched)
+    train(" ".join([ALL_TASKS, *(f"--{task}_batch_size {size}" for task, size in sizes.items())]))
+    assert found == sizes
 
 
 # --- other flags --------------------------------------------------------------------------------------------
 
-SPLIT_FLAGS = [f"{task}_{split}" for task in TASKS for split in ("dev", "test")]
-# Flags whose test is not a row of TRAINING.
-OTHERS = {*SPLIT_FLAGS, *(f"{name}_out" for name in SPLIT_FLAGS)}
+OUTPUT_FLAGS = "--eval_every 1 --log_every 2 --eval_max_examples 3 --keep_last 3 --select_by sts"
+OUTPUT_FLAGS += " --prediction_style handout --predict_splits test"
+FILE_FLAGS = [f"{task}_{split}" for task in TASKS for split in ("dev", "test")]
+# Flags whose test is not a row of TRAINING; that of --max_bad_steps is among those of whole runs.
+OTHERS = {*FILE_FLAGS, *(f"{name}_out" for name in FILE_FLAGS)}
+OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train")}
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last"}
-OTHERS |= {"max_bad_steps", "predict_splits", "prediction_style"}
+OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
 OTHERS |= {"resume", "overwrite", "eval_only", "predict_only"}
 
 
@@ -160,67 +198,81 @@ def test_every_flag_has_a_test():
 
 
 @slow
-def test_data_file_flags(run):
-    files = {f"{task}_{split}": TASKS[task].files[split] for task in TASKS for split in ("dev", "test")}
-    change = " ".join(f"--{flag} {{place}}/other_data/{name}" for flag, name in files.items())
-    found, wanted, unlike = (
-        {
-            name: [line.split()[0] for line in text.splitlines()]  # the ids
-            for name, text in prediction_files(run(f"{ALL_TASKS} {flags}")).items()
-        }
-        for flags in (change, "--data_dir {place}/other_data", "")
-    )
-    assert found == wanted and len(found) == len(files)
-    assert all(found[name] != unlike[name] for name in found)
+def test_flags_of_what_is_measured_and_written(run):
+    default, changed = run(), run(OUTPUT_FLAGS)
+    steps = [
+        [line["step"] for line in lines(folder, key)]
+        for key in ("dev", "loss")
+        for folder in (default, changed)
+    ]
+    assert steps == [[3], [1, 2, 3], [1, 2, 3], [2, 3]]
+    evaluated, (first,) = lines(changed, "dev"), lines(default, "dev")
+    assert all(line["dev"]["tasks"]["sst"]["accuracy"] in (0, 1 / 3, 2 / 3, 1) for line in evaluated)
+    assert evaluated[-1]["dev"] != first["dev"] and first["score"] == first["dev"]["mean"]
+    assert [line["score"] for line in evaluated] == [
+        line["dev"]["tasks"]["sts"]["pearson"] for line in evaluated
+    ]
+    best = max(evaluated, key=lambda line: line["score"])  # the first of equals
+    scores = (changed / "scores.json").read_text()
+    assert json.loads(scores)["step"] == best["step"]
+    assert again(changed, "--eval_only") == 0
+    assert (changed / "scores.json").read_text() == scores  # the last evaluation takes all
+    for folder, kept in ((default, {"last": 3}), (changed, {"last": 3, "last.1": 2, "last.2": 1})):
+        states = folder.glob("last*/state.json")
+        assert {path.parent.name: json.loads(path.read_text())["step"] for path in states} == kept
+    starter, handout = prediction_files(default), prediction_files(changed)
+    assert starter["sst-test-output.csv"].startswith("id \t Predicted_Sentiment \n") and len(starter) == 6
+    assert handout["sst-test-out.csv"].startswith("id,Predicted_Sentiment\n") and len(handout) == 3
 
 
 @slow
 def test_prediction_file_flags(run, place):
-    paths = {name: place / f"{name}.csv" for name in SPLIT_FLAGS}
+    paths = {name: place / f"{name}.csv" for name in FILE_FLAGS}
     folder = run(" ".join([ALL_TASKS, *(f"--{name}_out {path}" for name, path in paths.items())]))
     written = {f"{name.replace('_', '-')}-output.csv": path.read_text() for name, path in paths.items()}
-    assert written == prediction_files(run(ALL_TASKS + " "))
-    assert not (folder / "predictions").exists()
+    assert written == prediction_files(run(ALL_TASKS)) and not (folder / "predictions").exists()
+
+
+def final_scores(folder):
+    return json.loads((folder / "scores.json").read_text())
 
 
 @slow
-def test_prediction_flags(run):
-    handout = prediction_files(run("--prediction_style handout --predict_splits test"))
-    assert handout["sst-test-out.csv"].startswith("id,Predicted_Sentiment\n") and len(handout) == 3
-    starter = prediction_files(run())
-    assert starter["sst-test-output.csv"].startswith("id \t Predicted_Sentiment \n") and len(starter) == 6
+def test_final_eval_part(run, capsys):
+    folder = run("--eval_max_examples 3 --final_eval part")
+    scores = final_scores(folder)
+    assert scores == {"step": 3, "final_eval": "part", "dev": lines(folder, "dev")[0]["dev"]}
+    assert prediction_files(folder) == prediction_files(run())  # of whole splits all the same
+    assert again(folder, "--eval_only") == 0 and final_scores(folder) == scores
+    assert again(folder, "--eval_only --final_eval full") == 0 and final_scores(folder) == final_scores(run())
+    full = run("--eval_max_examples 3")
+    assert again(full, "--eval_only --final_eval part") == 0  # never in the place of a whole evaluation
+    assert final_scores(full) == final_scores(run()) and "stays as it is" in capsys.readouterr().out
 
 
 @slow
-def test_eval_every_and_log_every(run):
-    assert [line["step"] for line in lines(run(), "dev")] == [3]
-    assert [line["step"] for line in lines(run("--eval_every 1"), "dev")] == [1, 2, 3]
-    assert [line["step"] for line in lines(run(), "loss")] == [1, 2, 3]
-    assert [line["step"] for line in lines(run("--log_every 2"), "loss")] == [2, 3]
+def test_final_eval_none_and_only_what_is_asked_for(run, place, capsys):
+    folder = run("--final_eval none --predict_splits none")
+    assert not (folder / "scores.json").exists() and not (folder / "predictions").exists()
+    for mode, message in (
+        ("--eval_only", "give --final_eval full or part"),
+        ("--predict_only", "give --predict_splits dev,test"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            again(folder, mode)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    capsys.readouterr()
+    assert again(folder, "--predict_only --predict_splits dev --predict_tasks sst") == 0
+    assert "sts" not in capsys.readouterr().out and not (folder / "scores.json").exists()  # not even read
+    assert prediction_files(folder) == {"sst-dev-output.csv": prediction_files(run())["sst-dev-output.csv"]}
+    assert again(folder, "--eval_only --final_eval full") == 0
+    assert final_scores(folder) == final_scores(run())
 
 
 @slow
-def test_eval_max_examples(run):
-    few, all_of_dev = lines(run("--eval_max_examples 3"), "dev")[0]["dev"], lines(run(), "dev")[0]["dev"]
-    assert few["tasks"]["sst"]["accuracy"] in (0, 1 / 3, 2 / 3, 1)
-    assert few != all_of_dev
-    final = json.loads((run("--eval_max_examples 3") / "scores.json").read_text())["dev"]
-    assert final == json.loads((run() / "scores.json").read_text())["dev"]  # the last one takes all
-
-
-@slow
-@pytest.mark.parametrize("select_by", ["mean", "mean_2024", "sst", "para", "sts"])
-def test_select_by(run, select_by):
-    folder = run(f"--eval_every 1 --select_by {select_by}")
-    evaluated = lines(folder, "dev")
-    main = {"sst": "accuracy", "para": "accuracy", "sts": "pearson"}
-
-    def score(summary):
-        return summary["tasks"][select_by][main[select_by]] if select_by in main else summary[select_by]
-
-    best = max(evaluated, key=lambda line: score(line["dev"]))  # the first of equals
-    assert json.loads((folder / "best" / "state.json").read_text())["step"] == best["step"]
-    assert [line["score"] for line in evaluated] == [score(line["dev"]) for line in evaluated]
+def test_predict_tasks(run):
+    some = prediction_files(run("--predict_tasks sts,sst"))
+    assert len(some) == 4 and some.items() < prediction_files(run()).items()
 
 
 @slow
@@ -228,23 +280,6 @@ def test_patience(run):
     # With steps as small as these no score changes, so that the second is no better than the first.
     folder = run("--eval_every 1 --patience 1 --select_by sst --lr 1e-9 --head_lr 1e-9 --max_steps 9")
     assert [line["step"] for line in lines(folder, "dev")] == [1, 2]
-
-
-@slow
-@pytest.mark.parametrize(("number", "steps"), [(1, {"last": 3}), (3, {"last": 3, "last.1": 2, "last.2": 1})])
-def test_keep_last(run, number, steps):
-    states = run(f"--eval_every 1 --keep_last {number}").glob("last*/state.json")
-    assert {path.parent.name: json.loads(path.read_text())["step"] for path in states} == steps
-
-
-@slow
-@pytest.mark.parametrize("number", [1, 2])
-def test_max_bad_steps(place, command, capsys, number):
-    flags = f"--lr 1e30 --clip_norm 0 --max_bad_steps {number} --eval_every 9 --max_steps 9"
-    assert multitask_classifier.main(command(flags, place / f"bad{number}")) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and f"{number} steps in a row" in captured.err
-    assert captured.out.count("skipped for all tasks") == number
 
 
 @slow
@@ -257,14 +292,13 @@ def test_compile(run, monkeypatch):
 
 
 @slow
-def test_cache_dir(run, place, monkeypatch):
+def test_cache_dir(train, place, monkeypatch):
     monkeypatch.setattr(token_cache, "MIN_EXAMPLES", 1)
-    cached = run("--cache_dir {place}/cache")
+    cached = train("--cache_dir {place}/cache")
     names = {path.name for path in (place / "cache").iterdir()}
-    assert len(names) == 9  # three splits of three tasks
-    assert same_weights(run(), cached)
+    assert len(names) == 6 and are_same(train(), cached)  # two splits of three tasks
     monkeypatch.setattr(token_cache, "tokenize", None)  # would be called if anything were not in the cache
-    assert same_weights(cached, run("--cache_dir {place}/cache --log_every 1"))
+    assert are_same(cached, train("--cache_dir {place}/cache --log_every 2"))
     assert {path.name for path in (place / "cache").iterdir()} == names
 
 
@@ -272,14 +306,15 @@ def test_cache_dir(run, place, monkeypatch):
 
 
 @slow
-def test_resume_overwrite_and_refusal(run, command, capsys):
-    folder = run("--max_steps 4")
-    assert multitask_classifier.main(command("--max_steps 4", folder)) == 2
+def test_command_of_a_run_may_be_repeated_with_resume_or_to_overwrite_it(run, command, capsys):
+    flags = "--task_weights sts=2 --max_length 500 --device auto --precision auto --option finetune"
+    folder = run(flags)
+    stored, before = stored_args(folder), weights(folder)
+    assert multitask_classifier.main(command(flags, folder)) == 2
     assert "holds a run already" in capsys.readouterr().err
-    before = weights(folder)
-    assert again(folder, "--resume") == 0
-    assert all(torch.equal(before[key], tensor) for key, tensor in weights(folder).items())
-    assert multitask_classifier.main(command("--max_steps 4 --overwrite --seed 5", folder)) == 0
+    assert multitask_classifier.main(command(f"{flags} --resume", folder)) == 0
+    assert stored_args(folder) == stored | {"resume": True} and are_same(weights(folder), before)
+    assert multitask_classifier.main(command("--overwrite --seed 5", folder)) == 0
     assert not torch.equal(before["heads.sst.dense.0.weight"], weights(folder)["heads.sst.dense.0.weight"])
 
 
@@ -295,47 +330,6 @@ def test_eval_only_and_predict_only(run):
     assert prediction_files(folder) == written and len(written) == 6
 
 
-@slow
-@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
-def test_a_run_read_again_may_not_become_another_run(run, mode, capsys):
-    with pytest.raises(SystemExit) as end:
-        get_args(["--output_dir", str(run()), mode, "--sts_head", "concat", "--seed", "5"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1
-    assert error.endswith("--seed 5 (the run has 11711), --sts_head concat (the run has diff)\n")
-
-
-@slow
-@pytest.mark.parametrize(
-    "flags", ["", "--task_weights sts=2 --max_length 500 --device auto --precision auto --option finetune"]
-)
-def test_command_of_a_run_may_be_repeated_with_resume(command, run, flags):
-    folder = run(flags)
-    before = stored_args(folder)
-    assert multitask_classifier.main(command(f"{flags} --resume", folder)) == 0
-    assert stored_args(folder) == before | {"resume": True}
-
-
-@slow
-def test_resume_with_other_flags(place, run, capsys):
-    folder = run("--seed 21")
-    assert again(folder, f"--resume --data_dir {place}/other_data") == 2
-    assert "not those" in capsys.readouterr().err
-    assert again(folder, "--resume --max_steps 5") == 0
-    assert stored_args(folder)["max_steps"] == 5
-    assert len(json.loads((folder / "args.json").read_text())["commands"]) == 2
-
-
-@slow
-def test_evaluation_elsewhere(place, run):
-    folder = run("--seed 23")
-    scores, stored = (folder / "scores.json").read_text(), json.loads((folder / "args.json").read_text())
-    stored["args"]["device"] = "cuda:7"
-    (folder / "args.json").write_text(json.dumps(stored))
-    assert again(folder, f"--eval_only --device cpu --data_dir {place}/other_data") == 0
-    assert (folder / "scores.json").read_text() == scores  # those on other data are only printed
-
-
 @pytest.mark.parametrize("mode", ["--resume", "--eval_only", "--predict_only"])
 def test_a_run_that_is_not_there_ends_in_one_line(tmp_path, mode, capsys):
     for content, message in ((None, "no run there"), ("{", "not a JSON file")):
@@ -344,6 +338,16 @@ def test_a_run_that_is_not_there_ends_in_one_line(tmp_path, mode, capsys):
         assert again(tmp_path, mode) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
+def test_a_run_read_again_may_not_become_another_run(tmp_path, mode, capsys):
+    write_args_file(tmp_path, vars(get_args([])))
+    with pytest.raises(SystemExit) as end:
+        get_args(["--output_dir", str(tmp_path), mode, "--sts_head", "concat", "--seed", "5"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.endswith("--seed 5 (the run has 11711), --sts_head concat (the run has diff)\n")
 
 
 # --- values from args.json ----------------------------------------------------------------------------------
@@ -382,13 +386,13 @@ def test_damaged_settings_are_refused(tmp_path, change):
 MARKED = {
     "mode": ({"output_dir", "resume", "overwrite", "eval_only", "predict_only"}, True, True),
     "place": ({"data_dir", "cache_dir", *(f"{task}_train" for task in TASKS)}, True, True),
-    "predictions": ({"predict_splits", "prediction_style"}, True, True),
+    "predictions": ({"final_eval", "predict_splits", "predict_tasks", "prediction_style"}, True, True),
     "length": ({"max_steps", "patience"}, True, False),
     "upkeep": ({"log_every", "keep_last", "max_bad_steps"}, True, False),
     "machine": ({"device", "use_gpu", "precision"}, False, True),
     "text": ({"max_length"}, False, True),
 }
-MARKED["place"][0].update(SPLIT_FLAGS, (f"{name}_out" for name in SPLIT_FLAGS))
+MARKED["place"][0].update(FILE_FLAGS, (f"{name}_out" for name in FILE_FLAGS))
 
 
 def test_marks_say_what_may_change():
@@ -409,7 +413,6 @@ def test_marks_say_what_may_change():
         ("--batch_size 2.5", "--batch_size: value is '2.5'"),
         ("--hidden_dropout_prob 1", "--hidden_dropout_prob: value is '1'"),
         ("--tasks sst,nli", "--tasks: value is 'sst,nli'"),
-        ("--tasks sst,sst", "each once"),
         ("--task_weights sts", "--task_weights: value is 'sts'"),
         ("--tasks sst --task_weights sts=2", "--task_weights names sts"),
         ("--tasks sst --task_weights sst=0", "nothing would be trained"),
@@ -419,7 +422,10 @@ def test_marks_say_what_may_change():
         ("--extra_data sick,sick", "each once"),
         ("--extra_data sick=0", "--extra_data: value is 'sick=0'"),
         ("--tasks sst --extra_data sick", "--extra_data sick feeds sts"),
-        ("--predict_splits train", "--predict_splits: value is 'train'; expected dev, test or dev,test"),
+        ("--predict_splits train", "--predict_splits: value is 'train'; expected dev, test, dev,test"),
+        ("--predict_splits none,dev", "--predict_splits: value is 'none,dev'"),
+        ("--tasks sst --predict_tasks sts", "--predict_tasks names sts"),
+        ("--final_eval part", "--final_eval part needs --eval_max_examples"),
         ("--predict_splits dev,dev", "--predict_splits"),
         ("--option pretrain --fine-tune-mode full-model", "contradict"),
         ("--option finetune --freeze_encoder", "contradict"),
@@ -447,17 +453,7 @@ def test_help_names_every_flag_with_its_default():
     assert set(entries) == {flag.option_strings[0] for flag in FLAGS.values()}
     for flag in FLAGS.values():
         entry = entries[flag.option_strings[0]]
-        if flag.default is None or isinstance(
-            flag.default, bool | dict
-        ):  # in the text's own words, if at all
+        if flag.default is None or isinstance(flag.default, bool | dict):  # in its own words, if at all
             assert not any(f"default: {word}" in entry for word in ("None", "False", "{}"))
         else:
             assert f"(default: {flag.default})" in entry
-
-
-@slow
-def test_flags_import_no_model():
-    heavy = "bert base_bert training.run_folder training.checkpoint transformers huggingface_hub"
-    code = f"import sys, training.flags; print([name for name in {heavy.split()} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

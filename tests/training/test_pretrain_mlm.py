@@ -6,8 +6,8 @@ Shapes: B sentences, T padded length, H hidden_size, V vocab_size, M masked posi
 import csv
 import json
 import math
-import os
 import re
+import shutil
 import signal
 from contextlib import nullcontext
 
@@ -23,7 +23,7 @@ from datasets import read_rows
 from optimizer import lr_factor
 from support.errors import UserError
 from support.seeds import make_seed
-from tests.tiny import make_config, make_data, make_encoder
+from tests.tiny import make_config, make_data, make_encoder, randomise
 from tokenizer import BertTokenizer
 from training import pretrain_mlm
 from training.masked_lm import BertForMaskedLM, MaskedText, load_head, mask_tokens
@@ -34,6 +34,7 @@ from training.pretrain_mlm import (
     OUTPUT_FILES,
     TENSORS_FILE,
     evaluate,
+    find_run,
     main,
     make_optimizer,
     read_sentences,
@@ -45,7 +46,8 @@ V = 60
 NUM_SPECIAL = 5
 PAD, UNK, CLS, SEP, MASK = range(NUM_SPECIAL)
 IS_WORD = torch.arange(V) >= NUM_SPECIAL
-TINY = "--max_steps 8 --batch_size 16 --lr 0.01 --device cpu --precision fp32 --log_every 3 --save_every 2"
+TINY = "--max_steps 6 --batch_size 16 --lr 0.01 --warmup_ratio 0.34 --device cpu --precision fp32"
+TINY += " --log_every 4 --save_every 2"
 
 REFERENCE = """
 import torch
@@ -65,13 +67,7 @@ save_file({"logits": logits, "last": last, "ids": torch.tensor(ids)}, "results.s
 
 
 def make_model(seed=0, **changes):
-    """A tiny model in which every parameter matters: no zero biases, no identity LayerNorm."""
-    model = BertForMaskedLM(BertModel(make_config(V, **changes)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, generator=generator)
-    return model.eval()
+    return randomise(BertForMaskedLM(BertModel(make_config(V, **changes))), seed).eval()
 
 
 def make_input_ids(num_sentences, length, seed=0):
@@ -101,29 +97,55 @@ def run(place, flags="", out="out"):
         return stop.code
 
 
-def stop_at(monkeypatch, step, act):
-    """Let `act` happen in the middle of that update (counted from 0) of the runs that follow."""
-    count = iter(range(step + 1))
+def one_line(capsys):
+    """What stands on standard error, which is a line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
 
-    def stopping_step(*args, **options):
-        if next(count, None) == step:
+
+def stop_at(monkeypatch, name, number, act):
+    """Let `act` happen when `train_step` or `evaluate` is called for the n-th time, counted from 0."""
+    real, calls = getattr(pretrain_mlm, name), iter(range(99))
+
+    def stopping(*args, **options):
+        if next(calls) == number:
             act()
-        return train_step(*args, **options)
+        return real(*args, **options)
 
-    monkeypatch.setattr(pretrain_mlm, "train_step", stopping_step)
+    monkeypatch.setattr(pretrain_mlm, name, stopping)
 
 
 def interrupt():
     raise KeyboardInterrupt
 
 
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def watched():
+    """The learning rates and the loss of each update of the undisturbed run."""
+    return [], []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, watched):
     """Encoder, data, and in `run` what an undisturbed run gives."""
-    folder = tmp_path_factory.mktemp("mlm")
+    folder, (rates, losses) = tmp_path_factory.mktemp("mlm"), watched
     make_encoder(folder / "encoder")
     make_data(folder / "data")
-    assert run(folder, out="run") == 0
+
+    def watched_step(model, optimizer, *args, **options):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        result = train_step(model, optimizer, *args, **options)
+        losses.append(result[0])
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_mlm, "train_step", watched_step)
+        assert run(folder, out="run") == 0
     return folder
 
 
@@ -249,17 +271,14 @@ def test_new_head_is_initialised_as_bert_does(place):
 def test_word_embedding_is_tied_and_its_gradient_has_both_parts():
     model, batch = make_model(), make_batch()
     weight = model.bert.embeddings.word_embeddings.weight
-    assert [name for name, param in model.named_parameters() if param.shape == weight.shape] == [
-        "bert.embeddings.word_embeddings.weight"
-    ]
+    assert sum(param.shape == weight.shape for param in model.parameters()) == 1
     model.loss(batch).backward()
     tied = weight.grad.clone()
     model.zero_grad()
     # The same with a second matrix in the decoder: the two gradients are the parts.
     decoder = weight.detach().clone().requires_grad_()
-    hidden_states = model.bert(batch["input_ids"], batch["attention_mask"])["last_hidden_state"][
-        batch["chosen"]
-    ]
+    hidden_states = model.bert(batch["input_ids"], batch["attention_mask"])["last_hidden_state"]  # (B, T, H)
+    hidden_states = hidden_states[batch["chosen"]]  # (M, H)
     transform = model.predictions.transform
     hidden_states = transform["LayerNorm"](F.gelu(transform["dense"](hidden_states)))
     logits = F.linear(hidden_states, decoder, model.predictions.bias)
@@ -342,31 +361,33 @@ def test_evaluation_repeats_without_dropout_and_keeps_the_mode(place):
 # --- text -----------------------------------------------------------------------------------------
 
 
+def read_text(data, extra_data=None, eval_max_examples=2000):
+    return read_sentences(
+        data, DEFAULT_TASKS, extra_data or {}, seed=11711, eval_max_examples=eval_max_examples
+    )
+
+
+def texts_of(data, task, split):
+    return read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
+
+
 def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(tmp_path):
     data = make_data(tmp_path / "data")
     for task in ("sst", "sts"):  # dev and test rows in a train file
-        train = data / TASKS[task].files["train"]
-        with open(train, encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file, delimiter="\t")
-        places = [header.index(column) for column in TASKS[task].text_columns]
+        path, spec = data / TASKS[task].files["train"], TASKS[task]
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
         for split in ("dev", "test"):
-            leaked = read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
-            for number, texts in enumerate(leaked):
-                row = list(rows[0])
-                row[header.index("id")] = f"{split}{number}"
-                for column, text in zip(places, texts, strict=True):
-                    row[column] = text
-                rows.append(row)
-        with open(train, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
+            for number, texts in enumerate(texts_of(data, task, split)):
+                leaked = dict(zip(spec.text_columns, texts, strict=True))
+                rows.append(rows[0] | {"id": f"{split}{number}"} | leaked)
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     sentences, dev = read_text(data)
     found = {
-        split: {
-            text
-            for task in DEFAULT_TASKS
-            for texts in read_rows(data / TASKS[task].files[split], TASKS[task], split).texts
-            for text in texts
-        }
+        split: {text for task in DEFAULT_TASKS for texts in texts_of(data, task, split) for text in texts}
         for split in ("train", "dev", "test")
     }
     assert len(found["train"] & found["dev"]) > 10 and len(found["train"] & found["test"]) > 10
@@ -377,12 +398,6 @@ def test_training_text_has_each_train_sentence_once_and_no_dev_or_test_sentence(
     for spec in TASKS.values():
         (data / spec.files["test"]).unlink()  # may be absent
     assert sorted(read_text(data)[0]) == sorted(found["train"] - found["dev"])
-
-
-def read_text(data, extra_data=None, eval_max_examples=2000):
-    return read_sentences(
-        data, DEFAULT_TASKS, extra_data or {}, seed=11711, eval_max_examples=eval_max_examples
-    )
 
 
 def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
@@ -400,20 +415,21 @@ def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
 # --- runs -----------------------------------------------------------------------------------------
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(place, folder):
+    for name in ("model.safetensors", "config.json", "metrics.jsonl", "vocab.txt"):
+        assert (folder / name).read_bytes() == (place / "run" / name).read_bytes(), name
+    assert not list(folder.glob("last*"))
+
+
 def test_finished_folder(place, reference):
     folder = place / "run"
     assert {path.name for path in folder.iterdir()} == {*ENCODER_FILES, "args.json", "metrics.jsonl"}
     settings = json.loads((folder / "args.json").read_text())
-    assert settings["args"]["max_steps"] == 8 and settings["versions"]["torch"] == torch.__version__
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], "dev_loss" in line) for line in lines] == [
-        (0, True),
-        (3, False),
-        (6, False),
-        (8, False),
-        (8, True),
-    ]
-    assert lines[-1]["dev_loss"] < lines[0]["dev_loss"] - 0.5
+    assert settings["args"]["max_steps"] == 6 and settings["versions"]["torch"] == torch.__version__
     trained, start = (BertModel.from_pretrained(path) for path in (folder, place / "encoder"))
     for name, tensor in trained.state_dict().items():
         changed = not torch.equal(tensor, start.state_dict()[name])
@@ -427,201 +443,130 @@ def test_finished_folder(place, reference):
     assert BertTokenizer.from_pretrained(folder).encode("a b, cat")["input_ids"] == reference["ids"].tolist()
 
 
-def test_learning_rate_and_log(place, monkeypatch):
-    rates, losses = [], []
-
-    def watched_step(model, optimizer, *args, **options):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        result = train_step(model, optimizer, *args, **options)
-        losses.append(result[0])
-        return result
-
-    monkeypatch.setattr(pretrain_mlm, "train_step", watched_step)
-    assert run(place, "--warmup_ratio 0.25", "rates") == 0
-    factors = [lr_factor("linear", step, warmup_steps=2, total_steps=8) for step in range(8)]
+def test_learning_rate_and_log(place, watched):
+    rates, losses = watched
+    factors = [lr_factor("linear", step, warmup_steps=2, total_steps=6) for step in range(6)]
     assert rates == [[0.01 * factor] * 2 for factor in factors]
-    lines = [json.loads(line) for line in (place / "rates" / "metrics.jsonl").read_text().splitlines()]
-    means = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    windows = {3: losses[:3], 6: losses[3:6], 8: losses[6:]}
-    assert means == {step: sum(window) / len(window) for step, window in windows.items()}
+    first, *steps, last = log_of(place / "run")
+    assert (first["step"], last["step"]) == (0, 6) and last["dev_loss"] < first["dev_loss"] - 0.3
+    assert {line["step"]: line["loss"] for line in steps} == {4: sum(losses[:4]) / 4, 6: sum(losses[4:]) / 2}
 
 
-@pytest.mark.parametrize(
-    "act, code, saved",
-    [
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 5),  # finishes the update, saves, ends
-        (lambda: os.kill(os.getpid(), signal.SIGHUP), 129, 5),
-        (interrupt, 130, 4),  # ends at once, as a kill does: back to the last save
-    ],
-    ids=["SIGTERM", "SIGHUP", "kill"],
-)
-def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, capsys, act, code, saved):
-    out = f"stopped{code}"
+# How a run is stopped (at which call of what, by what, its exit code), and the step that it goes on from.
+STOPS = {
+    "signal in an update": ("train_step", 4, terminate, 143, 5),  # finishes it and saves
+    "kill": ("train_step", 5, interrupt, 130, 4),  # ends at once: back to the last save
+    "kill, then damage": ("train_step", 5, interrupt, 130, 2),
+    "signal in the first evaluation": ("evaluate", 0, terminate, 143, None),  # given up; nothing to save
+    "signal in the last evaluation": ("evaluate", 1, terminate, 143, 6),  # without the encoder
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STOPS)
+def test_stopped_run_goes_on_with_the_same_bits(place, monkeypatch, tmp_path, capsys, case):
+    name, number, act, code, saved = STOPS[case]
     with monkeypatch.context() as patch:
-        stop_at(patch, 4, act)
-        assert run(place, out=out) == code
-    folder = place / out
-    assert (folder / LAST).exists() and not (folder / "config.json").exists()
-    for flags, name in (("--lr 0.02", "--lr"), ("--mlm_prob 0.2", "--mlm_prob"), ("--tasks sst", "--tasks")):
+        stop_at(patch, name, number, act)
+        assert run(place, out=tmp_path) == code
+    assert (tmp_path / LAST).exists() == bool(saved) and not (tmp_path / "config.json").exists()
+    # Before its first save it may start anew with any settings.
+    assert (find_run(tmp_path, str(place / "encoder"), overwrite=False) is not None) == bool(saved)
+    path = tmp_path / LAST / TENSORS_FILE
+    if "damage" in case:
+        path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert run(place, out=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert (f"warning: {path}: damaged" in printed) == ("damage" in case)
+    assert f"at step {saved}\n" in printed if saved else "continuing" not in printed
+    assert_same_run(place, tmp_path)
+
+
+@pytest.mark.slow
+def test_other_settings_or_data_are_refused_on_resume(place, monkeypatch, capsys, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_step", 2, interrupt)
+        assert run(place, out=tmp_path / "run") == 130
+    before = (tmp_path / "run" / LAST / TENSORS_FILE).read_bytes()
+    for flags, message in (
+        ("--lr 0.02 --mlm_prob 0.2", "--lr was 0.01, is 0.02, --mlm_prob was 0.15, is 0.2"),
+        (f"--data_dir {make_data(tmp_path / 'other', start=30)}", "not the sentences"),
+    ):
         capsys.readouterr()
-        before = (folder / LAST / TENSORS_FILE).read_bytes()
-        assert run(place, flags, out) == 2
-        error = capsys.readouterr().err
-        assert f"{name} was" in error and error.count("\n") == 1
-        assert (folder / LAST / TENSORS_FILE).read_bytes() == before
-    assert run(place, out=out) == 0
-    assert f"at step {saved}\n" in capsys.readouterr().out
-    assert not (folder / LAST).exists()
-    for name in ("model.safetensors", "config.json", "metrics.jsonl", "vocab.txt"):
-        assert (folder / name).read_bytes() == (place / "run" / name).read_bytes(), name
+        assert run(place, flags, tmp_path / "run") == 2
+        assert message in one_line(capsys)
+    assert (tmp_path / "run" / LAST / TENSORS_FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize(("call", "saved"), [(1, None), (2, 8)])
-def test_signal_in_an_evaluation(place, monkeypatch, capsys, call, saved):
-    """It is given up: before the first step with nothing to save, after the last without the encoder."""
-    calls = iter(range(1, 9))
+@pytest.mark.slow
+def test_finished_run_is_kept_without_overwrite(place, capsys, tmp_path, monkeypatch):
+    """--overwrite is for our own runs: not for other files, another encoder's folder or the one that is read.
 
-    def stopped(*args):
-        if next(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
-        return evaluate(*args)
-
-    out = f"evaluation{call}"
+    And a device that is not there: all that needs no data is said before they are read.
+    """
+    folder = shutil.copytree(place / "run", tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain_mlm, "evaluate", stopped)
-        assert run(place, out=out) == 143
-    assert (place / out / LAST).exists() == bool(saved) and not (place / out / "config.json").exists()
-    assert run(place, out=out) == 0
-    for name in ("model.safetensors", "metrics.jsonl"):
-        assert (place / out / name).read_bytes() == (place / "run" / name).read_bytes(), name
+        patch.setattr(pretrain_mlm, "read_rows", None)
+        for flags, out, message in (
+            ("--seed 5", folder, "holds a finished encoder; start anew with --overwrite"),
+            ("--overwrite", place / "encoder", "not this script's"),
+            (f"--overwrite --pretrained {folder}", folder, "is --pretrained itself"),
+            ("--device moon", tmp_path / "new", "--device moon: not available"),
+        ):
+            capsys.readouterr()
+            assert run(place, flags, out) == 2
+            assert message in one_line(capsys)
+        for name in (*OUTPUT_FILES, NEW):
+            other = tmp_path / f"with {name}".replace(" ", "_")
+            other.mkdir()
+            (other / name).write_text("somebody's")
+            for flags in ("", "--overwrite"):
+                assert run(place, flags, other) == 2
+                assert name in one_line(capsys) and (other / name).read_text() == "somebody's"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert (place / "encoder" / "config.json").exists()
+    assert run(place, "--seed 5 --overwrite --max_steps 1", folder) == 0
+    assert (folder / "model.safetensors").read_bytes() != before[folder / "model.safetensors"]
+    assert [line["step"] for line in log_of(folder)] == [0, 1, 1]
 
 
 def test_lack_of_memory_names_the_batch(place, monkeypatch, capsys):
-    def no_memory(*args, **options):
+    def no_memory():
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(pretrain_mlm, "train_step", no_memory)
-    capsys.readouterr()
+    stop_at(monkeypatch, "train_step", 0, no_memory)
     assert run(place, out="memory") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(
-        r"word pieces\) \(\d+, \d+\); try a smaller --batch_size", error
-    )
-
-
-def test_damaged_checkpoint_falls_back_to_the_one_before(place, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, interrupt)
-        assert run(place, "--save_every 2", out="damaged") == 130
-    path = place / "damaged" / LAST / TENSORS_FILE
-    path.write_bytes(path.read_bytes()[:-1])
-    capsys.readouterr()
-    assert run(place, "--save_every 2", out="damaged") == 0
-    printed = capsys.readouterr().out
-    assert f"warning: {path}: damaged" in printed and "at step 2\n" in printed
-    assert not list((place / "damaged").glob("last*"))
-    for name in ("model.safetensors", "metrics.jsonl"):
-        assert (place / "damaged" / name).read_bytes() == (place / "run" / name).read_bytes(), name
-
-
-def test_run_that_ended_before_its_first_save_starts_anew(place, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1, interrupt)
-        assert run(place, out="early") == 130
-    assert not (place / "early" / LAST).exists()
-    assert run(place, "--lr 0.02", out="early") == 0
-    assert json.loads((place / "early" / "args.json").read_text())["args"]["lr"] == 0.02
-
-
-def test_other_data_are_refused_on_resume(place, monkeypatch, capsys, tmp_path):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3, interrupt)
-        assert run(place, out="data_run") == 130
-    capsys.readouterr()
-    assert run(place, f"--data_dir {make_data(tmp_path / 'other', start=30)}", "data_run") == 2
-    assert "not the sentences" in capsys.readouterr().err
-
-
-def test_finished_run_is_kept_without_overwrite(place, capsys, tmp_path):
-    assert run(place, out="again") == 0
-    kept = (place / "again" / "model.safetensors").read_bytes()
-    capsys.readouterr()
-    assert run(place, "--seed 5", "again") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert (place / "again" / "model.safetensors").read_bytes() == kept
-    assert run(place, "--seed 5 --overwrite", "again") == 0
-    assert (place / "again" / "model.safetensors").read_bytes() != kept
-    assert len((place / "again" / "metrics.jsonl").read_text().splitlines()) == 5
-    # --overwrite is for our own runs: not for other files, another encoder's folder or the one that is read.
-    assert run(place, "--overwrite", "encoder") == 2
-    assert "not this script's" in capsys.readouterr().err and (place / "encoder" / "config.json").exists()
-    for name in (*OUTPUT_FILES, NEW):
-        (tmp_path / name).write_text("somebody's")
-        for flags in ("", "--overwrite"):
-            assert run(place, flags, str(tmp_path)) == 2
-            assert name in capsys.readouterr().err and (tmp_path / name).read_text() == "somebody's"
-        (tmp_path / name).unlink()
-    assert run(place, f"--overwrite --pretrained {place / 'again'}", "again") == 2
-    assert "--pretrained itself" in capsys.readouterr().err and (place / "again" / "config.json").exists()
+    assert re.search(r"word pieces\) \(\d+, \d+\); try a smaller --batch_size", one_line(capsys))
 
 
 def test_epochs_give_the_length(place, capsys):
     args = f"--data_dir {place}/data --pretrained {place}/encoder --device cpu --batch_size 64 --epochs 1.2"
     assert main([*args.split(), "--output_dir", str(place / "epochs")]) == 0
     num_sentences = int(capsys.readouterr().out.split()[0])
-    lines = (place / "epochs" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == math.ceil(1.2 * math.ceil(num_sentences / 64))
+    assert log_of(place / "epochs")[-1]["step"] == math.ceil(1.2 * math.ceil(num_sentences / 64))
 
 
 @pytest.mark.parametrize(
-    "flags, named",
+    "flags",
     [
-        ("--mlm_prob 0", "--mlm_prob"),
-        ("--mlm_prob 1", "--mlm_prob"),
-        ("--max_steps 0", "--max_steps"),
-        ("--epochs 1 --max_steps 3", "--epochs"),
-        ("--batch_size 0", "--batch_size"),
-        ("--max_length 2", "--max_length"),
-        ("--warmup_ratio 1", "--warmup_ratio"),
-        ("--tasks sst,foo", "--tasks"),
-        ("--schedule step", "--schedule"),
-        ("--device moon", "--device moon"),
-        ("--data_dir nowhere", "nowhere"),
-        ("--pretrained /nowhere/at/all", "--pretrained"),
-        ("--output_dir", "--output_dir"),
-        ("--log 3", "--log"),
+        *("--mlm_prob 0", "--mlm_prob 1", "--max_steps 0", "--epochs 1 --max_steps 3", "--batch_size 0"),
+        *("--max_length 2", "--warmup_ratio 1", "--tasks sst,foo", "--schedule step", "--device moon"),
+        *("--data_dir nowhere", "--pretrained /nowhere/at/all", "--output_dir", "--log 3"),
     ],
 )
-def test_bad_flags_end_in_one_line(place, capsys, flags, named):
-    capsys.readouterr()
+def test_bad_flags_end_in_one_line(place, capsys, flags):
     assert run(place, flags, "bad") == 2
-    error = capsys.readouterr().err
-    assert named in error and error.count("\n") == 1 and error.startswith("training.pretrain_mlm: error: ")
-    assert not (place / "bad").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "out", "message"),
-    [
-        ("--device moon", "bad", "--device moon: not available"),
-        ("", "run", "holds a finished encoder"),
-        ("--overwrite", "encoder", "not this script's"),
-        ("--overwrite --pretrained {place}/run", "run", "is --pretrained itself"),
-    ],
-)
-def test_what_needs_no_data_is_said_before_they_are_read(place, monkeypatch, capsys, flags, out, message):
-    monkeypatch.setattr(pretrain_mlm, "read_rows", None)
-    capsys.readouterr()
-    assert run(place, flags.format(place=place), out) == 2
-    assert message in capsys.readouterr().err
+    error, flag = one_line(capsys), flags.split()[0]
+    assert (flag if flag != "--data_dir" else "nowhere") in error
+    assert error.startswith("training.pretrain_mlm: error: ") and not (place / "bad").exists()
 
 
 def test_bad_row_names_file_and_line(place, capsys, tmp_path):
-    data = make_data(tmp_path / "data")
-    path = data / TASKS["sst"].files["train"]
+    path = make_data(tmp_path) / TASKS["sst"].files["train"]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     lines[3] = lines[3].rstrip("\n")[:-1] + "x\n"
     path.write_text("".join(lines), encoding="utf-8")
-    assert run(place, f"--data_dir {data}", "bad") == 2
-    error = capsys.readouterr().err
-    assert f"{path}:4" in error and error.count("\n") == 1
+    assert run(place, f"--data_dir {tmp_path}", "bad") == 2
+    assert f"{path}:4" in one_line(capsys)

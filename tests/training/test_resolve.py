@@ -91,24 +91,22 @@ def test_flags_without_effect_are_named(flags, idle):
     assert sorted(line.split()[0] for line in lines) == [f"--{name}" for name in idle]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--output_dir {place}/file", "is a file"),
-        ("--output_dir {place}/new --sst_dev_out {place}", "--sst_dev_out {place}: is a folder"),
-        (
-            "--output_dir {place}/new --sst_dev_out {place}/a --sts_dev_out {place}/a",
-            "already taken by --sst_dev_out",
-        ),
-        ("--output_dir {place}/file/below", "Not a directory"),
-    ],
-)
-def test_outputs_without_a_place_are_refused_before_training(tmp_path, flags, message, capsys):
+# Flags, where {0} stands for a folder, and what is said.
+BAD_OUTPUTS = [
+    ("--output_dir {0}/file", "is a file"),
+    ("--output_dir {0}/new --sst_dev_out {0}", "--sst_dev_out {0}: is a folder"),
+    ("--output_dir {0}/new --sst_dev_out {0}/a --sts_dev_out {0}/a", "already taken by --sst_dev_out"),
+    ("--output_dir {0}/file/below", "Not a directory"),
+]
+
+
+def test_outputs_without_a_place_are_refused_before_training(tmp_path, capsys):
     make_encoder(tmp_path / "encoder")
     make_data(tmp_path / "data")
     (tmp_path / "file").write_text("")
     command = f"--max_steps 3 --device cpu --pretrained {tmp_path}/encoder --data_dir {tmp_path}/data "
-    assert multitask_classifier.main((command + flags.format(place=tmp_path)).split()) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and message.format(place=tmp_path) in captured.err
-    assert "step 1/" not in captured.out
+    for flags, message in BAD_OUTPUTS:
+        assert multitask_classifier.main((command + flags.format(tmp_path)).split()) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and message.format(tmp_path) in said.err
+        assert "step 1/" not in said.out

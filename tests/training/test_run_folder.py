@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -33,10 +33,9 @@ def settings(folder, precision="fp32", accumulates=False, compiled=False):
     def fill(kind, **values):
         return kind(**{each.name: None for each in fields(kind)} | values)
 
-    optimizer = fill(
-        OptimizerSettings, lr=0.1, head_lr=0.1, weight_decay=0.0, rectify=False, precision=precision
-    )
-    optimizer = replace(optimizer, accumulates=accumulates, compiled=compiled)
+    rates = {"lr": 0.1, "head_lr": 0.1, "weight_decay": 0.0, "rectify": False}
+    kinds = {"precision": precision, "accumulates": accumulates, "compiled": compiled}
+    optimizer = OptimizerSettings(**rates, **kinds)
     return fill(
         RunSettings,
         optimizer=optimizer,
@@ -116,15 +115,7 @@ def test_state_of_the_code(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "{",
-        "[]",
-        "{}",
-        '{"args": 1}',
-        '{"args": {}, "commands": {}}',
-        '{"args": {}, "commands": [], "data": 1}',
-    ],
+    ["", "{", "[]", '{"args": 1}', '{"args": {}, "commands": {}}', '{"args": {}, "commands": [], "data": 1}'],
 )
 def test_damaged_args_name_the_copy(tmp_path, text):
     (tmp_path / "args.json").write_text(text)
@@ -153,57 +144,39 @@ def write_step(folder, step):
     write_checkpoint(folder, lambda new: (new / "state.json").write_text(f'{{"step": {step}}}'))
 
 
+OUTPUTS = (
+    "args.json report.md report.html report/sst.png data_report.json metrics.jsonl scores.json curves.png"
+)
+
+
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
-    for name in ("best", "last", "last.1", "last.new", "best.1", "mine", "report"):
+    """A run that ended before its first checkpoint may be started again without it."""
+    for name in ("mine", "report", "predictions"):
         (tmp_path / name).mkdir()
-    for name in (
-        "args.json",
-        "report.md",
-        "report.html",
-        "report/sst.png",
-        "data_report.json",
-        "metrics.jsonl",
-    ):
+    for name in OUTPUTS.split():
         (tmp_path / name).write_text("{}")
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "predictions").mkdir()
+    check_free(tmp_path, overwrite=False)
+    for name in ("best", "last", "last.1", "last.new", "best.1"):
+        (tmp_path / name).mkdir()
     for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
         (tmp_path / "predictions" / name).write_text("")
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds a run already"):
         check_free(tmp_path, overwrite=False)
     check_free(tmp_path, overwrite=True)
     text = begin_run(settings(tmp_path), {"data": {}})
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "args.json",
-        "mine",
-        "notes.txt",
-        "predictions",
-        "report",
-    }
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"args.json", "mine", "notes.txt", "report", "predictions", "predictions/mine.csv"}
     assert (tmp_path / "args.json").read_text() == text and len(json.loads(text)["commands"]) == 1
-    assert not list((tmp_path / "report").iterdir())
-    assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["mine.csv"]
 
 
-def test_checkpoints_without_args_are_a_run_too(tmp_path):
-    write_step(tmp_path / "last", 3)
+def test_folder_of_another_script_or_with_checkpoints_alone_is_not_taken(tmp_path):
+    write_step(tmp_path / "run" / "last", 3)
     with pytest.raises(UserError, match="holds a run already"):
-        check_free(tmp_path, overwrite=False)
-
-
-def test_folder_of_another_script_is_not_taken(tmp_path):
+        check_free(tmp_path / "run", overwrite=False)
     write_args(tmp_path, {"seed": 1}, {"data": "of pretrain_mlm.py"}, device="cpu")
     with pytest.raises(UserError, match="another script's"):
         check_free(tmp_path, overwrite=True)
-
-
-def test_run_that_ended_before_its_first_checkpoint_may_be_started_again(tmp_path):
-    for name in ("args.json", "metrics.jsonl"):
-        (tmp_path / name).write_text("{}")
-    check_free(tmp_path, overwrite=False)
-    begin_run(settings(tmp_path), {"data": {}})
-    # Lines of its log would otherwise stand in the new one.
-    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 
 @pytest.mark.parametrize(
@@ -228,37 +201,30 @@ def test_where_a_run_goes_on(tmp_path, checkpoints, scores, expected):
         assert find_last(tmp_path, 5) == (expected and tmp_path / expected)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"step": -1},
-        {"step": True},
-        {"step": 1.0},
-        {"step": 10**30},
-        {"task_batches": {"para": 1}},
-        {"task_batches": [1]},
-        {"task_batches": {"sst": "1"}},
-        {"optimizer_steps": [1, -1]},
-        {"optimizer_steps": None},
-        {"cosine_ema": [[1.0], [2.0]]},
-        {"cosine_ema": "x"},
-        {"best_score": "0.5"},
-        {"best_step": -3},
-        {"window": [3]},
-        {"log_lines": None},
-    ],
-)
-def test_state_of_another_kind_is_refused(changes):
+# Name in state.json -> values that it cannot have.
+BAD_VALUES = {
+    "step": (-1, True, 1.0, 10**30),
+    "task_batches": ({"para": 1}, [1], {"sst": "1"}),
+    "optimizer_steps": ([1, -1], None),
+    "cosine_ema": ([[1.0], [2.0]], "x"),
+    "best_score": ("0.5",),
+    "best_step": (-3,),
+    "window": ([3],),
+    "log_lines": (None,),
+}
+
+
+def test_state_of_another_kind_is_refused():
     fresh = RunState(batches_drawn={"sst": 0}).to_json()
     good = fresh | {"step": 3, "task_batches": {"sst": 4}, "optimizer_steps": [3, 3], "cosine_ema": [[1.0]]}
     good |= {"best_score": -0.1, "best_step": 2, "window": [{}], "log_lines": 2}
     for values in (fresh, good):
         assert RunState.from_json(values, ["sst"]).to_json() == values
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        RunState.from_json(good | changes, ["sst"])
-    for name in good:
+    bad = [(name, good | {name: value}) for name, values in BAD_VALUES.items() for value in values]
+    bad += [(name, {key: value for key, value in good.items() if key != name}) for name in good]
+    for name, values in bad:
         with pytest.raises(ValueError, match=name):
-            RunState.from_json({key: value for key, value in good.items() if key != name}, ["sst"])
+            RunState.from_json(values, ["sst"])
 
 
 def test_state_survives_json_to_the_bit():

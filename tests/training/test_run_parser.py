@@ -14,7 +14,7 @@ FLAGS = make_parser().flags
         ("seed", (0, 2**32 - 1), (2**32, -1, 1.0, "1", True, None, [1], 10**400)),
         ("lr", (None, 1, 1e-5), (0, float("nan"), float("inf"), "1", False, {}, 10**400)),
         ("tasks", (("sst",), ("sts", "sst")), ("sst", (), ("sst", "sst"), ("nli",), (("sst",),), ({},))),
-        ("predict_splits", (("test", "dev"),), ((), ("train",), "dev,test")),
+        ("predict_splits", (("test", "dev"), ()), (("train",), "dev,test")),
         ("task_weights", ({}, {"sst": 2, "sts": 0.5}), ({"sst": -1}, {"nli": 1}, {"sst": True}, ("sst",))),
         ("extra_data", ({}, {"sick": None, "mrpc": 3}), ({"yelp": 1}, {"sick": 0}, {"sick": 2.0}, "sick")),
         ("pooling", ("mean",), ("max", None, {}, ("mean",))),
