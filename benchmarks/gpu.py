@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --data_dir data                  # on a machine with a GPU, all that is needed
     python -m benchmarks.gpu --data_dir data/sample --device cpu     # without: a trial of this command itself
 
-The work is a list of jobs, the most important first. Each starts only if its time is left, and one that fails
-costs one line. The checks are in gpu_checks.py, the contenders in contenders.py, the page in gpu_page.py.
+The work is a list of jobs, the most important first. Each starts only if its time is left, is broken off at
+the end of --seconds, and costs one line if it fails. The checks are in gpu_checks.py, the contenders in contenders.py, the page in gpu_page.py.
 
 Without a GPU everything is tiny, and twins in plain operations stand in for the Triton kernels: such numbers
 mean nothing, and never go to results/.
@@ -16,12 +16,14 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -79,7 +81,7 @@ KINDS = {  # of a profile: parts of the names of its kernels; the first that fit
         "grouped_mm",
     ),
     "GELU": ("gelu",),
-    "copies": ("memcpy", "memset", "copy", "cat", "fill", "zero"),
+    "copies": ("memcpy", "memset", "copy", "catarray", "::cat", "fill", "zero"),
     "other element-wise work": ("elementwise", "triton_poi", "::add", "::mul", "reduce", "::sum"),
 }
 
@@ -468,7 +470,10 @@ def do_jobs(bench: Bench, jobs: list[Job], save: Callable[[], None]) -> None:
         begun = time.monotonic() - bench.started
         print(f"{begun:5.0f} s  {job.title}", flush=True)
         try:
-            job.work(bench)
+            with time_limit(bench.seconds_left):
+                job.work(bench)
+        except OutOfTime:
+            left_out.append(job.title)
         except Exception as error:  # noqa: BLE001 (a peer, a compiler or a driver may raise anything)
             failed[job.title] = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"  not measured: {failed[job.title]}", flush=True)
@@ -480,6 +485,28 @@ def do_jobs(bench: Bench, jobs: list[Job], save: Callable[[], None]) -> None:
         print("the GPU no longer answers: nothing more was measured")
     for title in left_out:
         print(f"left out: {title}")
+    checks = bench.measured.get("checks", {}).values()
+    print(f"checks: {sum(found['ok'] for found in checks)} of {len(checks)} ok")
+
+
+class OutOfTime(Exception):
+    """The end of --seconds has come in the middle of a job."""
+
+
+@contextmanager
+def time_limit(seconds: float):
+    """Raises OutOfTime when the time is over, as soon as Python has its turn."""
+
+    def end(number, frame):
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def release(device: str) -> bool:

@@ -5,6 +5,7 @@ What only a GPU has, captured graphs and times that mean something, cannot be tr
 
 import importlib.util
 import json
+import time
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def lab(encoder, read):
 @pytest.fixture
 def bench(encoder, tmp_path):
     args = get_args(["--data_dir", str(SAMPLE), "--pretrained", str(encoder), "--device", "cpu"])
-    return Bench(args, tmp_path, started=gpu.time.monotonic())
+    return Bench(args, tmp_path, started=time.monotonic())
 
 
 # --- contenders ---------------------------------------------------------------------------------------------
@@ -186,6 +187,14 @@ def test_failures_and_lack_of_time_are_named(bench, capsys):
     assert bench.measured["failed"] == {"bad": "no such kernel"} and bench.measured["left_out"] == ["long"]
     out = capsys.readouterr().out
     assert "not measured: no such kernel" in out and "left out: long" in out and "and more" not in out
+
+
+def test_a_job_is_broken_off_when_the_time_is_over(bench):
+    bench.args.seconds = 0.1 + bench.args.seconds - bench.seconds_left
+    jobs = [Job("endless", 0, lambda bench: time.sleep(60)), Job("next", 0, lambda bench: None)]
+    do_jobs(bench, jobs, lambda: None)
+    assert bench.measured["left_out"] == ["endless", "next"] and not bench.measured["failed"]
+    assert bench.seconds_left > -30
 
 
 def test_nothing_is_started_on_a_lost_device(bench, monkeypatch):
