@@ -35,7 +35,7 @@ from kernels.static_packing import StaticPacking, static_dropout
 from multitask_classifier import MAX_WAITING, TaskBatch, train_step
 from optimizer import AdamW
 from pcgrad import draw_orders, pcgrad
-from support.device import keep_freed_memory, make_autocast
+from support.device import keep_freed_memory, make_autocast, to_device
 from support.errors import UserError
 from support.files import ROOT
 from support.seeds import seed_of
@@ -308,6 +308,10 @@ class Ours(StepContender):
         groups = self.memory.param_groups(LR, HEAD_LR, WEIGHT_DECAY)
         self.optimizer = AdamW(groups, lr=LR, update=self.kernels.adamw_update)
 
+    def draw(self, order, i):
+        padded = self.pool.batches(order, i, "cpu")
+        return {task: to_device(batch, self.device) for task, batch in padded.items()}
+
     def make_memory(self) -> FlatMemory:
         return self.model.move_to_flat_memory(self.dtype, self.dtype, self.kernels)
 
@@ -337,7 +341,7 @@ class OneRow(Ours):
         with self.autocast():
             outputs = self.model.bert.encode(inputs, [0] * len(inputs), self.memory.targets)
             losses = [
-                self.loss(task, pool_mean(output, batch["attention_mask"]), batch)
+                self.loss(task, pool_mean(output, batch["attention_mask"].to(self.device)), batch)
                 for (task, batch), output in zip(batches.items(), outputs, strict=True)
             ]
         sum(losses).backward()

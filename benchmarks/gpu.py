@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --data_dir data/sample --device cpu     # without: a trial of this command itself
 
 The work is a list of jobs, the most important first. Each starts only if its time is left, is broken off at
-the end of --seconds, and costs one line if it fails. The checks are in gpu_checks.py, the contenders in contenders.py, the page in gpu_page.py.
+the end of --seconds, and costs one line if it fails. The checks are in gpu_checks.py, the contenders in
+contenders.py, the page in gpu_page.py.
 
 Without a GPU everything is tiny, and twins in plain operations stand in for the Triton kernels: such numbers
 mean nothing, and never go to results/.
@@ -270,7 +271,7 @@ def time_steps(bench: Bench, model: str, size: int, row: str) -> None:
     if bench.is_cuda:
         found["memory"] = round(contender.peak_memory())
         found["reserved"] = round(torch.cuda.max_memory_reserved() / 2**20)  # graphs keep theirs
-    if isinstance(contender, OursCaptured):
+    if bench.is_cuda and isinstance(contender, OursCaptured):
         found["graphs"] = [contender.num_graphs, len(contender.captured.graphs)]
     if "rate" in bench.measured:
         seconds = median(windows)
