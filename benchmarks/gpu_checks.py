@@ -27,11 +27,11 @@ from training.settings import StepSettings
 from training.step_result import StepResult
 
 # Largest errors allowed over all steps, relative to the norm of what is right; of encoder and heads, relative
-# to what the steps have changed. Float32: sums in another order (on a CPU at most 4e-6 was seen). bfloat16:
-# three digits, of which sums keep two.
+# to what the steps have changed. Float32: sums in another order; 7e-6 is the most that was seen with plain
+# twins on a CPU. bfloat16: three digits, of which sums keep two; seen were 9e-3, and 0.06 of updates.
 TOLERANCES = {
     "fp32": {"losses": 1e-4, "gradient norms": 1e-3, "gram matrix": 1e-3, "weights": 1e-3, "updates": 2e-3},
-    "bf16": {"losses": 2e-2, "gradient norms": 5e-2, "gram matrix": 5e-2, "weights": 5e-2, "updates": 0.1},
+    "bf16": {"losses": 2e-2, "gradient norms": 5e-2, "gram matrix": 5e-2, "weights": 5e-2, "updates": 0.2},
 }
 # Large: Adam would blow rounding up where a gradient is 0, as that of a key's bias always is.
 EPS = 1e-2
