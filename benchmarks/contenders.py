@@ -1,4 +1,4 @@
-"""The competitors of benchmarks.speed: our code and its peers, on the same model and the same examples.
+"""The competitors of benchmarks.speed and .gpu: our code and its peers, on the same model and examples.
 
 The tables at the end say how each is built; to add one, add a row. PCGrad: https://arxiv.org/abs/2001.06782.
 Peers: Hugging Face `transformers`, and TorchJD, https://arxiv.org/abs/2406.16232 (requirements/bench.txt).
@@ -12,11 +12,13 @@ import importlib.util
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -29,13 +31,15 @@ from evaluation import TASK_KINDS, evaluate
 from heads import MultitaskBERT, pool_mean
 from kernels.flat_memory import FlatMemory
 from kernels.fused import PLAIN, Kernels, compile_kernels, find_compiler
-from multitask_classifier import TaskBatch, train_step
+from kernels.static_packing import StaticPacking, static_dropout
+from multitask_classifier import MAX_WAITING, TaskBatch, train_step
 from optimizer import AdamW
 from pcgrad import draw_orders, pcgrad
-from support.device import keep_freed_memory, make_autocast
+from support.device import keep_freed_memory, make_autocast, to_device
 from support.errors import UserError
 from support.files import ROOT
 from support.seeds import seed_of
+from training.captured_step import CapturedStep
 from training.settings import StepSettings
 
 LR, HEAD_LR, WEIGHT_DECAY = 1e-4, 1e-3, 0.01  # no time depends on them
@@ -201,6 +205,7 @@ class Contender:
     """Something that does numbered steps; what it `needs` is imported before its memory is measured."""
 
     needs: tuple[str, ...] = ()
+    model_class = MultitaskBERT
 
     def __init__(self, setting: Setting):
         for package in self.needs:
@@ -214,8 +219,7 @@ class Contender:
         bert, tasks = BertModel.from_pretrained(self.setting.pretrained), self.pool.tasks
         torch.manual_seed(self.setting.seed)
         heads = {task: spec.default_head for task, spec in tasks.items()} | dict(self.setting.heads)
-        model = MultitaskBERT(bert, tasks, heads)
-        return model.to(self.device)
+        return self.model_class(bert, tasks, heads).to(self.device)
 
     def step(self, i: int) -> None:
         raise NotImplementedError
@@ -259,8 +263,12 @@ class StepContender(Contender):
         self.model = self.make_model().train()
         self.autocast = make_autocast(self.device, precision)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.steps = [self.pool.batches(order, i, self.device) for i in range(self.pool.num_steps)]
+        self.steps = [self.draw(order, i) for i in range(self.pool.num_steps)]
         self.prepare(**options)
+
+    def draw(self, order: str, i: int) -> dict[str, dict[str, torch.Tensor]]:
+        """What `train` takes in step i."""
+        return self.pool.batches(order, i, self.device)
 
     def prepare(self) -> None:
         raise NotImplementedError
@@ -339,6 +347,10 @@ class Ours(StepContender):
         groups = self.memory.param_groups(LR, HEAD_LR, WEIGHT_DECAY)
         self.optimizer = AdamW(groups, lr=LR, update=self.kernels.adamw_update)
 
+    def draw(self, order, i):
+        padded = self.pool.batches(order, i, "cpu")
+        return {task: to_device(batch, self.device) for task, batch in padded.items()}
+
     def make_memory(self) -> FlatMemory:
         return self.model.move_to_flat_memory(self.dtype, self.dtype, self.kernels)
 
@@ -368,13 +380,102 @@ class OneRow(Ours):
         with self.autocast():
             outputs = self.model.bert.encode(inputs, [0] * len(inputs), self.memory.targets)
             losses = [
-                self.loss(task, pool_mean(output, batch["attention_mask"]), batch)
+                self.loss(task, pool_mean(output, batch["attention_mask"].to(self.device)), batch)
                 for (task, batch), output in zip(batches.items(), outputs, strict=True)
             ]
         sum(losses).backward()
         self.memory.combine(torch.ones(1, device=self.device))
         self.memory.show_grads({"all"})
         self.optimizer.step()
+
+
+def captured_ops(device: str) -> ModuleType:
+    """The kernels of captured steps; without a GPU their twins: slow, but all around them can be tried."""
+    if torch.device(device).type == "cuda":
+        from kernels import triton_kernels  # only on a GPU is Triton to be had
+
+        return triton_kernels
+    from tests.kernels import plain_kernels
+
+    return plain_kernels
+
+
+class OursCaptured(Ours):
+    """Our training step as a GPU makes it. It packs its batches itself, while the device works."""
+
+    def draw(self, order, i):
+        return [(task, [chosen]) for task, chosen in self.pool.orders[order][i].items()]
+
+    def prepare(self, grad_method: str = "sum"):
+        super().prepare(grad_method, compiled=False)
+        settings = StepSettings(self.setting.seed, grad_method=grad_method, autocast=self.autocast)
+        self.captured = CapturedStep(
+            self.model, self.memory, self.optimizer, self.data(), settings, captured_ops(self.device)
+        )
+        self.num_steps, self.waiting = 0, deque()
+
+    def data(self):
+        return self.pool.data
+
+    def warm_up(self):
+        super().warm_up()  # each shape as it is, which compiles
+        super().warm_up()  # and once more, which captures it
+        self.finish()
+
+    def train(self, batches, step):
+        self.waiting.append(self.captured(batches, self.num_steps))
+        self.num_steps += 1
+        self.finish(MAX_WAITING)
+
+    def finish(self, num_waiting: int = 0) -> None:
+        """Read the results of steps, but for those of the last few, which the device may still be at."""
+        while len(self.waiting) > num_waiting:
+            if not self.waiting.popleft()().applied:
+                raise RuntimeError("a step was skipped: its loss or gradient is not finite")
+
+    @property
+    def num_graphs(self) -> int:
+        return sum(graph is not None for graph in self.captured.graphs.values())
+
+
+class OneTaskData:
+    """The examples of all tasks as if of one, numbered end to end."""
+
+    def __init__(self, data: dict[str, TaskData]):
+        self.parts = list(data.values())
+        self.lengths = np.concatenate([part.lengths for part in self.parts])
+        self.firsts = np.cumsum([0, *map(len, self.parts)])
+
+    def packed_batch(self, examples: np.ndarray, number: int):
+        """`TaskData.packed_batch` of examples of one task."""
+        n = int(np.searchsorted(self.firsts, examples[0], "right")) - 1
+        return self.parts[n].packed_batch(examples - self.firsts[n], number)
+
+
+class OneTaskBERT(MultitaskBERT):
+    """In steps of static shape all draws are of one task; the n-th still goes to the n-th head."""
+
+    def static_losses(self, packing: StaticPacking) -> list[torch.Tensor]:
+        with static_dropout(packing):
+            outputs = self.bert.encode_static(packing)
+            return [
+                self.head_loss(task, output, mask, labels)
+                for task, (output, mask), labels in zip(self.tasks, outputs, packing.labels, strict=True)
+            ]
+
+
+class OneRowCaptured(OursCaptured):
+    """`OneRow` as a GPU makes it: one gradient, of the sum of the losses."""
+
+    model_class, make_memory = OneTaskBERT, OneRow.make_memory
+
+    def data(self):
+        return {"all": OneTaskData(self.pool.data)}
+
+    def draw(self, order, i):
+        firsts = OneTaskData(self.pool.data).firsts[:-1]
+        chosen = self.pool.orders[order][i].values()
+        return [("all", [examples + first]) for examples, first in zip(chosen, firsts, strict=True)]
 
 
 class HuggingFace(StepContender):
@@ -409,6 +510,16 @@ def use_hugging_face(model: MultitaskBERT, pretrained: str) -> MultitaskBERT:
     )
     model.bert = bert.to(next(model.parameters()).device)
     return model
+
+
+class HuggingFaceCompiled(HuggingFace):
+    """The same with its encoder compiled once for all lengths."""
+
+    def warm_up(self):
+        self.model.bert.compile(
+            dynamic=True
+        )  # not before: its losses without dropout would take another code
+        super().warm_up()
 
 
 def textbook_pcgrad(task_grads: list[torch.Tensor], generator: torch.Generator | None = None) -> torch.Tensor:
@@ -476,6 +587,27 @@ class TorchJD(HuggingFace):
         features, losses = zip(*(self.forward(task, batch) for task, batch in batches.items()), strict=True)
         self.autojac.mtl_backward(losses, features=features)
         self.autojac.jac_to_grad(self.shared, self.aggregator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class TorchJDAutogram(HuggingFace):
+    """TorchJD's newer engine: the Gramian first, then one backward pass of the weighted losses.
+
+    The weights reach the heads as well. Batches are not split by example (`batch_dim`): its documentation
+    asks for modules without random numbers of their own, which this encoder is not.
+    """
+
+    needs = ("transformers", "torchjd")
+
+    def prepare(self):
+        super().prepare()
+        self.engine = import_peer("torchjd.autogram").Engine(self.model.bert, batch_dim=None)
+        self.weighting = import_peer("torchjd.aggregation").PCGradWeighting()
+
+    def train(self, batches, step):
+        losses = torch.stack([self.forward(task, batch)[1] for task, batch in batches.items()])
+        losses.backward(self.weighting(self.engine.compute_gramian(losses)))
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -611,6 +743,17 @@ STEP = {
     "Hugging Face + textbook PCGrad": partial(TextbookPCGrad, order="random"),
     "Hugging Face + TorchJD mtl_backward": partial(TorchJD, order="random"),
     "Hugging Face + TorchJD on vectors": partial(TorchJDVectors, order="random"),
+}
+GPU_STEP = {  # each takes `precision`
+    "ours pcgrad": partial(OursCaptured, grad_method="pcgrad"),
+    "ours sum": partial(OursCaptured, grad_method="sum"),
+    "ours sum, one row": partial(OneRowCaptured),
+    "ours pcgrad, plain path": partial(Ours, grad_method="pcgrad", compiled=False),
+    "Hugging Face sum": partial(HuggingFace),
+    "Hugging Face + textbook PCGrad": partial(TextbookPCGrad),
+    "Hugging Face + TorchJD mtl_backward": partial(TorchJD),
+    "Hugging Face + TorchJD autogram": partial(TorchJDAutogram),
+    "Hugging Face sum, torch.compile": partial(HuggingFaceCompiled),
 }
 OPTIMIZER = {
     "ours, compiled": partial(OptimizerContender, kernels=compile_kernels),

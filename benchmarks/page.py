@@ -35,7 +35,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
-    """Median and quartiles."""
+    """Median and quartiles; of one value, that alone."""
+    if len(values) == 1:
+        return f"{values[0] * scale:.{digits}f}"
     low, middle, high = np.percentile(np.asarray(values) * scale, (25, 50, 75))
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
