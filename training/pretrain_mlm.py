@@ -480,8 +480,13 @@ def train(
         """Evaluate, unless a stop is requested."""
         with out_of_memory_hint(lambda: f"checking the dev loss; {SHRINK}"):
             loss = stop.interruptible(lambda: evaluate(model, dev_text, settings.batch_size, seed, autocast))
-        if loss is not None:
-            log.dev_loss(loss)
+        if loss is None:
+            return
+        if not math.isfinite(loss):  # the weights are useless: never logged as a score, never saved
+            raise UserError(
+                f"step {state.step}: the dev loss is {loss}; try a smaller --lr, with --overwrite"
+            )
+        log.dev_loss(loss)
 
     if not state.log:
         check()

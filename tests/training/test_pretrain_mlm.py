@@ -594,6 +594,15 @@ def test_lack_of_memory_names_the_batch(place, monkeypatch, capsys):
     assert re.search(r"word pieces\) \(\d+, \d+\); try a smaller --batch_size", one_line(capsys))
 
 
+def test_dev_loss_that_is_not_finite_ends_the_run(place, monkeypatch, capsys):
+    losses = iter((3.0, math.nan))
+    monkeypatch.setattr(pretrain_mlm, "evaluate", lambda *args: next(losses))
+    assert run(place, "--max_steps 1", out="nan") == 2
+    assert "step 1: the dev loss is nan; try a smaller --lr" in one_line(capsys)
+    assert [line.get("dev_loss") for line in log_of(place / "nan")] == [3.0, None]
+    assert not (place / "nan" / "model.safetensors").exists()
+
+
 def test_epochs_give_the_length(place, capsys):
     args = f"--data_dir {place}/data --pretrained {place}/encoder --device cpu --batch_size 64 --epochs 1.2"
     assert main([*args.split(), "--output_dir", str(place / "epochs")]) == 0
