@@ -27,7 +27,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,14 +52,15 @@ from evaluation import (
 )
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
+from kernels.grad_methods import weights_by_group
 from optimizer import lr_factor, set_lr
-from pcgrad import combination_weights, draw_step_orders, update_cosine_ema
+from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
 from support.errors import UserError
 from support.files import lock_folder, write_text
-from support.seeds import make_seed
+from support.seeds import make_seed, seed_of
 from tokenizer import BertTokenizer
 from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
@@ -131,6 +132,7 @@ def train_step(
     *,
     step: int,
     cosine_ema: Tensor | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> StepResult:
     """One optimizer update; the learning rates are already in the optimizer's groups.
 
@@ -142,6 +144,7 @@ def train_step(
         step: steps so far, skipped ones included; with the seed it fixes dropout and the order of
             projections.
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
+        learned: what the gradient method remembers of earlier steps, as `StepResult.learned` has it.
     """
     # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
     losses, num_tokens = backward_all(model, memory, task_batches, settings, step)
@@ -152,23 +155,31 @@ def train_step(
     gram = group_grams.sum(0)
     drawn = [task for task in memory.tasks if any(batch.task == task for batch in task_batches)]
     present = [memory.tasks.index(task) for task in drawn]
+    facts = TaskFacts(
+        gram,
+        orders=draw_step_orders(settings.seed, step, len(present)),
+        cosine_ema=cosine_ema,
+        adjusted=settings.adjusted(memory.tasks),
+        losses=losses,
+        state=learned or {},
+        generator=torch.Generator().manual_seed(make_seed(settings.seed, step, seed_of("weights"))),
+    )
 
     # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
     #    in the optimizer's moments, it stays there.
     head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
-    weights, grad_norm = torch.zeros(len(memory.tasks)), math.nan
+    grams = group_grams if settings.surgery_scope == "layer" and len(group_grams) else gram[None]
+    weights, grad_norm = torch.zeros(1, len(memory.tasks)), math.nan  # (1 or layer groups, K)
     if losses[present].isfinite().all() and gram.isfinite().all():
-        weights = combination_weights(
-            gram,
+        weights, learned = weights_by_group(
+            facts,
+            grams,
             present,
-            draw_step_orders(settings.seed, step, len(present)),
             grad_method=settings.grad_method,
             grad_reduction=settings.grad_reduction,
             num_batches=len(task_batches),
-            cosine_ema=cosine_ema,
-            adjusted=settings.adjusted(drawn),
         )
-        grad_norm = combined_norm(gram, weights, head_squares)
+        grad_norm = combined_norm(grams, weights, head_squares)
 
     # 4. Update: weighted sum of the task gradients, clipping, AdamW.
     applied = math.isfinite(grad_norm)
@@ -176,7 +187,16 @@ def train_step(
         apply_update(memory, optimizer, weights, drawn, grad_norm, settings.clip_norm)
         cosine_ema = update_cosine_ema(cosine_ema, gram)
     return StepResult(
-        losses, gram, group_grams, weights, head_squares, cosine_ema, grad_norm, num_tokens, applied
+        losses,
+        gram,
+        group_grams,
+        weights.mean(0),
+        head_squares,
+        cosine_ema,
+        grad_norm,
+        num_tokens,
+        applied,
+        learned if applied else facts.state,
     )
 
 
@@ -227,10 +247,11 @@ def backward_all(
     return means, int(torch.stack(num_tokens).sum())
 
 
-def combined_norm(gram: Tensor, weights: Tensor, head_squares: Tensor) -> float:
-    """Length of the combined gradient, encoder and heads together."""
+def combined_norm(grams: Tensor, weights: Tensor, head_squares: Tensor) -> float:
+    """Length of the combined gradient, encoder and heads together; of grams (G, K, K), weights (G, K)."""
     # The encoder's share follows from the gram matrix: |w G|^2 = w (G G^T) w^T. No other pass over memory.
-    shared_square = max(0.0, float(weights @ gram @ weights))  # rounding may leave it just below 0
+    squares = [float(w @ gram @ w) for w, gram in zip(weights, grams, strict=True)]
+    shared_square = max(0.0, sum(squares))  # rounding may leave it just below 0
     return math.sqrt(shared_square + sum(head_squares.tolist()))
 
 
@@ -242,8 +263,12 @@ def apply_update(
     grad_norm: float,
     clip_norm: float,
 ) -> None:
-    """Combine the task gradients, clip encoder and heads together, and update all that has a gradient."""
+    """Combine the task gradients, clip encoder and heads together, and update all that has a gradient.
+
+    Weights are (1, K), or by layer group, (G, K).
+    """
     scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
+    weights = weights[0] if len(weights) == 1 else weights
     memory.combine((weights * scale).to(memory.grad.device))  # clipped on the way, at no cost
     if scale < 1:
         memory.grad[memory.layout.num_shared :] *= scale  # the heads
@@ -336,11 +361,13 @@ class Steps:
         self.waiting: deque[tuple[int, Examples, Callable[[], StepResult]]] = deque()
         self.captured = None
         if run.settings.captured:
-            step_settings = run.settings.step
-            self.captured = CapturedStep(
-                run.model, run.memory, run.optimizer, train_data, step_settings, triton_kernels()
-            )
-            self.captured.leave(run.state.cosine_ema)
+            try:
+                self.captured = CapturedStep(
+                    run.model, run.memory, run.optimizer, train_data, run.settings.step, triton_kernels()
+                )
+                self.captured.leave(run.state.cosine_ema)
+            except ValueError as error:  # naming the flag that it cannot carry out
+                tqdm.write(f"warning: no captured steps, going on with plain operations ({error})")
         self.is_checked = False
 
     def start(self, examples: Examples) -> None:
@@ -365,6 +392,7 @@ class Steps:
             run.settings.step,
             step=state.step,
             cosine_ema=state.cosine_ema,
+            learned=state.learned,
         )
         if self.captured:
             self.captured.leave(result.cosine_ema)
@@ -390,7 +418,7 @@ class Steps:
             step, examples, get_result = self.waiting.popleft()
             result = get_result()
             num_tokens += result.num_tokens
-            state.cosine_ema = result.cosine_ema
+            state.cosine_ema, state.learned = result.cosine_ema, dict(result.learned)
             if result.applied:
                 state.bad_steps = 0
                 state.window.append(step_record(result, self.run.memory))

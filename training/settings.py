@@ -53,11 +53,12 @@ class StepSettings:
     """How the losses of a step become one update; for the values see the flags of the same names."""
 
     seed: int
-    grad_method: str = "pcgrad"  # a key of pcgrad.GRAD_METHODS
-    grad_reduction: str = "sum"  # a key of pcgrad.GRAD_REDUCTIONS
+    grad_method: str = "pcgrad"  # a key of grad_methods.GRAD_METHODS, maybe with parameters
+    grad_reduction: str = "sum"  # a key of grad_methods.GRAD_REDUCTIONS
     task_weights: Mapping[str, float] = field(default_factory=dict)  # task -> factor of its loss; 1 if absent
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
+    surgery_scope: str = "model"  # or "layer": each layer group by itself
     autocast: Callable = nullcontext  # makes the context for mixed precision
 
     def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What one training step did."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,9 +13,12 @@ class StepResult:
     losses: Tensor  # (K,) mean over the task's examples, before task weights
     gram: Tensor  # (K, K) inner products of the task gradients, already multiplied by --task_weights
     group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
-    weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping
+    weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping; by
+    # --surgery_scope layer the mean over layer groups
     head_squares: Tensor  # (K,) squared length of the gradient of each task's head
     cosine_ema: Tensor | None  # (K, K) running mean of the cosines between task gradients, this step included
     grad_norm: float  # of the combined gradient, encoder and heads, before clipping
     num_tokens: int  # real word pieces
     applied: bool  # False: something was not finite and nothing was updated
+    learned: Mapping[str, Tensor] = field(default_factory=dict)  # what the next step has to know, float64:
+    # of the gradient method (1, K), or (layer groups, K)

@@ -45,8 +45,8 @@ from config import TASKS
 from datasets import SAMPLERS, read_rows
 from evaluation import prediction_name
 from heads import PAIR_HEADS
+from kernels.grad_methods import GRAD_METHODS
 from optimizer import SCHEDULES
-from pcgrad import GRAD_METHODS
 from support.device import describe_machine
 from support.files import ROOT, write_text
 from tests.campaign import forks

@@ -15,6 +15,7 @@ from config import DEFAULT_TASKS, TASKS
 from datasets import Rows, TaskData, TokenArrays
 from heads import HEADS, PAIR_HEADS
 from kernels import static
+from kernels.grad_methods import GRAD_METHODS
 from multitask_classifier import TaskBatch, main, train_step
 from tests.kernels import plain_kernels
 from tests.tiny import make_data, make_encoder, make_model, make_training
@@ -23,6 +24,7 @@ from training.captured_step import CapturedStep
 from training.settings import StepSettings
 
 NUM_EXAMPLES = 40
+LAYER = {"surgery_scope": "layer"}
 
 
 def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> TaskData:
@@ -94,12 +96,21 @@ class Pair:
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("method", ["sum", "mean", "pcgrad", "gradvac"])
+@pytest.mark.parametrize("method", [name for name, row in GRAD_METHODS.items() if row.on_device])
 @pytest.mark.parametrize("head", PAIR_HEADS)
 def test_steps_equal_plain_ones(method, head):
     pair = Pair(head, grad_method=method, clip_norm=1.0)
     pair.steps(4)
     pair.compare_parameters()
+
+
+@pytest.mark.parametrize(
+    "settings", [*({"grad_method": name} for name, row in GRAD_METHODS.items() if not row.on_device), LAYER]
+)
+def test_what_needs_the_host_is_refused_by_name(settings):
+    flag, value = list(settings.items())[-1]
+    with pytest.raises(ValueError, match=f"--{flag} {value}"):
+        Pair(**settings)
 
 
 CASES = {  # settings of the step, model and optimizer; and what is drawn
