@@ -28,7 +28,7 @@ import time
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +53,7 @@ from evaluation import (
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
 from kernels.grad_methods import weights_by_group
+from kernels.loss_weightings import loss_factors
 from optimizer import lr_factor, set_lr
 from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
@@ -144,7 +145,7 @@ def train_step(
         step: steps so far, skipped ones included; with the seed it fixes dropout and the order of
             projections.
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
-        learned: what the gradient method remembers of earlier steps, as `StepResult.learned` has it.
+        learned: what gradient method and loss weighting remember, as `StepResult.learned` has it.
     """
     # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
     losses, num_tokens = backward_all(model, memory, task_batches, settings, step)
@@ -161,43 +162,86 @@ def train_step(
         cosine_ema=cosine_ema,
         adjusted=settings.adjusted(memory.tasks),
         losses=losses,
-        state=learned or {},
         generator=torch.Generator().manual_seed(make_seed(settings.seed, step, seed_of("weights"))),
     )
 
-    # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
-    #    in the optimizer's moments, it stays there.
-    head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
-    grams = group_grams if settings.surgery_scope == "layer" and len(group_grams) else gram[None]
-    weights, grad_norm = torch.zeros(1, len(memory.tasks)), math.nan  # (1 or layer groups, K)
+    # 3. Factors of the losses, then weights from the gram matrix. A step with anything not finite is skipped
+    #    for all tasks: once a NaN is in the optimizer's moments, it stays there.
+    weighed, grad_norm, learned = None, math.nan, learned or {}
     if losses[present].isfinite().all() and gram.isfinite().all():
-        weights, learned = weights_by_group(
-            facts,
-            grams,
-            present,
-            grad_method=settings.grad_method,
-            grad_reduction=settings.grad_reduction,
-            num_batches=len(task_batches),
-        )
-        grad_norm = combined_norm(grams, weights, head_squares)
+        weighed = weigh(facts, group_grams, present, settings, len(task_batches), learned)
+        group_grams, gram = weighed.group_grams, weighed.group_grams.sum(0)
+        for task, factor in zip(memory.tasks, weighed.factors.tolist(), strict=True):
+            memory.head_grad(task).mul_(factor)
+    head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
+    if weighed:
+        grad_norm = combined_norm(weighed.grams, weighed.weights, head_squares)
 
     # 4. Update: weighted sum of the task gradients, clipping, AdamW.
     applied = math.isfinite(grad_norm)
     if applied:
-        apply_update(memory, optimizer, weights, drawn, grad_norm, settings.clip_norm)
-        cosine_ema = update_cosine_ema(cosine_ema, gram)
-    return StepResult(
-        losses,
-        gram,
-        group_grams,
-        weights.mean(0),
-        head_squares,
-        cosine_ema,
-        grad_norm,
-        num_tokens,
-        applied,
-        learned if applied else facts.state,
+        row_weights = weighed.weights * weighed.factors  # of the gradients as they are stored
+        apply_update(memory, optimizer, row_weights, drawn, grad_norm, settings.clip_norm)
+        cosine_ema, learned = update_cosine_ema(cosine_ema, gram), weighed.learned
+    weights = weighed.weights.mean(0) if weighed else torch.zeros(len(memory.tasks))
+    factors = weighed.factors if weighed and settings.loss_weighting != "fixed" else None
+    scalars = {"grad_norm": grad_norm, "num_tokens": num_tokens, "applied": applied}
+    tensors = (losses, gram, group_grams, weights, head_squares, cosine_ema)
+    return StepResult(*tensors, **scalars, learned=learned, loss_weights=factors)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """How the gradients of a step are to be combined; L layer groups, G gram matrices: one, or L.
+
+    Args:
+        factors: (K,) of the losses.
+        group_grams: (L, K, K) with these factors.
+        grams: (G, K, K) those that the gradient method was applied to.
+        weights: (G, K) what it made of them.
+        learned: what loss weighting and gradient method remember.
+    """
+
+    factors: Tensor
+    group_grams: Tensor
+    grams: Tensor
+    weights: Tensor
+    learned: dict[str, Tensor]
+
+
+def weigh(
+    facts: TaskFacts,
+    group_grams: Tensor,
+    present: Sequence[int],
+    settings: StepSettings,
+    num_batches: int,
+    learned: Mapping[str, Tensor],
+) -> Weighed:
+    """Loss weighting, then gradient method, from inner products alone; arguments as in `train_step`."""
+    factors, of_losses = loss_factors(
+        replace(facts, state=part(learned, "loss_weighting")), present, settings.loss_weighting
     )
+    factors = factors.to(facts.gram)
+    products = factors[:, None] * factors  # (K, K)
+    group_grams, gram = group_grams * products, facts.gram * products
+    grams = group_grams if settings.surgery_scope == "layer" and len(group_grams) else gram[None]
+    weights, of_method = weights_by_group(
+        replace(facts, gram=gram, state=part(learned, "grad_method")),
+        grams,
+        present,
+        grad_method=settings.grad_method,
+        grad_reduction=settings.grad_reduction,
+        num_batches=num_batches,
+    )
+    new = {f"loss_weighting.{name}": values for name, values in of_losses.items()}
+    new |= {f"grad_method.{name}": values for name, values in of_method.items()}
+    return Weighed(factors, group_grams, grams, weights, new)
+
+
+def part(learned: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
+    """What belongs to one of the two."""
+    prefix = f"{owner}."
+    return {name.removeprefix(prefix): values for name, values in learned.items() if name.startswith(prefix)}
 
 
 def backward_all(

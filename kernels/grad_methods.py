@@ -344,7 +344,7 @@ GRAD_METHODS: dict[str, GradMethod] = {
     "dualproj": GradMethod(dualproj, is_mean=True),
     "imtl_g": GradMethod(imtl_g, is_mean=True, ignores_scale=True),
     "aligned_mtl": GradMethod(aligned_mtl, is_mean=True),
-    "config": GradMethod(config),
+    "config": GradMethod(config, ignores_scale=True),
     "krum": GradMethod(
         krum,
         is_mean=True,

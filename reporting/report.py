@@ -169,6 +169,7 @@ def settings_table(args: Namespace, stored: dict, metrics: list[dict]) -> Table:
         "gradients": f"{args.grad_method}, {args.grad_reduction}"
         + (f", only of {', '.join(args.surgery_tasks)}" if args.surgery_tasks else ""),
         "sampler": args.sampler,
+        "loss weighting": args.loss_weighting,
         "loss weights": list_values({task: w for task, w in args.task_weights.items() if w != 1}),
         "batch": list_values(batch_sizes)
         + (f"; {args.grad_accum} of each in a step" if args.grad_accum > 1 else ""),
@@ -244,6 +245,7 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
         )
         text += f" By layer: most often in {most}, least often in {least}."
     weights, norms = means_of(metrics, "grad_weight"), means_of(metrics, "task_grad_norm")
+    factors = means_of(metrics, "loss_weight")  # none with --loss_weighting fixed
     runs = {args.grad_method: [metrics]}
     pictures = [
         draw("report/conflict.png", "conflict over the run", figures.plot_conflict(runs)),
@@ -263,8 +265,13 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
         "weights_text": "Weight of each task's gradient in the combined one, made by --grad_method"
         f" {args.grad_method}; all 1 is the plain sum.",
         "weights": Table(
-            ("task", "mean weight of its gradient", "mean length of its gradient"),
-            [(task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}") for task in weights],
+            ("task", "mean weight of its gradient", "mean length of its gradient")
+            + (("mean factor of its loss",) if factors else ()),
+            [
+                (task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}")
+                + ((f"{factors.get(task, 1):.3f}",) if factors else ())
+                for task in weights
+            ],
         ),
         "pictures": [picture for picture in pictures if picture],
     }

@@ -68,6 +68,8 @@ def check_capturable(settings: StepSettings) -> None:
     """
     if not find_method(settings.grad_method)[0].on_device:
         raise ValueError(f"--grad_method {settings.grad_method} is solved on the host")
+    if settings.loss_weighting != "fixed":
+        raise ValueError(f"--loss_weighting {settings.loss_weighting} is for plain steps only")
     if settings.surgery_scope != "model":
         raise ValueError(f"--surgery_scope {settings.surgery_scope} is for plain steps only")
 

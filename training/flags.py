@@ -12,6 +12,7 @@ from datasets import SAMPLERS
 from evaluation import OVERALLS, PREDICTION_STYLES
 from heads import PAIR_HEADS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
+from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
 from optimizer import SCHEDULES
 from support.command_line import FlagType, number
 from support.errors import UserError
@@ -163,6 +164,8 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--grad_reduction", "result", choices=GRAD_REDUCTIONS, help=text)
     text = "which tasks the batches of a step come from"
     add("--sampler", "result", choices=SAMPLERS, default="round_robin", help=text)
+    text = f"how the losses are weighted, besides --task_weights: {describe_specs(LOSS_WEIGHTINGS)}"
+    add("--loss_weighting", "result", type=spec_type(LOSS_WEIGHTINGS), default="fixed", help=text)
     text = "factors of the losses (default: 1 for each task)"
     add("--task_weights", "result", type=weight_list, default={}, help=text)
 
@@ -294,6 +297,16 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(
             f"--grad_method {args.grad_method} and --grad_reduction {args.grad_reduction} contradict each"
             " other"
+        )
+    if args.loss_weighting != "fixed" and method.ignores_scale:
+        parser.error(
+            f"--loss_weighting {args.loss_weighting} is lost on --grad_method {args.grad_method}, whose"
+            " direction does not depend on the lengths of the gradients"
+        )
+    if args.freeze_encoder and find_weighting(args.loss_weighting)[0].needs_gradients:
+        parser.error(
+            f"--loss_weighting {args.loss_weighting} goes by the gradients of the encoder, which"
+            " --freeze_encoder leaves without any"
         )
     for flag, named in (
         ("select_by", {args.select_by} & set(TASKS)),

@@ -48,7 +48,8 @@ def default_output_dir(args: argparse.Namespace) -> str:
     heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
     method = args.grad_method.replace(":", "-")  # some file systems take no colon
     method += "-by-layer" if args.surgery_scope == "layer" else ""
-    name = "-".join(filter(None, [encoder, *args.tasks, method, heads, f"seed{args.seed}"]))
+    weighting = "" if args.loss_weighting == "fixed" else args.loss_weighting.replace(":", "-")
+    name = "-".join(filter(None, [encoder, *args.tasks, method, weighting, heads, f"seed{args.seed}"]))
     return str(Path("runs") / name)
 
 
@@ -127,6 +128,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             clip_norm=args.clip_norm,
             surgery_tasks=args.surgery_tasks,
             surgery_scope=args.surgery_scope,
+            loss_weighting=args.loss_weighting,
             autocast=make_autocast(args.device, args.precision),
         ),
         optimizer=OptimizerSettings(
@@ -274,7 +276,7 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
         reasons["warmup_ratio"] = "--warmup_steps says how long the warm-up is"
     surgery = ("grad_method", "grad_reduction", "surgery_tasks", "surgery_scope")
     if len(args.tasks) == 1:
-        for name in (*surgery, "sampler"):
+        for name in (*surgery, "sampler", "loss_weighting"):
             reasons[name] = "there is one task"
     if not find_method(args.grad_method)[0].changes_gradients:
         reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"

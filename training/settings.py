@@ -56,6 +56,7 @@ class StepSettings:
     grad_method: str = "pcgrad"  # a key of grad_methods.GRAD_METHODS, maybe with parameters
     grad_reduction: str = "sum"  # a key of grad_methods.GRAD_REDUCTIONS
     task_weights: Mapping[str, float] = field(default_factory=dict)  # task -> factor of its loss; 1 if absent
+    loss_weighting: str = "fixed"  # a key of loss_weightings.LOSS_WEIGHTINGS, maybe with parameters
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
     surgery_scope: str = "model"  # or "layer": each layer group by itself

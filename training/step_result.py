@@ -11,7 +11,7 @@ class StepResult:
     """What one update did, K tasks. Tasks without a batch have loss nan, and zeros in the other fields."""
 
     losses: Tensor  # (K,) mean over the task's examples, before task weights
-    gram: Tensor  # (K, K) inner products of the task gradients, already multiplied by --task_weights
+    gram: Tensor  # (K, K) inner products of the task gradients, multiplied by task and loss weights
     group_grams: Tensor  # (layer groups, K, K) the same within each group of `memory.layout.layer_groups`
     weights: Tensor  # (K,) coefficient of each task's gradient in the combined one, before clipping; by
     # --surgery_scope layer the mean over layer groups
@@ -21,4 +21,5 @@ class StepResult:
     num_tokens: int  # real word pieces
     applied: bool  # False: something was not finite and nothing was updated
     learned: Mapping[str, Tensor] = field(default_factory=dict)  # what the next step has to know, float64:
-    # of the gradient method (1, K), or (layer groups, K)
+    # of the gradient method (1, K), or (layer groups, K); of the loss weighting (K,)
+    loss_weights: Tensor | None = None  # (K,) factor of each task's loss; None for --loss_weighting fixed

@@ -124,8 +124,8 @@ CHANGES = (
     "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --max_steps 4; --batch_size 5; "
     "--grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
     "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
-    "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --grad_reduction mean; "
-    "--extra_data sick; --task_weights sts=0.1"
+    "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --loss_weighting uw; "
+    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
@@ -442,6 +442,9 @@ def test_marks_say_what_may_change():
             "--grad_method: c of cagrad: value is '1'; expected a number of at least 0",
         ),
         ("--grad_method krum:n=1,n=2", "expected each parameter once"),
+        ("--grad_method imtl_g --loss_weighting uw", "--loss_weighting uw:lr=0.025 is lost on"),
+        ("--freeze_encoder --loss_weighting gradnorm", "which --freeze_encoder leaves without any"),
+        ("--loss_weighting dwa:every=0", "every of dwa: value is '0'"),
         ("--grad_method krum:n=1.5", "n of krum: value is '1.5'"),
         ("--resume --overwrite --output_dir x", "contradict"),
         ("--eval_only", "--output_dir"),
