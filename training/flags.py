@@ -162,8 +162,8 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--surgery_scope", "result", choices=SURGERY_SCOPES, default="model", help=text)
     text = "sum or mean over the task batches of a step (default: that of --grad_method)"
     add("--grad_reduction", "result", choices=GRAD_REDUCTIONS, help=text)
-    text = "which tasks the batches of a step come from"
-    add("--sampler", "result", choices=SAMPLERS, default="round_robin", help=text)
+    text = f"which tasks the batches of a step come from: {describe_specs(SAMPLERS)}"
+    add("--sampler", "result", type=spec_type(SAMPLERS), default="round_robin", help=text)
     text = f"how the losses are weighted, besides --task_weights: {describe_specs(LOSS_WEIGHTINGS)}"
     add("--loss_weighting", "result", type=spec_type(LOSS_WEIGHTINGS), default="fixed", help=text)
     text = "factors of the losses (default: 1 for each task)"

@@ -445,6 +445,7 @@ def test_marks_say_what_may_change():
         ("--grad_method imtl_g --loss_weighting uw", "--loss_weighting uw:lr=0.025 is lost on"),
         ("--freeze_encoder --loss_weighting gradnorm", "which --freeze_encoder leaves without any"),
         ("--loss_weighting dwa:every=0", "every of dwa: value is '0'"),
+        ("--sampler temperature:t=0", "t of temperature: value is '0'"),
         ("--grad_method krum:n=1.5", "n of krum: value is '1.5'"),
         ("--resume --overwrite --output_dir x", "contradict"),
         ("--eval_only", "--output_dir"),
