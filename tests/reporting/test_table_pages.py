@@ -12,10 +12,10 @@ from matplotlib import image
 
 from config import OFFLINE_ENCODER
 from reporting import pages
-from reporting.poster import CLAIMS, ROWS, SCORES
+from reporting.poster import CLAIMS, ROWS, SCORES, TableRow
 from reporting.significance import Interval, mean_and_sd
 from reporting.table_pages import (
-    HEADING,
+    HEADINGS,
     PICTURES,
     TEST_FILES,
     check_results_dir,
@@ -24,6 +24,7 @@ from reporting.table_pages import (
     draw_figures,
     format_claims,
     format_comparison,
+    format_differences,
     format_interval,
     format_mean,
     judge,
@@ -231,6 +232,23 @@ def tex_rows(table):
     return rows
 
 
+def test_rows_of_ones_own_are_shown_without_the_poster(tmp_path, data_dir):
+    """Neither its numbers nor its claims; each row is compared with the first."""
+    rows = {
+        name: {seed: all_tasks(seed, 1 + n, n) for seed in (1, 2)} for n, name in enumerate(("sum", "mgda"))
+    }
+    found = make_table(tmp_path / "runs", data_dir, rows)
+    specs = {"sum": TableRow("sum", "", group="own"), "mgda": TableRow("mgda", "", versus="sum", group="own")}
+    found = Table(found.runs, found.dev_data, 40, ROWS | specs)
+    page = make_page(found, COMMAND, None, [])
+    assert page.startswith(HEADINGS[1]) and "poster" not in page and "claim" not in page.lower()
+    assert "mgda - sum" in page and "mgda - sum" in format_differences(found)
+    assert len(scores_table(found).rows) == 2 and set(draw_figures(found)) > {"scores.png", "conflict.png"}
+    assert rows_csv(found).splitlines()[2].startswith("mgda,mgda,own,1 2,")
+    mixed = Table(found.runs | {"diff": found.runs["sum"]}, found.dev_data, 40, ROWS | specs)
+    assert "## Its claims" in make_page(mixed, COMMAND, None, [])
+
+
 def test_latex(table, tmp_path, data_dir):
     rows = tex_rows(table)
     assert rows[0] == ["technique", "overall", "sentiment", "paraphrase", "similarity"]
@@ -312,7 +330,7 @@ def test_files_of_an_earlier_table_go(tmp_path, one_run, monkeypatch):
     (tmp_path / "predictions").mkdir()
     for name in ("scores.png", "predictions/sst-test-output.csv", "mine.png"):
         (tmp_path / name).write_text("old")
-    (tmp_path / "table.md").write_bytes(HEADING)
+    (tmp_path / "table.md").write_text(HEADINGS[1] + "\n")
     check_results_dir(tmp_path)
     written = write_results(one_run, tmp_path, COMMAND, None)
     assert [path.name for path in written] == ["table.md", "table.csv", "runs.csv", "table.tex"]
