@@ -17,7 +17,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +28,10 @@ import torch
 
 from config import TaskSpec
 from kernels.static import PackedBatch
+from support.command_line import number
 from support.errors import UserError, one_line, quote
 from support.seeds import seed_of
+from support.specs import Param, parse_spec
 from support.text_files import BYTE_ORDER_MARK, decode, line_at, read_data_file
 
 if TYPE_CHECKING:  # the tokenizer imports what reads checkpoints, which `--help` has no use for
@@ -566,8 +568,8 @@ class BatchOrder:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# Samplers: (number of examples of each task (K,), progress in [0, 1], rng) -> the tasks of a step's K
-# batches.
+# Samplers: (number of examples of each task (K,), progress in [0, 1], rng), and the row's parameters by name
+# -> the tasks of a step's K batches.
 
 
 def round_robin(sizes: np.ndarray, progress: float, rng: np.random.Generator | None) -> np.ndarray:
@@ -598,19 +600,43 @@ def annealed(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np
     return draw_by_size(sizes, 1.0 - 0.8 * progress, rng)
 
 
-SAMPLERS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
-    "round_robin": round_robin,
-    "proportional": proportional,
-    "sqrt": sqrt_sampling,
-    "annealed": annealed,
+def temperature(sizes: np.ndarray, progress: float, rng: np.random.Generator, t: float) -> np.ndarray:
+    """Tasks drawn with probability ~ N ** (1 / t): 1 is proportional, a large t gives all the same chance.
+
+    Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019.
+    """
+    return draw_by_size(sizes, 1.0 / t, rng)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of SAMPLERS."""
+
+    draw: Callable[..., np.ndarray]
+    params: Mapping[str, Param] = field(default_factory=dict)
+    is_random: bool = True
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "round_robin": Sampler(round_robin, is_random=False),
+    "proportional": Sampler(proportional),
+    "sqrt": Sampler(sqrt_sampling),
+    "annealed": Sampler(annealed),
+    "temperature": Sampler(temperature, {"t": Param(5.0, number(float, 0.1), "temperature")}),
 }
 
 
 def plan_tasks(sampler: str, sizes: Sequence[int], total_steps: int, seed: int) -> np.ndarray:
-    """The tasks of each step's batches, (total_steps, K); step s depends on (seed, s) and progress only."""
-    sizes = np.asarray(sizes)
+    """The tasks of each step's batches, (total_steps, K); step s depends on (seed, s) and progress only.
+
+    Args:
+        sampler: a key of SAMPLERS, maybe with parameters, as in `temperature:t=5`.
+        sizes: (K,) number of examples of each task.
+    """
+    name, params = parse_spec(sampler, SAMPLERS)
+    row, sizes = SAMPLERS[name], np.asarray(sizes)
     plan = np.empty((total_steps, len(sizes)), dtype=np.int64)
     for step in range(total_steps):
-        rng = np.random.default_rng([seed, step]) if sampler != "round_robin" else None
-        plan[step] = SAMPLERS[sampler](sizes, step / max(1, total_steps - 1), rng)
+        rng = np.random.default_rng([seed, step]) if row.is_random else None
+        plan[step] = row.draw(sizes, step / max(1, total_steps - 1), rng, **params)
     return plan

@@ -30,8 +30,8 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -55,14 +55,16 @@ from evaluation import (
 )
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
+from kernels.grad_methods import weights_by_group
+from kernels.loss_weightings import loss_factors
 from optimizer import lr_factor, set_lr
-from pcgrad import combination_weights, draw_step_orders, update_cosine_ema
+from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
 from support.errors import UserError
 from support.files import lock_folder, write_text
-from support.seeds import make_seed
+from support.seeds import make_seed, seed_of
 from tokenizer import BertTokenizer
 from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
@@ -135,7 +137,7 @@ def train_step(
     *,
     step: int,
     cosine_ema: Tensor | None = None,
-    loss_scale: int = 1,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> StepResult:
     """One optimizer update; the learning rates are already in the optimizer's groups.
 
@@ -147,48 +149,109 @@ def train_step(
         step: steps so far, skipped ones included; with the seed it fixes dropout and the order of
             projections.
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
-        loss_scale: factor of the losses in the backward pass, so that float16 holds its gradients. Nothing
-            that is returned or applied depends on it, but for rounding.
+        learned: what gradient method and loss weighting remember, as `StepResult.learned` has it.
     """
     # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
-    losses, num_tokens = backward_all(model, memory, task_batches, settings, step, loss_scale)
+    losses, num_tokens = backward_all(model, memory, task_batches, settings, step)
 
     # 2. Inner products of the task gradients, which are all that a gradient method needs to know of them. By
     #    layer group, for the log; their sum is the whole gram matrix. They are freed of the loss scale; the
     #    gradients keep it, so that memory need not be gone over once more.
+    loss_scale = settings.loss_scale
     group_grams = memory.group_grams().cpu() / loss_scale**2  # (layer groups, K, K)
     gram = group_grams.sum(0)
     drawn = [task for task in memory.tasks if any(batch.task == task for batch in task_batches)]
     present = [memory.tasks.index(task) for task in drawn]
+    facts = TaskFacts(
+        gram,
+        orders=draw_step_orders(settings.seed, step, len(present)),
+        cosine_ema=cosine_ema,
+        adjusted=settings.adjusted(memory.tasks),
+        losses=losses,
+        generator=torch.Generator().manual_seed(make_seed(settings.seed, step, seed_of("weights"))),
+    )
 
-    # 3. Weights from the gram matrix. A step with anything not finite is skipped for all tasks: once a NaN is
-    #    in the optimizer's moments, it stays there.
-    head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
-    head_squares /= loss_scale**2
-    weights, grad_norm = torch.zeros(len(memory.tasks)), math.nan
+    # 3. Factors of the losses, then weights from the gram matrix. A step with anything not finite is skipped
+    #    for all tasks: once a NaN is in the optimizer's moments, it stays there.
+    weighed, grad_norm, learned = None, math.nan, learned or {}
     has_losses = bool(losses[present].isfinite().all())
     if has_losses and gram.isfinite().all():
-        weights = combination_weights(
-            gram,
-            present,
-            draw_step_orders(settings.seed, step, len(present)),
-            grad_method=settings.grad_method,
-            grad_reduction=settings.grad_reduction,
-            num_batches=len(task_batches),
-            cosine_ema=cosine_ema,
-            adjusted=settings.adjusted(drawn),
-        )
-        grad_norm = combined_norm(gram, weights, head_squares)
+        weighed = weigh(facts, group_grams, present, settings, len(task_batches), learned)
+        group_grams, gram = weighed.group_grams, weighed.group_grams.sum(0)
+        for task, factor in zip(memory.tasks, weighed.factors.tolist(), strict=True):
+            memory.head_grad(task).mul_(factor)
+    head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks]).cpu()
+    head_squares /= loss_scale**2
+    if weighed:
+        grad_norm = combined_norm(weighed.grams, weighed.weights, head_squares)
 
     # 4. Update: weighted sum of the task gradients, clipping, AdamW.
     applied = math.isfinite(grad_norm)
     if applied:
         clip = settings.clip_norm / grad_norm if 0 < settings.clip_norm < grad_norm else 1.0
-        apply_update(memory, optimizer, weights, drawn, clip / loss_scale)
-        cosine_ema = update_cosine_ema(cosine_ema, gram)
+        row_weights = weighed.weights * weighed.factors  # of the gradients as they are stored
+        apply_update(memory, optimizer, row_weights, drawn, clip / loss_scale)
+        cosine_ema, learned = update_cosine_ema(cosine_ema, gram), weighed.learned
     overflow = has_losses and not applied and loss_scale > 1
-    numbers = (losses, gram, group_grams, weights, head_squares, cosine_ema, grad_norm, num_tokens)
-    return StepResult(*numbers, applied, overflow)
+    weights = weighed.weights.mean(0) if weighed else torch.zeros(len(memory.tasks))
+    factors = weighed.factors if weighed and settings.loss_weighting != "fixed" else None
+    scalars = {"grad_norm": grad_norm, "num_tokens": num_tokens, "applied": applied, "overflow": overflow}
+    tensors = (losses, gram, group_grams, weights, head_squares, cosine_ema)
+    return StepResult(*tensors, **scalars, learned=learned, loss_weights=factors)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """How the gradients of a step are to be combined; L layer groups, G gram matrices: one, or L.
+
+    Args:
+        factors: (K,) of the losses.
+        group_grams: (L, K, K) with these factors.
+        grams: (G, K, K) those that the gradient method was applied to.
+        weights: (G, K) what it made of them.
+        learned: what loss weighting and gradient method remember.
+    """
+
+    factors: Tensor
+    group_grams: Tensor
+    grams: Tensor
+    weights: Tensor
+    learned: dict[str, Tensor]
+
+
+def weigh(
+    facts: TaskFacts,
+    group_grams: Tensor,
+    present: Sequence[int],
+    settings: StepSettings,
+    num_batches: int,
+    learned: Mapping[str, Tensor],
+) -> Weighed:
+    """Loss weighting, then gradient method, from inner products alone; arguments as in `train_step`."""
+    factors, of_losses = loss_factors(
+        replace(facts, state=part(learned, "loss_weighting")), present, settings.loss_weighting
+    )
+    factors = factors.to(facts.gram)
+    products = factors[:, None] * factors  # (K, K)
+    group_grams, gram = group_grams * products, facts.gram * products
+    grams = group_grams if settings.surgery_scope == "layer" and len(group_grams) else gram[None]
+    weights, of_method = weights_by_group(
+        replace(facts, gram=gram, state=part(learned, "grad_method")),
+        grams,
+        present,
+        grad_method=settings.grad_method,
+        grad_reduction=settings.grad_reduction,
+        num_batches=num_batches,
+    )
+    new = {f"loss_weighting.{name}": values for name, values in of_losses.items()}
+    new |= {f"grad_method.{name}": values for name, values in of_method.items()}
+    return Weighed(factors, group_grams, grams, weights, new)
+
+
+def part(learned: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
+    """What belongs to one of the two."""
+    prefix = f"{owner}."
+    return {name.removeprefix(prefix): values for name, values in learned.items() if name.startswith(prefix)}
 
 
 def backward_all(
@@ -197,9 +260,8 @@ def backward_all(
     task_batches: Sequence[TaskBatch],
     settings: StepSettings,
     step: int,
-    loss_scale: int,
 ) -> tuple[Tensor, int]:
-    """Forward and backward for all tasks; leaves the gradient of each, times `loss_scale`, in `memory`.
+    """Forward and backward for all tasks; leaves the gradient of each, times the loss scale, in `memory`.
 
     Returns:
         losses (K,), as in `StepResult`, and the number of real word pieces.
@@ -222,7 +284,7 @@ def backward_all(
         # often as it was drawn.
         micro_shares = [len(piece["labels"]) / num_examples[task] for task, piece in pieces]
         weights = [
-            settings.task_weights.get(task, 1.0) * (num_draws[task] * share) * loss_scale
+            settings.task_weights.get(task, 1.0) * (num_draws[task] * share) * settings.loss_scale
             for (task, _), share in zip(pieces, micro_shares, strict=True)
         ]
         # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
@@ -239,10 +301,11 @@ def backward_all(
     return means, int(torch.stack(num_tokens).sum())
 
 
-def combined_norm(gram: Tensor, weights: Tensor, head_squares: Tensor) -> float:
-    """Length of the combined gradient, encoder and heads together."""
+def combined_norm(grams: Tensor, weights: Tensor, head_squares: Tensor) -> float:
+    """Length of the combined gradient, encoder and heads together; of grams (G, K, K), weights (G, K)."""
     # The encoder's share follows from the gram matrix: |w G|^2 = w (G G^T) w^T. No other pass over memory.
-    shared_square = max(0.0, float(weights @ gram @ weights))  # rounding may leave it just below 0
+    squares = [float(w @ gram @ w) for w, gram in zip(weights, grams, strict=True)]
+    shared_square = max(0.0, sum(squares))  # rounding may leave it just below 0
     return math.sqrt(shared_square + sum(head_squares.tolist()))
 
 
@@ -253,7 +316,11 @@ def apply_update(
     drawn: Sequence[str],
     scale: float,
 ) -> None:
-    """Combine the task gradients, scale encoder and heads together, and update all that has a gradient."""
+    """Combine the task gradients, scale encoder and heads together, and update all that has a gradient.
+
+    Weights are (1, K), or by layer group, (G, K).
+    """
+    weights = weights[0] if len(weights) == 1 else weights
     memory.combine((weights * scale).to(memory.grad.device))  # scaled on the way, at no cost
     if scale != 1:
         memory.grad[memory.layout.num_shared :] *= scale  # the heads
@@ -346,11 +413,13 @@ class Steps:
         self.waiting: deque[tuple[int, Examples, Callable[[], StepResult]]] = deque()
         self.captured = None
         if run.settings.captured:
-            step_settings = run.settings.step
-            self.captured = CapturedStep(
-                run.model, run.memory, run.optimizer, train_data, step_settings, triton_kernels()
-            )
-            self.captured.leave(run.state.cosine_ema)
+            try:
+                self.captured = CapturedStep(
+                    run.model, run.memory, run.optimizer, train_data, run.settings.step, triton_kernels()
+                )
+                self.captured.leave(run.state.cosine_ema)
+            except ValueError as error:  # naming the flag that it cannot carry out
+                tqdm.write(f"warning: no captured steps, going on with plain operations ({error})")
         self.is_checked = False
 
     def start(self, examples: Examples) -> None:
@@ -372,10 +441,10 @@ class Steps:
             run.memory,
             run.optimizer,
             task_batches,
-            run.settings.step,
+            replace(run.settings.step, loss_scale=scale_of(state.loss_scale)),
             step=state.step,
             cosine_ema=state.cosine_ema,
-            loss_scale=scale_of(state.loss_scale),
+            learned=state.learned,
         )
         if self.captured:
             self.captured.leave(result.cosine_ema)
@@ -401,7 +470,7 @@ class Steps:
             step, examples, get_result = self.waiting.popleft()
             result = get_result()
             num_tokens += result.num_tokens
-            state.cosine_ema = result.cosine_ema
+            state.cosine_ema, state.learned = result.cosine_ema, dict(result.learned)
             if result.applied:
                 state.bad_steps = 0
                 state.window.append(step_record(result, self.run.memory))

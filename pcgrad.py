@@ -1,4 +1,4 @@
-"""Gradient surgery on the matrix of inner products.
+"""Gradient surgery on the matrix of inner products: the matrix, PCGrad and GradVac.
 
 PCGrad: Yu et al. 2020, https://arxiv.org/abs/2001.06782.
 
@@ -6,14 +6,13 @@ A gradient method never sees the gradients. Each projection of the paper adds a 
 to another, so every result is a weighted sum of the original task gradients, and the weights follow from
 their inner products alone. For K tasks that is arithmetic on a K x K matrix, instead of passes over K copies
 of the model. (The idea of working on the Gramian: Quinton and Rey, https://arxiv.org/abs/2406.16232.)
-A method that needs more than inner products, losses say, needs another argument in
-`combination_weights`, and a field of `training.run_folder.RunState` if it has a memory.
+The table of all methods is in kernels/grad_methods.py; what they may know besides the matrix is `TaskFacts`.
 
 Shapes: K tasks, P shared parameters, G (K, P) the task gradients.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -64,10 +63,34 @@ def update_cosine_ema(ema: torch.Tensor | None, gram: torch.Tensor) -> torch.Ten
     return torch.where(present[:, None] & present, ema + COSINE_EMA_BETA * (cosine_matrix(gram) - ema), ema)
 
 
-# --- gradient methods: (gram (K, K), orders (K, K), cosine_ema (K, K), adjusted (K,)) -> weights (K,) -------
-# The combined gradient is weights @ G. `orders` and `adjusted` are as `project` takes them; `cosine_ema` is
-# the running mean of the cosine matrix over the steps so far, 0 at the first, at which GradVac aims. All are
-# on one device, and nothing here waits for it or branches on a value, so that a GPU can capture it.
+# --- what a gradient method is told -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a gradient method, or a loss weighting, may know of the K tasks of a step.
+
+    All is on one device. `params` and `state` are those of its own row of the table.
+
+    Args:
+        gram: (K, K) inner products of the task gradients.
+        orders: (K, K) task numbers, row i a permutation, as `draw_orders` gives it.
+        cosine_ema: (K, K) running mean of the cosine matrix over the steps so far; None, or 0, at the first.
+        adjusted: (K,) bool, whether a task's gradient may be changed; None means all may.
+        losses: (K,) before any weighting.
+        params: values of the row's parameters.
+        state: (K,) each, float64: what the row remembers from step to step; 0 at the start.
+        generator: for random numbers of this step; it depends on the seed and the step alone.
+    """
+
+    gram: torch.Tensor
+    orders: torch.Tensor | None = None
+    cosine_ema: torch.Tensor | None = None
+    adjusted: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
+    params: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    generator: torch.Generator | None = None
 
 
 def draw_orders(num_tasks: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -81,14 +104,8 @@ def draw_step_orders(seed: int, step: int, num_tasks: int) -> torch.Tensor:
     return draw_orders(num_tasks, torch.Generator().manual_seed(make_seed(seed, step)))
 
 
-def sum_grads(gram: torch.Tensor, orders=None, cosine_ema=None, adjusted=None) -> torch.Tensor:
-    """Plain sum: the gradient of the summed losses."""
-    return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
-
-
-def mean_grads(gram: torch.Tensor, orders=None, cosine_ema=None, adjusted=None) -> torch.Tensor:
-    """Plain mean: the gradient of the averaged losses."""
-    return sum_grads(gram) / len(gram)
+# --- PCGrad and GradVac: facts -> weights (K,), so that the combined gradient is weights @ G ----------------
+# Nothing here waits for the device or branches on a value, so that a GPU can capture it.
 
 
 def project(
@@ -131,23 +148,16 @@ def project(
     return coefficients.sum(0).to(gram)
 
 
-def pcgrad(
-    gram: torch.Tensor, orders: torch.Tensor, cosine_ema=None, adjusted: torch.Tensor | None = None
-) -> torch.Tensor:
+def pcgrad(facts: TaskFacts) -> torch.Tensor:
     """PCGrad, Algorithm 1: take out of each task's gradient what conflicts with the others, then sum.
 
     The order of the others is redrawn for each task, the task itself is left out, and projections use the
     others' original gradients.
     """
-    return project(gram, orders, torch.zeros_like(gram), adjusted)
+    return project(facts.gram, facts.orders, torch.zeros_like(facts.gram), facts.adjusted)
 
 
-def gradvac(
-    gram: torch.Tensor,
-    orders: torch.Tensor,
-    cosine_ema: torch.Tensor | None = None,
-    adjusted: torch.Tensor | None = None,
-) -> torch.Tensor:
+def gradvac(facts: TaskFacts) -> torch.Tensor:
     """GradVac (Wang et al. 2021, https://arxiv.org/abs/2010.05874): lift each cosine to its running mean.
 
     Two differences from the paper: the running mean is that of the cosines between the original gradients,
@@ -155,76 +165,6 @@ def gradvac(
     0.99, beyond which the formula divides by almost nothing. Without a running mean yet, the aim is 0, which
     is PCGrad.
     """
-    aims = torch.zeros_like(gram) if cosine_ema is None else cosine_ema.double().clamp(-0.99, 0.99)
-    return project(gram, orders, aims, adjusted)
-
-
-@dataclass(frozen=True)
-class GradMethod:
-    """A row of GRAD_METHODS.
-
-    Args:
-        weights: as described above.
-        is_mean: it already divides by the number of tasks, so that losses are averaged, not summed.
-        changes_gradients: tasks can be kept from it by `adjusted`; the others only add gradients up.
-    """
-
-    weights: Callable[..., torch.Tensor]
-    is_mean: bool = False
-    changes_gradients: bool = False
-
-    @property
-    def reduction(self) -> str:
-        """The key of GRAD_REDUCTIONS that goes with it."""
-        return "mean" if self.is_mean else "sum"
-
-
-GRAD_METHODS: dict[str, GradMethod] = {
-    "sum": GradMethod(sum_grads),
-    "mean": GradMethod(mean_grads, is_mean=True),
-    "pcgrad": GradMethod(pcgrad, changes_gradients=True),
-    "gradvac": GradMethod(gradvac, changes_gradients=True),
-}
-# Over the task batches of a step, after the method; value: is the combined gradient divided by their number?
-GRAD_REDUCTIONS = {"sum": False, "mean": True}
-
-
-def choose(matrix: torch.Tensor, tasks: Sequence[int]) -> torch.Tensor:
-    """The rows and columns of some tasks, without an index that would have to be copied to a GPU first."""
-    if len(tasks) == len(matrix):
-        return matrix
-    return torch.stack([torch.stack([matrix[i, j] for j in tasks]) for i in tasks])
-
-
-def combination_weights(
-    gram: torch.Tensor,
-    present: Sequence[int],
-    orders: torch.Tensor,
-    *,
-    grad_method: str,
-    grad_reduction: str,
-    num_batches: int,
-    cosine_ema: torch.Tensor | None = None,
-    adjusted: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(K,) the weight of each task's gradient in the combined one; 0 for tasks without a batch.
-
-    Args:
-        gram: (K, K).
-        present: the numbers of the tasks with a batch, P of them.
-        orders: (P, P), as `draw_orders` gives it.
-        grad_method: a key of GRAD_METHODS.
-        grad_reduction: a key of GRAD_REDUCTIONS.
-        num_batches: task batches in the step; a task that was drawn twice has two.
-        cosine_ema: (K, K).
-        adjusted: (P,) bool.
-    """
-    method = GRAD_METHODS[grad_method]
-    ema = None if cosine_ema is None else choose(cosine_ema, present)
-    weights = method.weights(choose(gram, present), orders, ema, adjusted)
-    if GRAD_REDUCTIONS[grad_reduction]:
-        # The mean over task batches, not over tasks. A method that is a mean has already divided by the
-        # number of tasks: that is undone.
-        weights = weights * ((len(present) if method.is_mean else 1) / num_batches)
-    of_task = dict(zip(present, weights.unbind(), strict=True))
-    return torch.stack([of_task.get(k, weights.new_zeros(())) for k in range(len(gram))])
+    ema = facts.cosine_ema
+    aims = torch.zeros_like(facts.gram) if ema is None else ema.double().clamp(-0.99, 0.99)
+    return project(facts.gram, facts.orders, aims, facts.adjusted)

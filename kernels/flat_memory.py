@@ -262,17 +262,27 @@ class FlatMemory:
         return torch.stack(grams) if grams else self.grad.new_zeros(0, len(self.tasks), len(self.tasks))
 
     def combine(self, weights: torch.Tensor) -> None:
-        """Write the weighted sum of the task gradients, weights (K,), to the shared part of `grad`."""
-        # Each section is one long range of one matrix, and is read once.
-        for where in self.layout.sections:
-            if where != self.layout.words:
-                self.kernels.weighted_sum(self.stored_grads(where), weights, self.grad[where])
+        """Write the weighted sum of the task gradients to the shared part of `grad`.
+
+        Args:
+            weights: (K,), or (layer groups, K) for another sum in each of `layout.layer_groups`.
+        """
+        if weights.ndim == 1:  # each section is one long range of one matrix, and is read once
+            pieces = [(where, weights) for where in self.layout.sections]
+        else:
+            groups = self.layout.layer_groups.values()
+            pieces = [(where, row) for group, row in zip(groups, weights, strict=True) for where in group]
+        for where, row in pieces:
+            if where == self.layout.words:
+                word_weights = row
+            else:
+                self.kernels.weighted_sum(self.stored_grads(where), row, self.grad[where])
         if self.word_grads is not None:
             _, num_words, width = self.word_grads.shape
             combined = self.grad[self.layout.words].view(num_words, width)  # (V, H)
             zero_rows(combined, self.combined)  # what the last step wrote
             rows = slice(None) if self.touched is None else self.touched
-            combined[rows] = (weights @ self.step_grads(self.layout.words)).view(-1, width)
+            combined[rows] = (word_weights @ self.step_grads(self.layout.words)).view(-1, width)
             self.combined = self.touched
 
     def show_grads(self, tasks: Collection[str]) -> None:

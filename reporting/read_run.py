@@ -48,6 +48,7 @@ class LogLine(TypedDict, total=False):
     loss: ByTask
     task_grad_norm: ByTask
     grad_weight: ByTask
+    loss_weight: ByTask
     cosine: ByPair
     conflict: ByPair
     layer_cosine: dict[str, ByPair]

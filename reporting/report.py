@@ -172,6 +172,7 @@ def settings_table(flags: dict, heads: dict[str, str], stored: dict, metrics: li
         "gradients": f"{flags['grad_method']}, {flags['grad_reduction']}"
         + (f", only of {', '.join(surgery)}" if surgery else ""),
         "sampler": flags["sampler"],
+        "loss weighting": flags["loss_weighting"],
         "loss weights": list_values({task: w for task, w in flags["task_weights"].items() if w != 1}),
         "batch": list_values(batch_sizes) + accumulated,
         "learning rate": f"encoder {flags['lr']:g}, heads {flags['head_lr']:g}; {flags['schedule']},"
@@ -257,6 +258,7 @@ def conflict_section(metrics: list[dict], grad_method: str) -> dict:
         )
         text += f" By layer: most often in {most}, least often in {least}."
     weights, norms = means_of(metrics, "grad_weight"), means_of(metrics, "task_grad_norm")
+    factors = means_of(metrics, "loss_weight")  # none with --loss_weighting fixed
     runs = {grad_method: [metrics]}
     pictures = [
         draw("report/conflict.png", "conflict over the run", figures.plot_conflict(runs)),
@@ -276,8 +278,13 @@ def conflict_section(metrics: list[dict], grad_method: str) -> dict:
         "weights_text": "Weight of each task's gradient in the combined one, made by --grad_method"
         f" {grad_method}; all 1 is the plain sum.",
         "weights": Table(
-            ("task", "mean weight of its gradient", "mean length of its gradient"),
-            [(task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}") for task in weights],
+            ("task", "mean weight of its gradient", "mean length of its gradient")
+            + (("mean factor of its loss",) if factors else ()),
+            [
+                (task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}")
+                + ((f"{factors.get(task, 1):.3f}",) if factors else ())
+                for task in weights
+            ],
         ),
         "pictures": [picture for picture in pictures if picture],
     }

@@ -20,13 +20,15 @@ import torch
 from config import OFFLINE_ENCODER, BertConfig
 from evaluation import prediction_name
 from reporting.jobs import Job, Stage, run_jobs
-from reporting.poster import ROWS
+from reporting.own_rows import own_rows
+from reporting.poster import ROWS, TableRow
 from reporting.read_run import read_scores
 from reporting.table_pages import (
     TEST_FILES,
     check_results_dir,
     format_claims,
     format_comparison,
+    format_differences,
     write_results,
 )
 from reporting.table_statistics import DevData, FinishedRun, Table, read_finished_run
@@ -50,11 +52,12 @@ EVAL_EXAMPLES = 22_000
 # Flags of a run that are the table's own: it gives them itself, or could not read the run with others.
 OWN_FLAGS = flags_marked("mode", "place", "predictions") - {"cache_dir"}
 OWN_FLAGS |= {"tasks", "pretrained", "max_steps", "seed"}
-# What rows differ in: given to every run, these flags would make two rows one, or be overridden by most.
+# What the poster's rows differ in: given to every run, these flags would make two rows one, or be overridden
+# by most. And those that would not mean the same in every row.
 ROW_FLAGS = {
     name for row in ROWS.values() if row.group != "control" for name in given_flags(row.flags.split())
 }
-ROW_FLAGS |= {"epochs", "warmup_steps", "freeze_encoder", "option", "fine_tune_mode"}
+NO_FLAGS = {"epochs", "warmup_steps", "freeze_encoder", "option", "fine_tune_mode"}
 # What may differ from run to run: where and how it was computed, not what. (The table can read predictions in
 # the starter's form only, and scores on all of dev.)
 FREE_FLAGS = flags_marked("mode", "place", "predictions", "machine", "upkeep")
@@ -73,6 +76,7 @@ class SharedSettings:
     max_steps: int
     runs_dir: Path
     run_flags: list[str]  # more flags of multitask_classifier.py
+    specs: dict[str, TableRow]  # name -> what its runs are told
 
 
 def folder_of(runs_dir: Path, row: str, seed: int) -> Path:
@@ -81,11 +85,11 @@ def folder_of(runs_dir: Path, row: str, seed: int) -> Path:
 
 def run_flags(shared: SharedSettings, row: str, seed: int) -> list[str]:
     """The flags of multitask_classifier.py for a row and seed, all but where data and run are."""
-    spec, eval_every = ROWS[row], -(-shared.max_steps // NUM_EVALS)
+    spec, eval_every = shared.specs[row], -(-shared.max_steps // NUM_EVALS)
     pretrained = encoder_folder(shared.runs_dir, row, seed) if spec.pretrain else shared.pretrained
     own = f"--max_steps {shared.max_steps} --batch_size {BATCH_SIZE} --predict_splits dev"
     own += f" --eval_every {eval_every} --eval_max_examples {EVAL_MAX_EXAMPLES}"
-    flags = [*own.split(), *shared.run_flags, *spec.flags.split(), "--seed", str(seed)]
+    flags = [*own.split(), *shared.run_flags, *shlex.split(spec.flags), "--seed", str(seed)]
     return ["--pretrained", str(pretrained), *flags]
 
 
@@ -118,7 +122,7 @@ def make_job(shared: SharedSettings, row: str, seed: int) -> Job:
             discard="last",
         )
     ]
-    if ROWS[row].pretrain:
+    if shared.specs[row].pretrain:
         encoder = encoder_folder(shared.runs_dir, row, seed)
         script = [sys.executable, "-m", "training.pretrain_mlm", "--output_dir", str(encoder)]
         settings = ["--pretrained", shared.pretrained]
@@ -149,7 +153,7 @@ def check_settings(shared: SharedSettings, row: str, seed: int, folder: Path) ->
                 )
 
     free, encoder = FREE_FLAGS, encoder_folder(shared.runs_dir, row, seed)
-    if ROWS[row].pretrain:
+    if shared.specs[row].pretrain:
         free = free | {"pretrained"}
         if (encoder / "args.json").exists():
             asked = {"pretrained": shared.pretrained, "max_steps": shared.max_steps}
@@ -172,10 +176,10 @@ def estimate_seconds(shared: SharedSettings, row: str, rate: float) -> float:
         size = BertConfig()
     width = size.hidden_size
     params = size.num_hidden_layers * (4 * width**2 + 2 * width * size.intermediate_size)
-    tasks = get_run_args(ROWS[row].flags.split()).tasks
+    tasks = get_run_args(shlex.split(shared.specs[row].flags)).tasks
     examples = 3 * shared.max_steps * BATCH_SIZE * len(tasks)  # forward and twice that backward
     examples += EVAL_EXAMPLES if len(tasks) > 1 else 1_100
-    stages = 2 if ROWS[row].pretrain else 1
+    stages = 2 if shared.specs[row].pretrain else 1
     return stages * 2 * params * TOKENS_PER_EXAMPLE * examples / rate
 
 
@@ -192,9 +196,9 @@ def matrix_rate() -> float:
     return 0.2 * best  # the share of it that a small encoder reaches (measured on two CPU cores)
 
 
-def missing_files(data_dir: str, row: str) -> list[Path]:
-    """Data files that a row needs but that are missing."""
-    run_args = get_run_args(["--data_dir", data_dir, *ROWS[row].flags.split()])
+def missing_files(data_dir: str, flags: str) -> list[Path]:
+    """Data files that a row with these flags needs but that are missing."""
+    run_args = get_run_args(["--data_dir", data_dir, *shlex.split(flags)])
     files = data_settings(run_args).files
     paths = [files[task, split] for task in run_args.tasks for split in ("train", "dev")]
     paths += [Path(data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files]
@@ -203,12 +207,12 @@ def missing_files(data_dir: str, row: str) -> list[Path]:
 
 def print_plan(shared: SharedSettings, rows: list[str], seeds: list[int]) -> None:
     rate, total = matrix_rate(), 0.0
-    headings = {"poster": "rows of the poster", "future": "its future steps"}
-    for group in dict.fromkeys(ROWS[row].group for row in rows):
-        of_group = [row for row in rows if ROWS[row].group == group]
+    headings = {"poster": "rows of the poster", "future": "its future steps", "own": "rows given here"}
+    for group in dict.fromkeys(shared.specs[row].group for row in rows):
+        of_group = [row for row in rows if shared.specs[row].group == group]
         print(f"{headings.get(group, group)}: {len(of_group)}")
         for row in of_group:
-            print(f"  {row}: {ROWS[row].title}")
+            print(f"  {row}: {shared.specs[row].title}")
             for seed in seeds:
                 job = make_job(shared, row, seed)
                 seconds = estimate_seconds(shared, row, rate) if job.stage else 0.0
@@ -221,7 +225,7 @@ def print_plan(shared: SharedSettings, rows: list[str], seeds: list[int]) -> Non
     print("test set: predictions of the run that is best on dev")
     needed_by = {}
     for row in rows:
-        for path in missing_files(shared.data_dir, row):
+        for path in missing_files(shared.data_dir, shared.specs[row].flags):
             needed_by.setdefault(path, []).append(row)
     for path, names in needed_by.items():
         print(f"missing: {path}, needed by {', '.join(names)}")
@@ -242,8 +246,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"out of {', '.join(ROWS)}"
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        metavar="ROW",
+        help=f"out of {', '.join(ROWS)} (default: all, or none if rows are given by --row or --row_file)",
     )
+    text = "a row of your own, compared with the table's first one, as in 'mgda: --grad_method mgda'; may be"
+    text += " given several times"
+    add("--row", action="append", default=[], metavar="NAME: FLAGS", help=text)
+    add("--row_file", type=Path, metavar="FILE", help="a file of such rows, one a line; # begins a comment")
     add("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--pretrained", default=OFFLINE_ENCODER, help=f"encoder to start from (default: {OFFLINE_ENCODER})")
     add("--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)")
@@ -258,22 +270,40 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="print the commands and a rough estimate of the time, run nothing",
     )
     add("--no_train", action="store_true", help="make the table from what is finished, run nothing")
-    add("--compare", nargs=2, choices=ROWS, metavar="ROW", help="print how two rows differ, run nothing")
+    add("--compare", nargs=2, metavar="ROW", help="print how two rows differ, run nothing")
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     more = argv[split + 1 :]
     args.results_dir = args.results_dir or args.runs_dir / "results"
     for name in ("rows", "seeds"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
+        if len(set(getattr(args, name) or ())) < len(getattr(args, name) or ()):
             parser.error(f"--{name} holds a value twice; expected each once")
-    for name in sorted(set(given_flags(more)) & (OWN_FLAGS | ROW_FLAGS)):
-        why = "the table has to know it" if name in OWN_FLAGS else "rows of the table differ in it"
-        parser.error(f"--{name} is given after --, but {why}; expected other flags of training")
-    args.shared = SharedSettings(args.pretrained, args.data_dir, args.max_steps, args.runs_dir, more)
+    choose_rows(parser, args, more)
+    specs = {row: args.specs[row] for row in {*args.rows, *(args.compare or ())}}
+    args.shared = SharedSettings(args.pretrained, args.data_dir, args.max_steps, args.runs_dir, more, specs)
     for row in args.rows:
         get_run_args(run_flags(args.shared, row, args.seeds[0]))  # ends here if a flag is wrong
     return args
+
+
+def choose_rows(parser: OneLineParser, args: argparse.Namespace, run_flags: list[str]) -> None:
+    """Set `args.rows`, names, and `args.specs`, what they are; refuse flags that belong elsewhere."""
+    own = own_rows(args)
+    args.rows = [*(args.rows or ([] if own else ROWS)), *own]
+    args.specs = ROWS | own
+    for row in args.compare or ():
+        if row not in args.specs:
+            parser.error(f"--compare: value is {row!r}; expected two out of {', '.join(args.specs)}")
+    differ = set(ROW_FLAGS) if set(args.rows) & set(ROWS) else set()
+    for row, spec in own.items():
+        given = set(given_flags(shlex.split(spec.flags)))
+        for name in sorted(given & (OWN_FLAGS - {"tasks"})):
+            parser.error(f"row {row} has --{name}, but the table gives it itself; expected other flags")
+        differ |= given
+    for name in sorted(set(given_flags(run_flags)) & (OWN_FLAGS | NO_FLAGS | differ)):
+        why = "the table has to know it" if name in OWN_FLAGS else "rows of the table differ in it"
+        parser.error(f"--{name} is given after --, but {why}; expected other flags of training")
 
 
 def check_training_data(runs: dict[str, dict[int, FinishedRun]]) -> None:
@@ -307,7 +337,7 @@ def read_table(shared: SharedSettings, rows: list[str], seeds: list[int], num_re
     check_training_data(runs)
     if not runs:
         raise UserError(f"--runs_dir {shared.runs_dir}: holds no finished run of {', '.join(rows)}")
-    return Table(runs, dev_data, num_resamples)
+    return Table(runs, dev_data, num_resamples, shared.specs)
 
 
 def predict_test_set(data_dir: str, folder: Path) -> None:
@@ -344,7 +374,7 @@ def run(argv: list[str] | None) -> None:
     command = ["results_table.py", *(sys.argv[1:] if argv is None else argv)]
     predicted = best if best and has_predicted(best) else None
     written = write_results(table, args.results_dir, command, predicted)
-    print(format_claims(table))
+    print(format_claims(table) if table.has_poster else format_differences(table))
     print("written: " + ", ".join(map(str, written)))
     if failed:
         reasons = "; ".join(f"{job.name}: {job.failure}" for job in failed)

@@ -31,13 +31,14 @@ PICTURES = {
     "confusion.png": "Sentiment: the best seed of the row with the best overall.",
     "similarity.png": "Similarity: the same run.",
 }
-HEADING = b"# The poster's table, measured\n"  # of templates/table.md.jinja
+# With rows of the poster's, and without.
+HEADINGS = ("# The poster's table, measured", "# Rows of a table, measured")
 TEST_FILES = [f"predictions/{prediction_name(task, 'test', 'starter')}" for task in DEFAULT_TASKS]
 
 
 def poster_scores(row: str) -> dict[str, float]:
     """The poster's numbers of a row, its overall included; empty if it has no such row."""
-    return named_scores(ROWS[row].poster or ())
+    return named_scores(ROWS[row].poster or () if row in ROWS else ())
 
 
 def named_scores(numbers: Sequence[float | None]) -> dict[str, float]:
@@ -105,11 +106,14 @@ def scores_table(table: Table) -> pages.Table:
         minutes = sum(training_seconds(run.metrics) for run in runs.values()) / len(runs) / 60
         measured = [format_mean(table.values(row, score)) for score in SCORES]
         poster = poster_cells(poster_scores(row))
-        lines.append([ROWS[row].title, *measured, str(len(runs)), f"{minutes:.1f}", *poster])
+        lines.append([table.specs[row].title, *measured, str(len(runs)), f"{minutes:.1f}", *poster])
+    header = ["technique", *SCORES.values(), "seeds", "minutes a run"]
+    if not table.has_poster:
+        return pages.Table(header, [line[: len(header)] for line in lines])
     unknown = ["-"] * (len(SCORES) + 2)
     lines.append(["Test set (labels held out)", *unknown, *poster_cells(named_scores(POSTER_TEST))])
     poster_header = [f"poster {name}" for name in ("overall", "sent.", "para.", "sim.")]
-    return pages.Table(["technique", *SCORES.values(), "seeds", "minutes a run", *poster_header], lines)
+    return pages.Table([*header, *poster_header], lines)
 
 
 def claims_table(table: Table) -> pages.Table:
@@ -135,21 +139,36 @@ def format_claims(table: Table) -> str:
     return "\n".join(lines)
 
 
+def format_differences(table: Table) -> str:
+    """Each row against the one that it is a change of, in the overall, as lines for a terminal."""
+    lines = ["overall, in points (95 % interval)"]
+    for row in table.runs:
+        other = table.specs[row].versus
+        if other in table.runs:
+            interval = row_difference(table, row, other, "mean")
+            lines.append(
+                f"{table.specs[row].title} - {table.specs[other].title}: {format_interval(interval)}"
+            )
+    return "\n".join(lines)
+
+
 def differences_table(table: Table) -> pages.Table:
     """Each row against the one that it is a change of."""
     lines = []
     for row in table.runs:
-        other = ROWS[row].versus
+        other = table.specs[row].versus
         if other in table.runs:
             shown = [format_interval(row_difference(table, row, other, score)) for score in SCORES]
-            titles = f"{ROWS[row].title} - {ROWS[other].title}"
+            titles = f"{table.specs[row].title} - {table.specs[other].title}"
             lines.append([titles, *shown, format_seeds(table, {row, other})])
     return pages.Table(["difference, points (95 % interval)", *SCORES.values(), "seeds"], lines)
 
 
 def format_comparison(table: Table, a: str, b: str) -> str:
     """The difference between two rows, a line per score."""
-    lines = [f"{ROWS[a].title} - {ROWS[b].title}, in points, seeds {format_seeds(table, (a, b))}"]
+    lines = [
+        f"{table.specs[a].title} - {table.specs[b].title}, in points, seeds {format_seeds(table, (a, b))}"
+    ]
     for score, name in SCORES.items():
         interval = row_difference(table, a, b, score)
         if interval is not None:
@@ -184,7 +203,7 @@ def make_page(table: Table, command: list[str], test_folder: Path | None, pictur
     ]
     started = [next(iter(found.values())).facts["commands"][0] for found in table.runs.values()]
     # Rows with further pre-training start from a folder of their own, made from the same encoder.
-    rows = [row for row in table.runs if not ROWS[row].pretrain] or list(table.runs)
+    rows = [row for row in table.runs if not table.specs[row].pretrain] or list(table.runs)
     encoders = sorted({run.facts["args"]["pretrained"] for row in rows for run in table.runs[row].values()})
     test_set = "no run has predicted it yet."
     if test_folder is not None:
@@ -193,11 +212,12 @@ def make_page(table: Table, command: list[str], test_folder: Path | None, pictur
         test_set = f"the predictions of {best} are in predictions/."
     return pages.render_markdown(
         "table.md.jinja",
+        heading=HEADINGS[0 if table.has_poster else 1],
         encoders=", ".join(encoders),
         saw_other_data=OFFLINE_ENCODER in encoders,
         test_set=test_set,
         scores=scores_table(table),
-        claims=claims_table(table),
+        claims=claims_table(table) if table.has_poster else None,
         differences=differences_table(table),
         facts=pages.Table(["", ""], facts),
         commands="\n".join(map(pages.command_line, [command, *started])),
@@ -211,7 +231,7 @@ def rows_csv(table: Table) -> str:
     header += [f"{score}_{what}" for score in SCORES for what in ("mean", "sd", "low", "high", "poster")]
     lines = []
     for row, runs in table.runs.items():
-        cells = [row, ROWS[row].title, ROWS[row].group, " ".join(map(str, runs))]
+        cells = [row, table.specs[row].title, table.specs[row].group, " ".join(map(str, runs))]
         for score in SCORES:
             values, interval = table.values(row, score), table.interval(row, score)
             mean, sd = mean_and_sd(values) if values else ("", "")
@@ -252,7 +272,7 @@ def table_tex(table: Table) -> str:
     ]
     for row in table.runs:
         cells = [cell(table.values(row, score)) for score in ("mean", *DEFAULT_TASKS)]
-        lines.append(" & ".join([ROWS[row].title.translate(TEX_ESCAPES), *cells]) + r" \\")
+        lines.append(" & ".join([table.specs[row].title.translate(TEX_ESCAPES), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -262,15 +282,15 @@ def draw_figures(table: Table) -> dict[str, object]:
     for row in table.runs:
         found = {score: table.interval(row, score) for score in figures.PANELS}
         measured = {score: (i.estimate, i.low, i.high) for score, i in found.items() if i is not None}
-        rows.append({"title": ROWS[row].title, "poster": poster_scores(row), "measured": measured})
+        rows.append({"title": table.specs[row].title, "poster": poster_scores(row), "measured": measured})
     curves, conflicts = {}, {}
     for row, runs in table.runs.items():
         logs = [run.metrics for run in runs.values()]
-        curves[ROWS[row].title] = [
+        curves[table.specs[row].title] = [
             [(line["step"], dev_scores(line["dev"])) for line in metrics if "dev" in line] for metrics in logs
         ]
-        if row in CONFLICT_ROWS:
-            conflicts[ROWS[row].title] = logs
+        if row in CONFLICT_ROWS or not table.has_poster and len(conflicts) < len(CONFLICT_ROWS):
+            conflicts[table.specs[row].title] = logs
     drawn = {
         "scores.png": figures.plot_scores(rows),
         "learning_curves.png": figures.plot_learning_curves(curves),
@@ -299,7 +319,7 @@ def check_results_dir(folder: Path) -> None:
         UserError: if one of them is there without our page beside it; a run's predictions, for example.
     """
     page = folder / "table.md"
-    if page.is_file() and read_head(page).startswith(HEADING):
+    if page.is_file() and read_head(page).startswith(tuple(f"{text}\n".encode() for text in HEADINGS)):
         return
     for name in ("table.md", "table.csv", "runs.csv", "table.tex", *PICTURES, *TEST_FILES):
         if os.path.lexists(folder / name):

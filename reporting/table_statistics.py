@@ -12,6 +12,7 @@ import numpy as np
 from config import TASKS
 from datasets import Rows, read_rows
 from evaluation import TASK_KINDS, prediction_name, read_predictions, select_score
+from reporting.poster import ROWS, TableRow
 from reporting.read_run import read_facts, read_metrics, read_scores
 from reporting.report import SCORE_TOLERANCE
 from reporting.significance import Interval, resampled_means, to_interval, with_overalls
@@ -77,12 +78,19 @@ class Table:
         runs: row -> seed -> run.
         dev_data: of all runs.
         num_resamples: R.
+        specs: what the rows are, by name.
     """
 
     runs: dict[str, dict[int, FinishedRun]]
     dev_data: DevData
     num_resamples: int = 2000
+    specs: dict[str, TableRow] = field(default_factory=lambda: ROWS)
     _resamples: dict = field(default_factory=dict)
+
+    @property
+    def has_poster(self) -> bool:
+        """Whether there is any row of the poster's, so that its numbers and claims are to be shown."""
+        return any(row in ROWS for row in self.runs)
 
     def values(self, row: str, score: str) -> list[float]:
         """A score of each seed's run; empty for a score that the row does not have."""

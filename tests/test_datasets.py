@@ -32,6 +32,7 @@ from datasets import (
     warning_lines,
 )
 from support.errors import UserError
+from support.specs import parse_spec
 from tests.tiny import SAMPLE
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
@@ -390,6 +391,7 @@ EXPONENTS = {  # sampler -> progress -> exponent
     "proportional": {0.0: 1.0, 1.0: 1.0},
     "sqrt": {0.0: 0.5, 1.0: 0.5},
     "annealed": {0.0: 1.0, 0.5: 0.6, 1.0: 0.2},
+    "temperature": {0.0: 0.2, 1.0: 0.2},  # t is 5
 }
 
 
@@ -397,9 +399,10 @@ EXPONENTS = {  # sampler -> progress -> exponent
 def test_sampler_draws_with_the_stated_probabilities(sampler):
     """A task for every batch, in order."""
     rng, num_steps = np.random.default_rng(0), 3000
+    draw, (_, params) = SAMPLERS[sampler].draw, parse_spec(sampler, SAMPLERS)
     for progress, exponent in EXPONENTS[sampler].items():
         probabilities = SIZES**exponent / (SIZES**exponent).sum()
-        draws = np.stack([SAMPLERS[sampler](SIZES, progress, rng) for _ in range(num_steps)])
+        draws = np.stack([draw(SIZES, progress, rng, **params) for _ in range(num_steps)])
         assert draws.shape == (num_steps, 3) and (np.diff(draws) >= 0).all()
         frequencies = np.bincount(draws.ravel(), minlength=3) / draws.size
         standard_errors = np.sqrt(probabilities * (1 - probabilities) / draws.size)  # binomial
@@ -418,6 +421,13 @@ def test_plan_is_fixed_by_its_seed_and_a_longer_run_begins_with_the_same(sampler
     assert np.array_equal(plan, longer[:200]) == (sampler != "annealed")
     for total_steps in (0, 1):
         assert plan_tasks(sampler, [5, 3], total_steps, seed=0).shape == (total_steps, 2)
+
+
+def test_temperature_reaches_the_plan():
+    plans = [plan_tasks(f"temperature:t={t}", SIZES, total_steps=1000, seed=0) for t in (1, 5, 1000)]
+    shares = [(plan == 0).mean() for plan in plans]  # 3000 draws: a standard error below 0.01
+    assert shares == pytest.approx([0.852, 0.441, 1 / 3], abs=0.03)
+    assert np.array_equal(plans[0], plan_tasks("proportional", SIZES, total_steps=1000, seed=0))
 
 
 def test_annealed_plan_turns_to_the_small_tasks():

@@ -180,6 +180,7 @@ def test_autocast_is_only_made_for_bf16():
         "--sampler annealed --grad_method gradvac --precision bf16 --schedule cosine",
         "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify",
         "--precision fp16 --sampler sqrt --task_weights sts=5",  # so large that the first steps overflow
+        "--grad_method cr_mogm:alpha=0.5 --surgery_scope layer --loss_weighting famo --sampler sqrt",
     ],
 )
 def test_resumed_run_has_the_same_bits(place, whole, monkeypatch, tmp_path, flags, capsys):

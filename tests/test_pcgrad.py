@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import pcgrad as pcgrad_module
+from kernels.grad_methods import GRAD_METHODS
 from pcgrad import (
     BLOCK_SIZE,
     CHUNK_SIZE,
     COSINE_EMA_BETA,
-    GRAD_METHODS,
-    GRAD_REDUCTIONS,
+    TaskFacts,
     cosine_matrix,
     gradvac,
     gram_matrix,
@@ -128,10 +128,10 @@ def test_only_adjusted_tasks_change(method):
 
     def combine(*adjusted):
         flags = [i in adjusted for i in range(4)]
-        return GRAD_METHODS[method].weights(gram, meetings(gram, 3), ema, torch.tensor(flags))
+        return GRAD_METHODS[method].weights(TaskFacts(gram, meetings(gram, 3), ema, torch.tensor(flags)))
 
     assert torch.equal(combine(), torch.ones(4, dtype=torch.float64))
-    everything = GRAD_METHODS[method].weights(gram, meetings(gram, 3), ema)
+    everything = GRAD_METHODS[method].weights(TaskFacts(gram, meetings(gram, 3), ema))
     assert torch.equal(combine(0, 1, 2, 3), everything)
     # Tasks are adjusted independently of each other, so their changes add up (float64).
     torch.testing.assert_close(1 + sum(combine(i) - 1 for i in range(4)), everything)
@@ -171,7 +171,7 @@ def test_update_cosine_ema_by_hand():
 def test_pcgrad_equals_the_vector_form(num_tasks):
     for seed in range(40):
         grads = random_grads(num_tasks, 4, seed)  # few dimensions: conflicts are strong and chain
-        weights = pcgrad(grads @ grads.T, meetings(grads, seed))
+        weights = pcgrad(TaskFacts(grads @ grads.T, meetings(grads, seed)))
         expected = textbook_pcgrad(grads, draw_orders(num_tasks, seed))
         # float64 on both sides. What remains of a vector after projections may be small beside what was taken
         # out, so the error is measured against the longest gradient.
@@ -184,7 +184,7 @@ def test_pcgrad_from_float32_gradients():
     grads = random_grads(3, 2 * BLOCK_SIZE + 5, seed=1)
     # Noise of many dimensions alone hardly conflicts.
     grads[1] -= 5 * grads[0] * grads[1].norm() / grads[0].norm()
-    weights = pcgrad(gram_matrix(grads.float()), meetings(grads, 1))
+    weights = pcgrad(TaskFacts(gram_matrix(grads.float()), meetings(grads, 1)))
     expected = textbook_pcgrad(grads, draw_orders(3, 1))
     assert weights.dtype == torch.float32
     # Weights inherit the inner products' 1e-6 or so.
@@ -200,7 +200,9 @@ def test_order_is_redrawn_for_each_task():
     all_orders = itertools.product(*(itertools.permutations(rest) for rest in others))
     expected = {rounded(textbook_pcgrad(grads, orders)) for orders in all_orders}
     num_draws = 320
-    counts = Counter(rounded(pcgrad(gram, meetings(gram, seed)) @ grads) for seed in range(num_draws))
+    counts = Counter(
+        rounded(pcgrad(TaskFacts(gram, meetings(gram, seed))) @ grads) for seed in range(num_draws)
+    )
     assert len(expected) == 8 and set(counts) == expected
     # Each comes up with probability 1/8; 5 standard errors of the binomial, and the seeds are fixed.
     standard_error = math.sqrt(num_draws / 8 * 7 / 8)
@@ -231,7 +233,7 @@ SPECIAL = {
 @pytest.mark.parametrize("case", SPECIAL)
 def test_pcgrad_of_special_gradients_by_hand(case):
     grads, expected = SPECIAL[case]
-    weights = pcgrad(gram_matrix(torch.tensor(grads)), meetings(grads, 0))
+    weights = pcgrad(TaskFacts(gram_matrix(torch.tensor(grads)), meetings(grads, 0)))
     torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-5, atol=0)  # float32
 
 
@@ -248,7 +250,7 @@ def random_targets(num_tasks: int, seed: int) -> torch.Tensor:
 def test_gradvac_equals_the_vector_form(num_tasks):
     for seed in range(40):
         grads, targets = random_grads(num_tasks, 5, seed), random_targets(num_tasks, 1000 + seed)
-        weights = gradvac(grads @ grads.T, meetings(grads, seed), targets)
+        weights = gradvac(TaskFacts(grads @ grads.T, meetings(grads, seed), targets))
         expected = textbook_gradvac(grads, draw_orders(num_tasks, seed), targets)
         # As for PCGrad; lifting a short gradient along a long one adds nothing longer than the former.
         assert (weights @ grads - expected).norm() / grads.norm(dim=1).max() < 1e-6, seed
@@ -259,87 +261,21 @@ def test_gradvac_without_a_running_mean_is_pcgrad(num_tasks):
     for seed in range(20):
         grads = random_grads(num_tasks, 4, seed)
         gram = grads @ grads.T
-        assert torch.equal(gradvac(gram, meetings(gram, seed)), pcgrad(gram, meetings(gram, seed)))
+        assert torch.equal(
+            gradvac(TaskFacts(gram, meetings(gram, seed))), pcgrad(TaskFacts(gram, meetings(gram, seed)))
+        )
         zero = torch.zeros(num_tasks, num_tasks)
-        assert torch.equal(gradvac(gram, meetings(gram, seed), zero), pcgrad(gram, meetings(gram, seed)))
+        assert torch.equal(
+            gradvac(TaskFacts(gram, meetings(gram, seed), zero)),
+            pcgrad(TaskFacts(gram, meetings(gram, seed))),
+        )
 
 
 def test_gradvac_target_of_one_stays_finite():
     """The formula divides by sqrt(1 - target ** 2); the target is capped at 0.99."""
     grads = CONFLICT.double()
-    weights = gradvac(grads @ grads.T, meetings(grads, 0), torch.ones(2, 2))
-    capped = gradvac(grads @ grads.T, meetings(grads, 0), torch.full((2, 2), 0.99, dtype=torch.float64))
+    weights = gradvac(TaskFacts(grads @ grads.T, meetings(grads, 0), torch.ones(2, 2)))
+    capped = gradvac(
+        TaskFacts(grads @ grads.T, meetings(grads, 0), torch.full((2, 2), 0.99, dtype=torch.float64))
+    )
     assert weights.isfinite().all() and torch.equal(weights, capped)
-
-
-# --- properties of every method -----------------------------------------------------------------------------
-
-# By hand: g1.g2 = -22, |g1|^2 = 18, |g2|^2 = 38. g1 + 22/38 g2 = (-0.5263, 1.5789, 1.5789) and
-# g2 + 22/18 g1 = (1.1111, 2.2222, 2.2222). GradVac without a running mean is PCGrad.
-HAND_COMBINED = {
-    "sum": [2.0, 2.0, 2.0],
-    "mean": [1.0, 1.0, 1.0],
-    "pcgrad": [0.5848, 3.8012, 3.8012],
-    "gradvac": [0.5848, 3.8012, 3.8012],
-}
-
-
-def test_every_method_by_hand_and_what_the_rows_say():
-    assert set(HAND_COMBINED) == set(GRAD_METHODS)
-    for name, expected in HAND_COMBINED.items():
-        combined = GRAD_METHODS[name].weights(gram_matrix(CONFLICT), meetings(CONFLICT, 0)) @ CONFLICT
-        torch.testing.assert_close(combined, torch.tensor(expected), rtol=0, atol=5e-5)  # 4 decimals
-    assert [name for name, method in GRAD_METHODS.items() if method.is_mean] == ["mean"]
-    assert [name for name in GRAD_METHODS if GRAD_METHODS[name].changes_gradients] == ["pcgrad", "gradvac"]
-    assert {method.reduction for method in GRAD_METHODS.values()} == set(GRAD_REDUCTIONS)
-
-
-def awkward_grads() -> dict[str, torch.Tensor]:
-    """Gradient matrices that could break a division or a square root."""
-    generator = seeded(7)
-    one, other = torch.randn(2, 9, generator=generator)
-    return {
-        "random": torch.randn(4, 9, generator=generator),
-        "all zero": torch.zeros(3, 9),
-        "one zero": torch.stack([one, torch.zeros(9), -one + 0.1 * other]),
-        "identical": torch.stack([one, one, one]),
-        "opposite": torch.stack([one, -one, one]),
-        "opposite and longer": torch.stack([one, -1000 * one]),
-        "nearly opposite": torch.stack([one, -one + 1e-4 * other, other]),
-        "huge": 1e17 * torch.randn(3, 9, generator=generator),
-        "tiny": 1e-17 * torch.randn(3, 9, generator=generator),
-        "tiny beyond float32": 1e-25 * torch.randn(3, 9, generator=generator),  # the inner products are 0
-        # Inner products: large, -1e-15 or so, 0.
-        "one square underflows": torch.stack([1e10 * one, -1e-25 * one]),
-        "huge and tiny": torch.stack([1e15 * one, -1e-15 * one, 1e-15 * other]),
-        "single task": one[None],
-    }
-
-
-@pytest.mark.parametrize("case", awkward_grads())
-@pytest.mark.parametrize("method", GRAD_METHODS)
-def test_weights_have_shape_and_type_are_finite_and_inputs_unmodified(method, case):
-    gram = gram_matrix(awkward_grads()[case])
-    kept = gram.clone()
-    for ema in (None, random_targets(len(gram), 3).float()):
-        weights = GRAD_METHODS[method].weights(gram, meetings(gram, 0), ema)
-        assert weights.shape == (len(gram),) and weights.dtype == gram.dtype
-        assert weights.isfinite().all() and torch.equal(gram, kept)
-        assert ema is None or torch.equal(ema, random_targets(len(gram), 3).float())
-        assert case != "single task" or weights.tolist() == [1.0]
-
-
-@pytest.mark.parametrize("method", GRAD_METHODS)
-def test_same_seed_gives_the_same_bits_and_global_random_state_is_untouched(method):
-    grads = random_grads(5, 3, seed=11)
-    gram, ema = grads @ grads.T, random_targets(5, 4)
-    state = torch.get_rng_state()
-    weights = GRAD_METHODS[method].weights(gram, meetings(gram, 2), ema)
-    assert weights.dtype == torch.float64 and torch.equal(torch.get_rng_state(), state)
-    torch.rand(3)  # a random call elsewhere changes nothing
-    assert torch.equal(GRAD_METHODS[method].weights(gram, meetings(gram, 2), ema), weights)
-    results = {
-        tuple(GRAD_METHODS[method].weights(gram, meetings(gram, seed), ema).tolist()) for seed in range(20)
-    }
-    # The seed matters where an order is drawn.
-    assert (len(results) > 1) == GRAD_METHODS[method].changes_gradients

@@ -13,9 +13,10 @@ import torch
 
 from config import DEFAULT_TASKS
 from heads import PAIR_HEADS, POOLINGS
+from kernels.grad_methods import GRAD_METHODS, combination_weights
 from multitask_classifier import TaskBatch, train_step
 from optimizer import AdamW
-from pcgrad import cosine_matrix
+from pcgrad import TaskFacts, cosine_matrix, draw_step_orders
 from support.device import PRECISIONS, make_autocast
 from support.seeds import make_seed
 from tests.test_pcgrad import draw_orders, textbook_pcgrad
@@ -145,6 +146,29 @@ def test_steps_equal_textbook_steps(options, pooling):
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "cr_mogm"])
+def test_surgery_by_layer_combines_each_layer_group_by_itself(method):
+    training = (model := make_model(dropout=False).train(), *make_training(model, lr=1e-9))
+    memory, options = training[1], {"grad_method": method, "surgery_scope": "layer", "seed": 7}
+    options["grad_reduction"] = GRAD_METHODS[method].reduction
+    found = take_step(training, make_task_batches(), **options)
+    grads, orders = shared_grads(memory).double(), draw_step_orders(7, 0, 3)
+    assert len(memory.layout.layer_groups) == 3
+    for number, group in enumerate(memory.layout.layer_groups.values()):
+        columns = torch.cat([torch.arange(where.start, where.stop) for where in group])
+        rows = grads[:, columns]
+        facts = TaskFacts(rows @ rows.T, orders)
+        alone, _ = combination_weights(
+            facts, [0, 1, 2], grad_method=method, grad_reduction=options["grad_reduction"], num_batches=3
+        )
+        error = (memory.grad[columns].double() - alone @ rows).norm() / rows.norm(dim=1).max()
+        assert error < 1e-4, number  # float32 inner products
+    length = memory.grad[: memory.layout.num_shared].square().sum() + found.head_squares.sum()
+    assert found.grad_norm == pytest.approx(float(length.sqrt()), rel=1e-4)
+    whole = take_step(training, make_task_batches(), **options | {"surgery_scope": "model"})
+    assert not torch.allclose(whole.weights, found.weights, rtol=1e-3)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_step_in_half_precision_is_near_that_in_float32(precision, tolerance, accumulate):
@@ -235,9 +259,9 @@ def scaled_step(loss_scale, precision="fp32", model=None, task_batches=None, **s
     dtype = PRECISIONS[precision]
     memory = model.move_to_flat_memory(dtype, dtype)
     optimizer, before = AdamW(memory.param_groups(0.01, 0.01, 0.01), lr=0.01), memory.data.clone()
-    settings = StepSettings(0, autocast=make_autocast("cpu", precision), **settings)
+    settings = StepSettings(0, autocast=make_autocast("cpu", precision), loss_scale=loss_scale, **settings)
     task_batches = task_batches or make_task_batches()
-    result = train_step(model, memory, optimizer, task_batches, settings, step=0, loss_scale=loss_scale)
+    result = train_step(model, memory, optimizer, task_batches, settings, step=0)
     return result, memory.data - before, optimizer
 
 

@@ -138,10 +138,12 @@ def make_training(model: MultitaskBERT, lr: float = 0.01, **options) -> tuple[Fl
     return memory, AdamW(memory.param_groups(lr, lr, 0.01), lr=lr, **options)
 
 
-def take_step(training: tuple, task_batches: Sequence[TaskBatch], *, step: int = 0, **settings) -> StepResult:
+def take_step(
+    training: tuple, task_batches: Sequence[TaskBatch], *, step: int = 0, learned=None, **settings
+) -> StepResult:
     """`train_step` with a model, its memory and its optimizer, and `StepSettings` written out."""
     settings = StepSettings(**{"seed": 0, **settings})
-    return train_step(*training, task_batches, settings, step=step)
+    return train_step(*training, task_batches, settings, step=step, learned=learned)
 
 
 def shared_grads(memory: FlatMemory) -> torch.Tensor:

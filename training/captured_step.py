@@ -30,11 +30,12 @@ from torch import Tensor
 from datasets import TaskData
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
+from kernels.grad_methods import combination_weights, find_method
 from kernels.layout import SHARED
 from kernels.static import TABLES, StepShape, fill_buffer, pack_step
 from kernels.static_packing import StaticPacking
 from optimizer import AdamW, device_hyperparameters
-from pcgrad import combination_weights, draw_step_orders, update_cosine_ema
+from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from support.seeds import make_seed
 from training.settings import StepSettings
 from training.step_result import StepResult
@@ -60,12 +61,29 @@ class Block:
     group: dict  # of the optimizer
 
 
+def check_capturable(settings: StepSettings) -> None:
+    """Refuse what a step cannot do without a look at a value.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not find_method(settings.grad_method)[0].on_device:
+        raise ValueError(f"--grad_method {settings.grad_method} is solved on the host")
+    if settings.loss_weighting != "fixed":
+        raise ValueError(f"--loss_weighting {settings.loss_weighting} is for plain steps only")
+    if settings.surgery_scope != "model":
+        raise ValueError(f"--surgery_scope {settings.surgery_scope} is for plain steps only")
+
+
 class CapturedStep:
     """Makes the steps of a run; the learning rates are already in the optimizer's groups.
 
     Args:
         data: task -> training examples.
         ops: the module `kernels.triton_kernels`, or a twin of it in plain operations.
+
+    Raises:
+        ValueError: if a setting needs what a captured step cannot do; it names the flag.
     """
 
     def __init__(
@@ -77,6 +95,7 @@ class CapturedStep:
         settings: StepSettings,
         ops: ModuleType,
     ):
+        check_capturable(settings)
         self.model, self.memory, self.optimizer = model, memory, optimizer
         self.data, self.settings, self.ops = data, settings, ops
         self.lengths = {task: each.lengths for task, each in data.items()}
@@ -396,15 +415,12 @@ class CapturedStep:
 
         group_grams = self._group_grams()
         gram = group_grams.sum(0)
-        weights = combination_weights(
-            gram,
+        weights, _ = combination_weights(
+            TaskFacts(gram, orders, self.cosine_ema, self.adjusted),
             drawn,
-            orders,
             grad_method=settings.grad_method,
             grad_reduction=settings.grad_reduction,
             num_batches=num_batches,
-            cosine_ema=self.cosine_ema,
-            adjusted=torch.stack([self.adjusted[k] for k in drawn]),
         )
         head_squares = torch.stack([memory.head_grad(task).square().sum() for task in memory.tasks])
         shared_square = (weights @ gram @ weights).clamp(min=0)

@@ -11,10 +11,12 @@ from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import SAMPLERS
 from evaluation import OVERALLS, PREDICTION_STYLES
 from heads import PAIR_HEADS, POOLINGS
+from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
+from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
 from optimizer import SCHEDULES
-from pcgrad import GRAD_METHODS, GRAD_REDUCTIONS
 from support.command_line import FlagType, number
 from support.errors import UserError
+from support.specs import describe_specs, spec_type
 from training.args_file import ARGS_FILE, read_args_file
 from training.run_parser import (
     COUNT,
@@ -46,6 +48,7 @@ from training.sources import EXTRA_SOURCES
 COMPILE = ("auto", "on", "off")
 FINAL_EVALS = ("full", "part", "none")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
+SURGERY_SCOPES = ("model", "layer")
 OPTIONS = {"pretrain": True, "finetune": False}
 
 
@@ -152,14 +155,18 @@ def add_optimizer_flags(parser: RunParser) -> None:
 
 def add_multitask_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("multitask"))
-    text = "how the gradients of the tasks are combined"
-    add("--grad_method", "result", choices=GRAD_METHODS, default="pcgrad", help=text)
+    text = f"how the gradients of the tasks are combined: {describe_specs(GRAD_METHODS)}"
+    add("--grad_method", "result", type=spec_type(GRAD_METHODS), default="pcgrad", help=text)
     text = "tasks whose gradients pcgrad or gradvac may change; the others keep theirs (default: all)"
     add("--surgery_tasks", "result", type=task_list, help=text)
-    text = "sum or mean over the task batches of a step (default: sum; mean for --grad_method mean)"
+    text = "what --grad_method is applied to: the whole encoder, or each layer of it by itself"
+    add("--surgery_scope", "result", choices=SURGERY_SCOPES, default="model", help=text)
+    text = "sum or mean over the task batches of a step (default: that of --grad_method)"
     add("--grad_reduction", "result", choices=GRAD_REDUCTIONS, help=text)
-    text = "which tasks the batches of a step come from"
-    add("--sampler", "result", choices=SAMPLERS, default="round_robin", help=text)
+    text = f"which tasks the batches of a step come from: {describe_specs(SAMPLERS)}"
+    add("--sampler", "result", type=spec_type(SAMPLERS), default="round_robin", help=text)
+    text = f"how the losses are weighted, besides --task_weights: {describe_specs(LOSS_WEIGHTINGS)}"
+    add("--loss_weighting", "result", type=spec_type(LOSS_WEIGHTINGS), default="fixed", help=text)
     text = "factors of the losses (default: 1 for each task)"
     add("--task_weights", "result", type=weight_list, default={}, help=text)
 
@@ -286,11 +293,21 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """End with an error if flags contradict each other."""
     if args.use_gpu and args.device not in ("auto", "cuda"):
         parser.error(f"--use_gpu and --device {args.device} contradict each other")
-    method = GRAD_METHODS[args.grad_method]
+    method, _ = find_method(args.grad_method)
     if method.is_mean and args.grad_reduction not in (None, method.reduction):
         parser.error(
             f"--grad_method {args.grad_method} and --grad_reduction {args.grad_reduction} contradict each"
             " other"
+        )
+    if args.loss_weighting != "fixed" and method.ignores_scale:
+        parser.error(
+            f"--loss_weighting {args.loss_weighting} is lost on --grad_method {args.grad_method}, whose"
+            " direction does not depend on the lengths of the gradients"
+        )
+    if args.freeze_encoder and find_weighting(args.loss_weighting)[0].needs_gradients:
+        parser.error(
+            f"--loss_weighting {args.loss_weighting} goes by the gradients of the encoder, which"
+            " --freeze_encoder leaves without any"
         )
     for flag, named in (
         ("select_by", {args.select_by} & set(TASKS)),

@@ -22,10 +22,14 @@ def step_record(result: StepResult, memory: FlatMemory) -> dict:
     names = [memory.tasks[k] for k in present]
     gram = result.gram[present][:, present]
     group_cosines = cosine_matrix(result.group_grams[:, present][:, :, present])
+    loss_weights = {}
+    if result.loss_weights is not None:
+        loss_weights = {"loss_weight": dict(zip(names, result.loss_weights[present].tolist(), strict=True))}
     return {
         "loss": dict(zip(names, result.losses[present].tolist(), strict=True)),
         "task_grad_norm": dict(zip(names, gram.diagonal().clamp(min=0).sqrt().tolist(), strict=True)),
         "grad_weight": dict(zip(names, result.weights[present].tolist(), strict=True)),
+        **loss_weights,
         "cosine": pair_values(cosine_matrix(gram), names),
         "layer_cosine": {
             group: pair_values(cosines, names)
@@ -40,6 +44,8 @@ def average(records: list[dict]) -> dict:
     averaged = {"grad_norm": mean([record["grad_norm"] for record in records])}
     for key in ("loss", "task_grad_norm", "grad_weight", "cosine"):
         averaged[key] = mean_of_each([record[key] for record in records])
+    if any("loss_weight" in record for record in records):
+        averaged["loss_weight"] = mean_of_each([record.get("loss_weight", {}) for record in records])
     averaged["conflict"] = share_below_zero([record["cosine"] for record in records])
     layers = {
         group: [record["layer_cosine"][group] for record in records] for group in records[0]["layer_cosine"]

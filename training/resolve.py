@@ -18,7 +18,7 @@ from datasets import Rows
 from evaluation import prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
-from pcgrad import GRAD_METHODS
+from kernels.grad_methods import find_method
 from support.device import (
     is_ampere,
     make_autocast,
@@ -55,7 +55,10 @@ def output_folder(args: argparse.Namespace) -> Path:
 def default_output_dir(args: argparse.Namespace) -> str:
     encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
     heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
-    name = "-".join(filter(None, [encoder, *args.tasks, args.grad_method, heads, f"seed{args.seed}"]))
+    method = args.grad_method.replace(":", "-")  # some file systems take no colon
+    method += "-by-layer" if args.surgery_scope == "layer" else ""
+    weighting = "" if args.loss_weighting == "fixed" else args.loss_weighting.replace(":", "-")
+    name = "-".join(filter(None, [encoder, *args.tasks, method, weighting, heads, f"seed{args.seed}"]))
     return str(Path("runs") / name)
 
 
@@ -133,6 +136,8 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             task_weights=args.task_weights,
             clip_norm=args.clip_norm,
             surgery_tasks=args.surgery_tasks,
+            surgery_scope=args.surgery_scope,
+            loss_weighting=args.loss_weighting,
             autocast=make_autocast(args.device, args.precision),
         ),
         optimizer=OptimizerSettings(
@@ -221,7 +226,7 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     small = bert_config.hidden_size < 768
     choose("lr", 1e-4 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
-    choose("grad_reduction", GRAD_METHODS[args.grad_method].reduction, f"grad_method {args.grad_method}")
+    choose("grad_reduction", find_method(args.grad_method)[0].reduction, f"grad_method {args.grad_method}")
     for task, batch_size in batch_sizes(args).items():
         setattr(args, f"{task}_batch_size", batch_size)
     args.task_weights = {task: args.task_weights.get(task, 1.0) for task in args.tasks}
@@ -296,13 +301,14 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
         reasons["epochs"] = "--max_steps says how long the run is"
     if "warmup_steps" in args.given:
         reasons["warmup_ratio"] = "--warmup_steps says how long the warm-up is"
+    surgery = ("grad_method", "grad_reduction", "surgery_tasks", "surgery_scope")
     if len(args.tasks) == 1:
-        for name in ("grad_method", "grad_reduction", "surgery_tasks", "sampler"):
+        for name in (*surgery, "sampler", "loss_weighting"):
             reasons[name] = "there is one task"
-    if not GRAD_METHODS[args.grad_method].changes_gradients:
+    if not find_method(args.grad_method)[0].changes_gradients:
         reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"
     if args.freeze_encoder:
-        for name in ("grad_method", "grad_reduction", "surgery_tasks"):
+        for name in surgery:
             reasons[name] = "with a frozen encoder the tasks share no gradient"
         reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):

@@ -235,6 +235,7 @@ class RunState:
     bad_steps: int = 0  # skipped since the last good one
     skipped_steps: int = 0  # in all
     cosine_ema: torch.Tensor | None = None  # (K, K) running mean of the cosines between task gradients
+    learned: dict[str, torch.Tensor] = field(default_factory=dict)  # as `StepResult.learned`
     best_score: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
@@ -247,7 +248,8 @@ class RunState:
         values = {JSON_NAMES.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
         ema = None if self.cosine_ema is None else self.cosine_ema.tolist()  # float32 survives the round trip
         loss_scale = None if self.loss_scale is None else asdict(self.loss_scale)
-        return values | {"cosine_ema": ema, "loss_scale": loss_scale}
+        learned = {name: tensor.tolist() for name, tensor in self.learned.items()}  # and so does float64
+        return values | {"cosine_ema": ema, "loss_scale": loss_scale, "learned": learned}
 
     @classmethod
     def from_json(cls, values: dict, tasks: Collection[str]) -> "RunState":
@@ -260,6 +262,7 @@ class RunState:
             "batches_drawn": lambda drawn: list(drawn) == list(tasks) and all(map(is_count, drawn.values())),
             "optimizer_steps": lambda steps: isinstance(steps, list) and all(map(is_count, steps)),
             "cosine_ema": lambda ema: ema is None or torch.tensor(ema).shape == (len(tasks), len(tasks)),
+            "learned": lambda learned: all(are_learned(each, len(tasks)) for each in learned.values()),
             "best_score": lambda score: score is None or type(score) in (int, float),
             "best_step": lambda step: step is None or is_count(step),
             "window": lambda records: all(isinstance(record, dict) for record in records),
@@ -271,15 +274,25 @@ class RunState:
                 continue
             name = JSON_NAMES.get(each.name, each.name)
             try:
-                read[each.name] = values[name]
-                fits = checks.get(each.name, is_count)(values[name])
+                # Until there were methods with a memory, states had no `learned`.
+                read[each.name] = values.get(name, {}) if name == "learned" else values[name]
+                fits = checks.get(each.name, is_count)(read[each.name])
             except (KeyError, TypeError, AttributeError, ValueError):
                 fits = False
             if not fits:
                 raise ValueError(f"{name!r} is missing or of another kind")
         if read["cosine_ema"] is not None:
             read["cosine_ema"] = torch.tensor(read["cosine_ema"])
+        read["learned"] = {
+            name: torch.tensor(each, dtype=torch.float64) for name, each in read["learned"].items()
+        }
         return cls(**read)
+
+
+def are_learned(values: list, num_tasks: int) -> bool:
+    """Whether JSON holds finite numbers of a shape (..., K)."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return numbers.ndim in (1, 2) and numbers.shape[-1] == num_tasks and bool(numbers.isfinite().all())
 
 
 def is_count(value: object) -> bool:

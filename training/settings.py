@@ -53,12 +53,17 @@ class StepSettings:
     """How the losses of a step become one update; for the values see the flags of the same names."""
 
     seed: int
-    grad_method: str = "pcgrad"  # a key of pcgrad.GRAD_METHODS
-    grad_reduction: str = "sum"  # a key of pcgrad.GRAD_REDUCTIONS
+    grad_method: str = "pcgrad"  # a key of grad_methods.GRAD_METHODS, maybe with parameters
+    grad_reduction: str = "sum"  # a key of grad_methods.GRAD_REDUCTIONS
     task_weights: Mapping[str, float] = field(default_factory=dict)  # task -> factor of its loss; 1 if absent
+    loss_weighting: str = "fixed"  # a key of loss_weightings.LOSS_WEIGHTINGS, maybe with parameters
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
+    surgery_scope: str = "model"  # or "layer": each layer group by itself
     autocast: Callable = nullcontext  # makes the context for mixed precision
+    # Factor of the losses in the backward pass, so that float16 holds its gradients. No result of a step
+    # depends on it, but for rounding. Unlike the rest, it changes from step to step.
+    loss_scale: int = 1
 
     def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:
         """(K,) whether each of these tasks may have its gradient changed by the method."""

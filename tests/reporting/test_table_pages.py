@@ -12,9 +12,9 @@ from matplotlib import image
 
 from config import OFFLINE_ENCODER
 from reporting import pages, table_pages
-from reporting.poster import CLAIMS, ROWS, SCORES
+from reporting.poster import CLAIMS, ROWS, SCORES, TableRow
 from reporting.significance import Interval, mean_and_sd
-from reporting.table_pages import HEADING, PICTURES, TEST_FILES, format_interval
+from reporting.table_pages import HEADINGS, PICTURES, TEST_FILES, format_interval
 from reporting.table_statistics import Table
 from support.errors import UserError
 from tests.fake_runs import SCRIPT, all_tasks, make_table
@@ -174,6 +174,24 @@ def tex_rows(table):
     return rows
 
 
+def test_rows_of_ones_own_are_shown_without_the_poster(tmp_path, data_dir):
+    """Neither its numbers nor its claims; each row is compared with the first."""
+    rows = {
+        name: {seed: all_tasks(seed, 1 + n, n) for seed in (1, 2)} for n, name in enumerate(("sum", "mgda"))
+    }
+    found = make_table(tmp_path / "runs", data_dir, rows)
+    specs = {"sum": TableRow("sum", "", group="own"), "mgda": TableRow("mgda", "", versus="sum", group="own")}
+    found = Table(found.runs, found.dev_data, 40, ROWS | specs)
+    page = table_pages.make_page(found, COMMAND, None, [])
+    assert page.startswith(HEADINGS[1]) and "poster" not in page and "claim" not in page.lower()
+    assert "mgda - sum" in page and "mgda - sum" in table_pages.format_differences(found)
+    assert len(table_pages.scores_table(found).rows) == 2
+    assert set(table_pages.draw_figures(found)) > {"scores.png", "conflict.png"}
+    assert table_pages.rows_csv(found).splitlines()[2].startswith("mgda,mgda,own,1 2,")
+    mixed = Table(found.runs | {"diff": found.runs["sum"]}, found.dev_data, 40, ROWS | specs)
+    assert "## Its claims" in table_pages.make_page(mixed, COMMAND, None, [])
+
+
 def test_latex(table, tmp_path, data_dir):
     rows = tex_rows(table)
     assert rows[0] == ["technique", "overall", "sentiment", "paraphrase", "similarity"]
@@ -264,7 +282,7 @@ def test_files_of_an_earlier_table_go_and_others_are_kept(tmp_path, one_run, mon
             path.unlink()
     for name in ("scores.png", "predictions/sst-test-output.csv", "mine.png"):
         (tmp_path / name).write_text("old")
-    (tmp_path / "table.md").write_bytes(HEADING)
+    (tmp_path / "table.md").write_text(HEADINGS[1] + "\n")
     table_pages.check_results_dir(tmp_path)
     written = table_pages.write_results(one_run, tmp_path, COMMAND, None)
     assert [path.name for path in written] == ["table.md", "table.csv", "runs.csv", "table.tex"]

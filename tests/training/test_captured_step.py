@@ -15,6 +15,7 @@ from config import DEFAULT_TASKS, TASKS
 from datasets import Rows, TaskData, TokenArrays
 from heads import HEADS, PAIR_HEADS
 from kernels import static
+from kernels.grad_methods import GRAD_METHODS
 from multitask_classifier import TaskBatch, main, train_step
 from tests.kernels import plain_kernels
 from tests.tiny import make_data, make_encoder, make_model, make_training
@@ -23,6 +24,7 @@ from training.captured_step import CapturedStep
 from training.settings import StepSettings
 
 NUM_EXAMPLES = 40
+LAYER, GLS = {"surgery_scope": "layer"}, {"loss_weighting": "gls"}
 
 
 def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> TaskData:
@@ -96,12 +98,25 @@ class Pair:
 
 @pytest.mark.parametrize(
     ("method", "head"),
-    [*(("pcgrad", head) for head in PAIR_HEADS), ("sum", "diff"), ("mean", "diff"), ("gradvac", "diff")],
+    [
+        *(("pcgrad", head) for head in PAIR_HEADS),
+        *((name, "diff") for name, row in GRAD_METHODS.items() if row.on_device and name != "pcgrad"),
+    ],
 )
 def test_steps_equal_plain_ones(method, head):
     pair = Pair(head, grad_method=method, clip_norm=1.0)
     pair.steps(3)
     pair.compare_parameters()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*({"grad_method": name} for name, row in GRAD_METHODS.items() if not row.on_device), LAYER, GLS],
+)
+def test_what_needs_the_host_is_refused_by_name(settings):
+    flag, value = list(settings.items())[-1]
+    with pytest.raises(ValueError, match=f"--{flag} {value}"):
+        Pair(**settings)
 
 
 CASES = {  # settings of the step, model and optimizer; and what is drawn

@@ -124,8 +124,8 @@ CHANGES = (
     "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --max_steps 4; --batch_size 5; "
     "--grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
     "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
-    "--grad_method mean; --surgery_tasks sts; --grad_reduction mean; --extra_data sick; "
-    "--task_weights sts=0.1"
+    "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --loss_weighting uw; "
+    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
@@ -353,6 +353,7 @@ def test_a_run_read_again_may_not_become_another_run(tmp_path, mode, capsys):
 # --- values from args.json ----------------------------------------------------------------------------------
 
 MANY = "--tasks sst,sts --extra_data sick=3,sst_trees --task_weights sts=2.5 --surgery_tasks sts --epochs 2.5"
+MANY += " --grad_method krum:n=2"
 MANY += " --warmup_steps 0 --option finetune --predict_splits test --rectify --device cuda:1 --sst_dev x"
 
 
@@ -368,6 +369,7 @@ def test_settings_come_back_from_args_json_as_they_were(tmp_path):
     settings, given = read_run(tmp_path / "run")
     assert given == args["given"] == given_flags(MANY.split())
     assert settings == {name: value for name, value in args.items() if name != "given"}
+    assert settings["grad_method"] == "krum:f=0,n=2"  # with every parameter
     del args["seed"], args["given"]["tasks"]  # a flag that came later is at its default
     write_args_file(tmp_path / "run", args)
     assert read_run(tmp_path / "run")[0]["seed"] == 11711
@@ -431,6 +433,20 @@ def test_marks_say_what_may_change():
         ("--option finetune --freeze_encoder", "contradict"),
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
+        ("--grad_method mgad", "--grad_method: value is 'mgad'; expected one of sum, mean, pcgrad"),
+        ("--grad_method mgad", "did you mean mgda?"),
+        ("--grad_method cagrad:d=1", "--grad_method: cagrad has no parameter 'd'; expected c"),
+        ("--grad_method mgda:c=1", "--grad_method: mgda has no parameter 'c'"),
+        (
+            "--grad_method cagrad:c=1",
+            "--grad_method: c of cagrad: value is '1'; expected a number of at least 0",
+        ),
+        ("--grad_method krum:n=1,n=2", "expected each parameter once"),
+        ("--grad_method imtl_g --loss_weighting uw", "--loss_weighting uw:lr=0.025 is lost on"),
+        ("--freeze_encoder --loss_weighting gradnorm", "which --freeze_encoder leaves without any"),
+        ("--loss_weighting dwa:every=0", "every of dwa: value is '0'"),
+        ("--sampler temperature:t=0", "t of temperature: value is '0'"),
+        ("--grad_method krum:n=1.5", "n of krum: value is '1.5'"),
         ("--resume --overwrite --output_dir x", "contradict"),
         ("--eval_only", "--output_dir"),
         ("--output_dir=", "--output_dir: value is ''; expected a folder"),

@@ -109,6 +109,9 @@ def test_cache_dir_empty_is_nowhere(monkeypatch, tmp_path):
 def test_output_dir_default_names_the_settings():
     args = resolved("--device cpu --seed 7 --tasks sst,sts --sts_head cosine", {"sst": 9, "sts": 9})
     assert args.output_dir == "runs/minilm-sst-sts-pcgrad-cosine-seed7"
+    flags = "--device cpu --grad_method cagrad --surgery_scope layer --tasks sst,sts"
+    folder = resolved(flags, {"sst": 9, "sts": 9}).output_dir
+    assert folder == "runs/minilm-sst-sts-cagrad-c=0.4-by-layer-diff-seed11711"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")

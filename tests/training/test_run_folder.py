@@ -1,6 +1,7 @@
 """The run folder: its settings, its state, what starting anew removes, and what is gone on from."""
 
 import json
+import math
 import subprocess
 from dataclasses import fields
 from itertools import product
@@ -215,6 +216,14 @@ BAD_VALUES = {
     "best_score": ("0.5",),
     "best_step": (-3,),
     "window": ([3],),
+    "learned": (
+        [1],
+        {"a": [[1.0], [2.0, 3.0]]},
+        {"a": 1.0},
+        {"a": [1.0, 2.0]},
+        {"a": [math.nan]},
+        {"a": ["x"]},
+    ),
     "log_lines": (None,),
     "loss_scale": ({"scale": 3, "good_steps": 0, "overflow_steps": 0},),
 }
@@ -223,14 +232,13 @@ BAD_VALUES = {
 def test_state_of_another_kind_is_refused():
     fresh = RunState(batches_drawn={"sst": 0}).to_json()
     good = fresh | {"step": 3, "task_batches": {"sst": 4}, "optimizer_steps": [3, 3], "cosine_ema": [[1.0]]}
+    good |= {"learned": {"grad_method.weights": [[1.0], [0.5]], "age": [2.0]}}
     good |= {"best_score": -0.1, "best_step": 2, "window": [{}], "log_lines": 2}
     for values in (fresh, good):
         assert RunState.from_json(values, ["sst"]).to_json() == values
     bad = [(name, good | {name: value}) for name, values in BAD_VALUES.items() for value in values]
-    bad += [
-        (name, {key: value for key, value in good.items() if key != name})
-        for name in set(good) - {"loss_scale"}
-    ]
+    needed = [name for name in good if name not in ("learned", "loss_scale")]  # older states have none
+    bad += [(name, {key: value for key, value in good.items() if key != name}) for name in needed]
     for name, values in bad:
         with pytest.raises(ValueError, match=name):
             RunState.from_json(values, ["sst"])
@@ -240,18 +248,30 @@ def test_state_survives_json_to_the_bit():
     """What older runs have in state.json is read by the same names."""
     ema = torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
     state = RunState(batches_drawn={"sst": 1, "para": 2, "sts": 3}, cosine_ema=ema, best_score=0.1)
+    state.learned = {"weights": torch.rand(2, 3, dtype=torch.float64) / 3}
     values = json.loads(json.dumps(state.to_json()))
     assert list(values) == [
-        *("step", "evaluated", "task_batches", "tokens", "bad_steps", "skipped_steps", "cosine_ema"),
+        *(
+            "step",
+            "evaluated",
+            "task_batches",
+            "tokens",
+            "bad_steps",
+            "skipped_steps",
+            "cosine_ema",
+            "learned",
+        ),
         *("best_score", "best_step", "evals_without_gain", "optimizer_steps", "log_lines", "window"),
         "loss_scale",
     ]
-    old = {name: value for name, value in values.items() if name != "loss_scale"}
-    assert RunState.from_json(old, ["sst", "para", "sts"]).to_json() == values
+    older = {name: value for name, value in values.items() if name not in ("learned", "loss_scale")}
+    found = RunState.from_json(older, ["sst", "para", "sts"])
+    assert found.learned == {} and found.loss_scale is None
     state.loss_scale = LossScale(2**13, 1234, 3)
-    again = RunState.from_json(json.loads(json.dumps(state.to_json())), ["sst", "para", "sts"])
-    assert again.loss_scale == LossScale(2**13, 1234, 3)
-    assert torch.equal(RunState.from_json(values, ["sst", "para", "sts"]).cosine_ema, ema)
+    found = RunState.from_json(json.loads(json.dumps(state.to_json())), ["sst", "para", "sts"])
+    assert found.loss_scale == LossScale(2**13, 1234, 3)
+    assert torch.equal(found.cosine_ema, ema)
+    assert torch.equal(found.learned["weights"], state.learned["weights"])
 
 
 def test_loss_scale_has_to_fit_the_precision(tokenizer, tmp_path):
