@@ -34,7 +34,7 @@ from kernels.fused import PLAIN, Kernels, compile_kernels, find_compiler
 from kernels.static_packing import StaticPacking, static_dropout
 from multitask_classifier import MAX_WAITING, TaskBatch, train_step
 from optimizer import AdamW
-from pcgrad import draw_orders, pcgrad
+from pcgrad import TaskFacts, draw_orders, pcgrad
 from support.device import keep_freed_memory, make_autocast, to_device
 from support.errors import UserError
 from support.files import ROOT
@@ -659,7 +659,7 @@ class OurSurgery(SurgeryContender):
 
     def step(self, i):
         gram = self.kernels.gram_matrix(self.task_grads).cpu()
-        weights = pcgrad(gram, draw_orders(len(gram))).to(self.device)
+        weights = pcgrad(TaskFacts(gram, draw_orders(len(gram)))).to(self.device)
         self.kernels.weighted_sum(self.task_grads, weights, self.combined)
 
 

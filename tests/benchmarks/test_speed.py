@@ -41,7 +41,7 @@ from benchmarks.speed import exact_length, first_step_seconds, get_args, main, o
 from benchmarks.workers import Worker, changed_environment, check_losses, race_groups, start_workers
 from config import DEFAULT_TASKS, TASKS, BertConfig
 from datasets import read_rows, tokenize
-from pcgrad import draw_orders, gram_matrix, pcgrad
+from pcgrad import TaskFacts, draw_orders, gram_matrix, pcgrad
 from support.errors import UserError
 from tests.tiny import SAMPLE, make_config, make_encoder
 from tokenizer import BertTokenizer
@@ -109,7 +109,7 @@ def test_textbook_pcgrad_is_ours_on_the_vectors(num_tasks):
     for seed in range(20):
         grads = random_grads(num_tasks, seed)
         first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
-        ours = pcgrad(gram_matrix(grads), draw_orders(len(grads), first)) @ grads
+        ours = pcgrad(TaskFacts(gram_matrix(grads), draw_orders(len(grads), first))) @ grads
         torch.testing.assert_close(textbook_pcgrad(list(grads), second), ours)
         changed += not torch.allclose(ours, grads.sum(0))
     assert changed > 3  # some gradients were in conflict
@@ -120,7 +120,7 @@ def test_torchjd_computes_the_same():
     for seed in range(20):
         grads = random_grads(2, seed)  # of two tasks, the order of the others does not matter
         torch.testing.assert_close(
-            torchjd_pcgrad(list(grads)), pcgrad(gram_matrix(grads), draw_orders(2)) @ grads
+            torchjd_pcgrad(list(grads)), pcgrad(TaskFacts(gram_matrix(grads), draw_orders(2))) @ grads
         )
 
 
