@@ -21,7 +21,7 @@ from benchmarks.speed import exact_length, first_step_seconds, get_args, main, o
 from benchmarks.workers import Worker, check_losses, start_workers
 from config import DEFAULT_TASKS, TASKS, BertConfig
 from datasets import read_rows, tokenize
-from pcgrad import draw_orders, gram_matrix, pcgrad
+from pcgrad import TaskFacts, draw_orders, gram_matrix, pcgrad
 from support.errors import UserError
 from tests.tiny import SAMPLE, make_config, make_encoder
 from tokenizer import BertTokenizer
@@ -94,7 +94,8 @@ def test_torchjd_computes_the_same():
     pytest.importorskip("torchjd")
     for seed in range(20):
         grads = random_grads(2, seed)  # of two tasks, the order of the others does not matter
-        torch.testing.assert_close(torchjd_pcgrad(list(grads)), pcgrad(gram_matrix(grads)) @ grads)
+        weights = pcgrad(TaskFacts(gram_matrix(grads), draw_orders(2)))
+        torch.testing.assert_close(torchjd_pcgrad(list(grads)), weights @ grads)
 
 
 @pytest.mark.slow
