@@ -69,16 +69,18 @@ def test_every_method_by_hand_and_what_the_rows_say():
     assert {method.reduction for method in GRAD_METHODS.values()} == set(GRAD_REDUCTIONS)
 
 
-@pytest.mark.parametrize("name", GRAD_METHODS)
+# Of orthogonal gradients of length 1: a mean, a sum, or what the docstring says.
+ORTHOGONAL = dict.fromkeys(("mean", "mgda", "upgrad", "dualproj", "imtl_g", "aligned_mtl", "cr_mogm"), 1 / 3)
+ORTHOGONAL |= dict.fromkeys(("sum", "pcgrad", "gradvac", "config", "fairgrad"), 1.0)
+ORTHOGONAL |= {"nash_mtl": 1 / math.sqrt(3), "cagrad": (1 + 0.4) / 3}
+
+
+@pytest.mark.parametrize("name", ORTHOGONAL)
 def test_means_average_orthogonal_gradients_and_sums_add_them_up(name):
-    """Of one length and without conflict; but where weights are cut to a length, or drawn."""
-    expected = 1 / 3 if GRAD_METHODS[name].is_mean else 1.0
-    special = {"nash_mtl": 1 / math.sqrt(3), "krum": None, "random": None, "cagrad": (1 + 0.4) / 3}
-    expected = special.get(name, expected)
-    if expected:
-        weights = weigh(name, torch.eye(3, dtype=torch.float64))
-        expected = torch.full((3,), expected, dtype=torch.float64)
-        torch.testing.assert_close(weights, expected, rtol=2e-6, atol=0)  # a ridge of 1e-6
+    weights = weigh(name, torch.eye(3, dtype=torch.float64))
+    expected = torch.full((3,), ORTHOGONAL[name], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=0)  # a ridge of 1e-6
+    assert GRAD_METHODS[name].is_mean == (ORTHOGONAL[name] < 0.5)
 
 
 def test_random_weights_are_a_softmax_of_normal_numbers():
