@@ -280,8 +280,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if len(set(getattr(args, name) or ())) < len(getattr(args, name) or ()):
             parser.error(f"--{name} holds a value twice; expected each once")
     choose_rows(parser, args, more)
-    specs = {row: args.specs[row] for row in {*args.rows, *(args.compare or ())}}
-    args.shared = SharedSettings(args.pretrained, args.data_dir, args.max_steps, args.runs_dir, more, specs)
+    given = (args.pretrained, args.data_dir, args.max_steps, args.runs_dir)
+    args.shared = SharedSettings(*given, more, args.specs)
     for row in args.rows:
         get_run_args(run_flags(args.shared, row, args.seeds[0]))  # ends here if a flag is wrong
     return args

@@ -361,7 +361,7 @@ def test_float16_run_goes_on_with_the_same_bits_after_overflows(place, monkeypat
     assert f"\n{count} of 12 steps were skipped because" in capsys.readouterr().out
     for step in (2, count + 1):
         with monkeypatch.context() as patch:
-            stop_at(patch, step, interrupt)
+            stop_at(patch, "train_step", step, interrupt)
             assert run(place, flags, f"half{step}") == 130
         assert run(place, flags, f"half{step}") == 0
         for name in ("model.safetensors", "metrics.jsonl"):
