@@ -28,6 +28,7 @@ import torch
 
 from config import TaskSpec
 from kernels.static import PackedBatch
+from support.bars import Bar
 from support.errors import UserError, one_line, quote
 from support.seeds import seed_of
 from support.text_files import BYTE_ORDER_MARK, decode, line_at, read_data_file
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # the tokenizer imports what reads checkpoints, which `--help
 MAX_FIELD_SIZE = 2**17
 MAX_ERRORS = 1000  # of one file, which is then read no further
 NUM_NAMED = 5  # lines or ids that a warning names
+TOKENIZED_AT_ONCE = 8192  # sequences; enough for all cores, few enough to see how it goes
 # Batches that are sorted by length together: more of them mean less padding, but less mixing.
 BUCKET_BATCHES = 50
 
@@ -340,16 +342,18 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     reader = RowReader(path, header, spec, split, warnings)
     rows, errors, num_rows = [], [], 0
     try:
-        for line, fields in table:
-            num_rows += 1
-            try:
-                row = reader.read(line, fields)
-                if row is not None:
-                    rows.append(row)
-            except UserError as error:
-                errors.append(str(error))
-                if len(errors) == MAX_ERRORS:
-                    break
+        with Bar(text.count("\n"), " lines", f"reading {path.name}") as bar:
+            for line, fields in table:
+                num_rows += 1
+                bar.update(line - bar.n)
+                try:
+                    row = reader.read(line, fields)
+                    if row is not None:
+                        rows.append(row)
+                except UserError as error:
+                    errors.append(str(error))
+                    if len(errors) == MAX_ERRORS:
+                        break
     except UserError as error:  # of the table itself: nothing after it can be read
         errors.insert(0, str(error))
     if errors:
@@ -503,7 +507,12 @@ def tokenize(rows: Rows, tokenizer: "BertTokenizer", *, joint: bool, max_length:
     numbers: dict = {}
     index = [[numbers.setdefault(sequence, len(numbers)) for sequence in example] for example in examples]
     encode = tokenizer.encode_pair_batch if joint else tokenizer.encode_batch
-    return TaskData(rows, TokenArrays.from_encodings(encode(list(numbers), max_length)), np.array(index))
+    sequences, encodings = list(numbers), []
+    with Bar(len(sequences), " sequences", f"tokenizing {rows.path.name}") as bar:
+        for start in range(0, len(sequences), TOKENIZED_AT_ONCE):
+            encodings += encode(sequences[start : start + TOKENIZED_AT_ONCE], max_length)
+            bar.update(len(encodings) - bar.n)
+    return TaskData(rows, TokenArrays.from_encodings(encodings), np.array(index))
 
 
 def unknown_rows(data: TaskData, special_ids: Sequence[int]) -> list[str]:
