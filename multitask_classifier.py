@@ -28,6 +28,7 @@ import time
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,7 @@ from training.run_folder import (
 from training.settings import LoopSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
 from training.step_result import StepResult
+from training.trackers import Trackers, check_trackers
 
 # --- a step ---------------------------------------------------------------------------------------
 
@@ -457,13 +459,28 @@ def log_evaluation(
     for warning in warnings:
         tqdm.write(f"       warning: {warning}")
     chosen = {"select_by": loop.select_by, "score": score, "warnings": warnings}
-    run.log({"step": state.step, "dev": summary, **chosen})
+    pictures = draw_predictions(dev_data, predictions) if run.trackers else None
+    run.log({"step": state.step, "dev": summary, **chosen}, pictures)
     state.evaluated = state.step
     if is_better:
         state.best_score, state.best_step, state.evals_without_gain = score, state.step, 0
         run.save_best(summary)
     else:
         state.evals_without_gain += 1
+
+
+def draw_predictions(
+    dev_data: dict[str, TaskData], predictions: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """For each task a picture (height, width, 3) of predictions (N,) beside the truth, for the trackers."""
+    from reporting import figures  # it takes a second to import
+
+    return {
+        f"predictions/{task}": figures.pixels(
+            figures.plot_predictions(task, predictions[task], data.rows.labels)
+        )
+        for task, data in dev_data.items()
+    }
 
 
 def find_warnings(
@@ -570,6 +587,7 @@ def start(args: Namespace) -> None:
     # 1. Read the data and the encoder, then settle every flag that depends on them. What needs neither comes
     #    first, so that an error does not cost the time to read them.
     folder = output_folder(args)
+    check_trackers(args.report_to)
     if not args.resume:
         check_free(folder, args.overwrite)
     for line in resolve_machine(args):
@@ -615,7 +633,8 @@ def start(args: Namespace) -> None:
     train_data, dev_data = (
         tokenize_split(settings.tokens, rows[split], tokenizer) for split in ("train", "dev")
     )
-    with catch_signals() as stop:
+    run.trackers = Trackers(settings.output.report_to, folder, settings.flags, run.state.step)
+    with closing(run.trackers), catch_signals() as stop:
         train(run, train_data, dev_data, stop)
     try:
         evaluate_best(settings, run.model, tokenizer, dev_data, test_rows=rows["test"])

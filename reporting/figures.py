@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from config import TASKS
@@ -38,6 +39,13 @@ def make_figure(num_rows: int, num_columns: int, width: float, height: float, **
         axis.grid(color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def task_color(task: str) -> str:
@@ -193,6 +201,20 @@ def heat_map(lines: list[dict], groups: list[str], pair: str) -> tuple[list[int]
     # A line of the log is about the steps up to its own.
     edges = [0, *(present[stretch[-1]]["step"] for stretch in stretches)]
     return edges, np.stack([shares[:, stretch].mean(1) for stretch in stretches], axis=1)
+
+
+def plot_predictions(task: str, predictions: Sequence, labels: Sequence) -> Figure:
+    """A task's predictions (N,) against its labels (N,): a confusion matrix, or points and the diagonal."""
+    spec = TASKS[task]
+    if TASK_KINDS[spec.kind].is_discrete:
+        return plot_confusion(predictions, labels, class_names(task))
+    return plot_regression(predictions, labels, spec.label_range, task)
+
+
+def class_names(task: str) -> Sequence[str]:
+    """The names of a task's classes, or their numbers."""
+    spec = TASKS[task]
+    return spec.class_names or [str(number) for number in range(int(spec.label_range[1]) + 1)]
 
 
 def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequence[str]) -> Figure:

@@ -295,14 +295,10 @@ def task_section(task: str, result: DevResult) -> dict:
     if result.remark:
         section["remark"] = f"Warning: {result.remark}."
     labels, predictions = result.rows.labels, result.predictions
-    if kind.is_discrete:
-        names = spec.class_names or [str(number) for number in range(int(spec.label_range[1]) + 1)]
-        figure = figures.plot_confusion(predictions, labels, names)
-    else:
-        figure = figures.plot_regression(predictions, labels, spec.label_range, task)
+    figure = figures.plot_predictions(task, predictions, labels)
 
     def value_text(value):
-        return names[int(value)] if kind.is_discrete else f"{value:.2f}"
+        return figures.class_names(task)[int(value)] if kind.is_discrete else f"{value:.2f}"
 
     def shorten(text):
         return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
