@@ -122,6 +122,8 @@ class TaskBatch:
 # For each draw of a step its task and the examples of its micro-batches, by number.
 Examples = list[tuple[str, list[np.ndarray]]]
 MAX_WAITING = 16  # steps that a GPU may be behind with its results
+CURVES_SHARE = 0.05  # of a run's time, for drawing its curves on the way
+CURVES_SECONDS = 1.0  # what drawing takes, until it is measured
 
 
 def train_step(
@@ -271,7 +273,7 @@ def train(
     print_plan(loop, plan, orders)
 
     steps = Steps(run, train_data)
-    progress = Progress(state.step, loop.max_steps)
+    progress, curves = Progress(state.step, loop.max_steps), FreshCurves(run.folder)
     model.train()
     while not stop.requested:
         # 1. Evaluate, and keep the model if it is the best yet. This comes before the step, so that a run
@@ -283,6 +285,7 @@ def train(
                 break
             log_evaluation(run, dev_part, *evaluation)
             run.save_last()
+            curves.refresh()
         out_of_patience = loop.patience and state.evals_without_gain >= loop.patience
         if is_last or out_of_patience:
             break
@@ -678,13 +681,28 @@ def evaluate_again(args: Namespace) -> None:
 
 
 def draw_curves(folder: Path) -> str:
-    """Draw a finished run's curves and say where they are; errors are only warned about."""
+    """Draw a run's curves and say where they are; errors are only warned about."""
     try:
         plot = plot_run(folder)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        print(f"warning: no curves ({error})")
+        tqdm.write(f"warning: no curves ({error})")
         return ""
     return f"  (curves: {plot})" if plot else ""
+
+
+class FreshCurves:
+    """`curves.png`, drawn anew after an evaluation if CURVES_SHARE of the time since the last one pays it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.seconds, self.drawn_at = folder, CURVES_SECONDS, time.perf_counter()
+
+    def refresh(self) -> None:
+        started = time.perf_counter()
+        if self.seconds > CURVES_SHARE * (started - self.drawn_at):
+            return
+        draw_curves(self.folder)
+        self.drawn_at = time.perf_counter()
+        self.seconds = self.drawn_at - started
 
 
 def run(argv: list[str] | None) -> None:
