@@ -228,7 +228,7 @@ def scores_section(
     return {"text": text, "table": Table(header, rows), "warnings": warnings}
 
 
-def conflict_section(metrics: list[dict], grad_method: str) -> dict:
+def conflict_section(metrics: list[dict], grad_method: str, seed: int) -> dict:
     """How much the tasks' gradients are in conflict, in words, numbers and pictures."""
     from reporting import figures
 
@@ -259,13 +259,16 @@ def conflict_section(metrics: list[dict], grad_method: str) -> dict:
     weights, norms = means_of(metrics, "grad_weight"), means_of(metrics, "task_grad_norm")
     runs = {grad_method: [metrics]}
     pictures = [
-        draw("report/conflict.png", "conflict over the run", figures.plot_conflict(runs)),
-        draw("report/layer_conflict.png", "conflict by layer", figures.plot_layer_conflict(runs)),
-        draw(
-            "report/layer_conflict_over_time.png",
-            "conflict by layer over the run",
-            figures.plot_layer_conflict_over_time(metrics),
-        ),
+        draw(f"report/{name}.png", f"{caption}; seed {seed}", figure)
+        for name, caption, figure in (
+            ("conflict", "Conflict over the run, running means", figures.plot_conflict(runs)),
+            ("layer_conflict", "Conflict by layer, mean over the steps", figures.plot_layer_conflict(runs)),
+            (
+                "layer_conflict_over_time",
+                "Conflict by layer over the run, faded where it may be chance",
+                figures.plot_layer_conflict_over_time(metrics),
+            ),
+        )
     ]
     return {
         "text": text,
@@ -283,7 +286,7 @@ def conflict_section(metrics: list[dict], grad_method: str) -> dict:
     }
 
 
-def task_section(task: str, result: DevResult) -> dict:
+def task_section(task: str, result: DevResult, seed: int) -> dict:
     """A task's predictions on dev: a picture, and the mistakes that are furthest off."""
     from reporting import figures
 
@@ -305,7 +308,8 @@ def task_section(task: str, result: DevResult) -> dict:
 
     errors = np.abs(predictions - labels)
     wrong = [n for n in np.argsort(-errors, kind="stable") if errors[n] > 0]
-    section["picture"] = draw(f"report/{task}.png", f"predictions of {task}", figure)
+    caption = f"Predictions of {task}: the best checkpoint of seed {seed} on {len(labels)} dev examples"
+    section["picture"] = draw(f"report/{task}.png", caption, figure)
     if wrong:
         count = f"{len(wrong)} of {len(labels)} examples are wrong. " if kind.is_discrete else ""
         section["mistakes_text"] = f"{count}Furthest off:"
@@ -347,7 +351,9 @@ def collect(run_dir: Path) -> dict:
     for task in tasks:
         scores = summary["tasks"].get(task) if finished and not is_part else None
         results[task] = read_dev(task, data_files[task, "dev"], prediction_files[task, "dev"], scores)
-    curves = figures.plot_curves(metrics)
+    seed, most = flags["seed"], flags["eval_max_examples"]
+    part = f"; dev scores on at most {most} examples of a task" if most else ""
+    caption = f"Losses, dev scores, cosines and learning rate; seed {seed}{part}"
     return {
         "title": f"Run {run_dir.resolve().name}",
         "scores": scores_section(
@@ -355,9 +361,9 @@ def collect(run_dir: Path) -> dict:
         ),
         "commands": "\n".join(map(command_line, filter(None, stored["commands"]))),
         "settings": settings_table(flags, {task: head_name(args, task) for task in tasks}, stored, metrics),
-        "curves": draw("curves.png", "losses, dev scores, cosines, learning rate", curves),
-        "conflict": conflict_section(metrics, flags["grad_method"]),
-        "tasks": [task_section(task, results[task]) for task in tasks],
+        "curves": draw("curves.png", caption, figures.plot_curves(metrics, most)),
+        "conflict": conflict_section(metrics, flags["grad_method"], seed),
+        "tasks": [task_section(task, results[task], seed) for task in tasks],
     }
 
 
@@ -365,7 +371,8 @@ def plot_run(run_dir: Path) -> Path | None:
     """Draw `curves.png` in a run's folder; returns its path, or None if nothing was logged."""
     from reporting import figures
 
-    picture = draw("curves.png", "", figures.plot_curves(read_metrics(run_dir)))
+    max_examples = read_args_file(run_dir)["args"].get("eval_max_examples")
+    picture = draw("curves.png", "", figures.plot_curves(read_metrics(run_dir), max_examples))
     return picture and picture.write(run_dir)
 
 
