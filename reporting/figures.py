@@ -159,7 +159,9 @@ def plot_curves(metrics: list[dict], max_examples: int | None = None) -> Figure 
     if evaluated:
         steps, points = zip(*((line["step"], line["mean"]) for line in evaluated), strict=True)
         scores.plot(steps, points, marker=".", color=MEAN_COLOR, label="plain mean")
-    scores.set_title("dev scores" + (f" (on at most {max_examples} examples a task)" if max_examples else ""))
+    scores.set_title(
+        "dev scores" + (f" (part of dev: {max_examples} examples a task)" if max_examples else "")
+    )
     steps = [line["step"] for line in logged]
     for key, name, dashes in (("lr", "encoder", "-"), ("head_lr", "heads", "--")):
         values = [line[key] for line in logged]

@@ -84,7 +84,7 @@ def test_curves():
     part = figures.plot_curves(make_metrics(), max_examples=500).axes[1]
     assert (scores.get_title(), part.get_title()) == (
         "dev scores",
-        "dev scores (on at most 500 examples a task)",
+        "dev scores (part of dev: 500 examples a task)",
     )
 
 

@@ -126,7 +126,7 @@ def test_captions_say_which_seed_and_how_many_examples(run_dir):
     change_json(run_dir / "args.json", lambda stored: stored["args"].update(eval_max_examples=3))
     text, page = make_page(run_dir)
     for caption in (
-        "seed 11711; dev scores on at most 3 examples of a task",
+        "seed 11711; dev scores of a part of dev, 3 examples of a task",
         "Conflict by layer, mean over the steps; seed 11711",
         "Predictions of sts: the best checkpoint of seed 11711 on 11 dev examples",
     ):
