@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # the tokenizer imports what reads checkpoints, which `--help
 MAX_FIELD_SIZE = 2**17
 MAX_ERRORS = 1000  # of one file, which is then read no further
 NUM_NAMED = 5  # lines or ids that a warning names
-TOKENIZED_AT_ONCE = 8192  # sequences; enough for all cores, few enough to see how it goes
 # Batches that are sorted by length together: more of them mean less padding, but less mixing.
 BUCKET_BATCHES = 50
 
@@ -507,12 +506,7 @@ def tokenize(rows: Rows, tokenizer: "BertTokenizer", *, joint: bool, max_length:
     numbers: dict = {}
     index = [[numbers.setdefault(sequence, len(numbers)) for sequence in example] for example in examples]
     encode = tokenizer.encode_pair_batch if joint else tokenizer.encode_batch
-    sequences, encodings = list(numbers), []
-    with Bar(len(sequences), " sequences", f"tokenizing {rows.path.name}") as bar:
-        for start in range(0, len(sequences), TOKENIZED_AT_ONCE):
-            encodings += encode(sequences[start : start + TOKENIZED_AT_ONCE], max_length)
-            bar.update(len(encodings) - bar.n)
-    return TaskData(rows, TokenArrays.from_encodings(encodings), np.array(index))
+    return TaskData(rows, TokenArrays.from_encodings(encode(list(numbers), max_length)), np.array(index))
 
 
 def unknown_rows(data: TaskData, special_ids: Sequence[int]) -> list[str]:
