@@ -3,11 +3,20 @@
 import io
 import sys
 
+import numpy as np
 import pytest
 from tqdm import tqdm
 
+import datasets
+import evaluation
+import tokenizer
+from bert import BertModel
+from config import TASKS
+from heads import MultitaskBERT
+from reporting import predict
 from support import bars
 from support.bars import Bar, has_terminal
+from tests.tiny import make_config, make_data, make_encoder
 from training.progress import Progress
 
 
@@ -97,3 +106,47 @@ def test_losses_are_whole_beside_the_bar_or_above_it(terminal, columns):
         assert text in stream.getvalue()
         assert (f"step {step}/100  {text}\n" in stream.getvalue()) == (columns < 160)
     progress.close()
+
+
+class Count:
+    """Stands in for Bar: how far it came, and of how much."""
+
+    def __init__(self, total, unit, what="", **options):
+        self.total, self.what, self.n = total, what, 0
+        self.all.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, n):
+        self.n += n
+
+
+def test_what_takes_long_counts_to_its_end(monkeypatch, tmp_path):
+    Count.all = counts = []
+    encoder = tokenizer.BertTokenizer.from_pretrained(make_encoder(tmp_path / "encoder"))
+    path = make_data(tmp_path / "data") / TASKS["sst"].files["dev"]
+    whole = datasets.tokenize(
+        datasets.read_rows(path, TASKS["sst"], "dev"), encoder, joint=False, max_length=24
+    )
+    for module in (datasets, tokenizer, evaluation, predict):
+        monkeypatch.setattr(module, "Bar", Count)
+    monkeypatch.setattr(tokenizer, "ENCODED_AT_ONCE", 2)
+    rows = datasets.read_rows(path, TASKS["sst"], "dev")
+    data = datasets.tokenize(rows, encoder, joint=False, max_length=24)
+    assert np.array_equal(data.sequences.input_ids, whole.sequences.input_ids)
+    model = MultitaskBERT(BertModel(make_config(len(encoder))), {"sst": TASKS["sst"]}, {"sst": "single"})
+    evaluation.predict(model, "sst", data, encoder.pad_token_id)
+    monkeypatch.setattr(predict, "has_terminal", lambda: True)
+    chunks = [[(1, ("a",)), (2, ("b",))], [(12, ("c",))]]  # the lines where examples begin
+    assert list(predict.watch(iter(chunks), str(path))) == chunks
+    assert [count.what for count in counts] == [
+        "reading ids-sst-dev.csv",
+        "tokenizing",
+        "predicting sst",
+        "predicting",
+    ]
+    assert [count.n for count in counts] == [count.total for count in counts] and counts[0].total == 12
