@@ -28,6 +28,7 @@ import torch
 
 from config import TaskSpec
 from kernels.static import PackedBatch
+from support.bars import Bar
 from support.command_line import number
 from support.errors import UserError, one_line, quote
 from support.seeds import seed_of
@@ -342,16 +343,18 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
     reader = RowReader(path, header, spec, split, warnings)
     rows, errors, num_rows = [], [], 0
     try:
-        for line, fields in table:
-            num_rows += 1
-            try:
-                row = reader.read(line, fields)
-                if row is not None:
-                    rows.append(row)
-            except UserError as error:
-                errors.append(str(error))
-                if len(errors) == MAX_ERRORS:
-                    break
+        with Bar(text.count("\n"), " lines", f"reading {path.name}") as bar:
+            for line, fields in table:
+                num_rows += 1
+                bar.update(line - bar.n)
+                try:
+                    row = reader.read(line, fields)
+                    if row is not None:
+                        rows.append(row)
+                except UserError as error:
+                    errors.append(str(error))
+                    if len(errors) == MAX_ERRORS:
+                        break
     except UserError as error:  # of the table itself: nothing after it can be read
         errors.insert(0, str(error))
     if errors:

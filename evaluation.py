@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TaskSpec
+from support.bars import Bar
 from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
@@ -276,7 +277,7 @@ def predict_logits(
     lengths = data.sequences.lengths
     vectors = torch.empty(len(lengths), model.bert.config.hidden_size, device=device)  # (U, H)
     try:
-        with autocast():
+        with autocast(), Bar(int(lengths.sum()), " word pieces", f"predicting {task}", scaled=True) as bar:
             for chosen in cut_by_length(lengths, MAX_EVAL_TOKENS[device.type]):
                 batch = data.sequences.pad(chosen, pad_token_id)
                 try:
@@ -286,6 +287,7 @@ def predict_logits(
                     shape = tuple(batch["input_ids"].shape)
                     error.add_note(f"predicting {task}, batch (sequences, word pieces) {shape}")
                     raise
+                bar.update(int(lengths[chosen].sum()))
         index = torch.from_numpy(data.index).to(device)  # (N, 1 or 2)
         logits = [
             model.classify(task, *(vectors[column] for column in rows.unbind(-1)))

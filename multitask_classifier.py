@@ -31,6 +31,7 @@ import time
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,7 @@ from training.run_folder import (
 from training.settings import LoopSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
 from training.step_result import StepResult
+from training.trackers import Trackers, check_trackers
 
 # --- a step ---------------------------------------------------------------------------------------
 
@@ -126,6 +128,8 @@ class TaskBatch:
 # For each draw of a step its task and the examples of its micro-batches, by number.
 Examples = list[tuple[str, list[np.ndarray]]]
 MAX_WAITING = 16  # steps that a GPU may be behind with its results
+CURVES_SHARE = 0.05  # of a run's time, for drawing its curves on the way
+CURVES_SECONDS = 1.0  # what drawing takes, until it is measured
 
 
 def train_step(
@@ -346,7 +350,7 @@ def train(
     print_plan(loop, plan, orders)
 
     steps = Steps(run, train_data)
-    progress = Progress(state.step, loop.max_steps)
+    progress, curves = Progress(state.step, loop.max_steps), FreshCurves(run.folder)
     model.train()
     while not stop.requested:
         # 1. Evaluate, and keep the model if it is the best yet. This comes before the step, so that a run
@@ -358,6 +362,7 @@ def train(
                 break
             log_evaluation(run, dev_part, *evaluation)
             run.save_last()
+            curves.refresh()
         out_of_patience = loop.patience and state.evals_without_gain >= loop.patience
         if is_last or out_of_patience:
             break
@@ -541,13 +546,28 @@ def log_evaluation(
     for warning in warnings:
         tqdm.write(f"       warning: {warning}")
     chosen = {"select_by": loop.select_by, "score": score, "warnings": warnings}
-    run.log({"step": state.step, "dev": summary, **chosen})
+    pictures = draw_predictions(dev_data, predictions) if run.trackers else None
+    run.log({"step": state.step, "dev": summary, **chosen}, pictures)
     state.evaluated = state.step
     if is_better:
         state.best_score, state.best_step, state.evals_without_gain = score, state.step, 0
         run.save_best(summary)
     else:
         state.evals_without_gain += 1
+
+
+def draw_predictions(
+    dev_data: dict[str, TaskData], predictions: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """For each task a picture (height, width, 3) of predictions (N,) beside the truth, for the trackers."""
+    from reporting import figures  # it takes a second to import
+
+    return {
+        f"predictions/{task}": figures.pixels(
+            figures.plot_predictions(task, predictions[task], data.rows.labels)
+        )
+        for task, data in dev_data.items()
+    }
 
 
 def find_warnings(
@@ -654,6 +674,7 @@ def start(args: Namespace) -> None:
     # 1. Read the data and the encoder, then settle every flag that depends on them. What needs neither comes
     #    first, so that an error does not cost the time to read them.
     folder = output_folder(args)
+    check_trackers(args.report_to)
     if not args.resume:
         check_free(folder, args.overwrite)
     for line in resolve_machine(args):
@@ -699,7 +720,8 @@ def start(args: Namespace) -> None:
     train_data, dev_data = (
         tokenize_split(settings.tokens, rows[split], tokenizer) for split in ("train", "dev")
     )
-    with catch_signals() as stop:
+    run.trackers = Trackers(settings.output.report_to, folder, settings.flags, run.state.step)
+    with closing(run.trackers), catch_signals() as stop:
         train(run, train_data, dev_data, stop)
     try:
         evaluate_best(settings, run.model, tokenizer, dev_data, test_rows=rows["test"])
@@ -743,13 +765,28 @@ def evaluate_again(args: Namespace) -> None:
 
 
 def draw_curves(folder: Path) -> str:
-    """Draw a finished run's curves and say where they are; errors are only warned about."""
+    """Draw a run's curves and say where they are; errors are only warned about."""
     try:
         plot = plot_run(folder)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        print(f"warning: no curves ({error})")
+        tqdm.write(f"warning: no curves ({error})")
         return ""
     return f"  (curves: {plot})" if plot else ""
+
+
+class FreshCurves:
+    """`curves.png`, drawn anew after an evaluation if CURVES_SHARE of the time since the last one pays it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.seconds, self.drawn_at = folder, CURVES_SECONDS, time.perf_counter()
+
+    def refresh(self) -> None:
+        started = time.perf_counter()
+        if self.seconds > CURVES_SHARE * (started - self.drawn_at):
+            return
+        draw_curves(self.folder)
+        self.drawn_at = time.perf_counter()
+        self.seconds = self.drawn_at - started
 
 
 def run(argv: list[str] | None) -> None:

@@ -19,10 +19,12 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from base_bert import resolve_pretrained, warn_once
+from support.bars import Bar
 from support.errors import UserError, quote
 from support.files import read_bytes, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ENCODED_AT_ONCE = 8192  # texts; enough for all cores, few enough for a bar
 MAX_ID = 2**22  # eight times the largest word-piece vocabulary that we know
 # What the parts of a tokenizer.json must say, if they say it at all, to mean what this file does.
 EXPECTED_PARTS = {
@@ -244,8 +246,13 @@ class BertTokenizer:
             raise ValueError(
                 f"max_length is {max_length}; the special tokens alone take {num_special_tokens}"
             )
-        encodings = self._tokenizer.encode_batch_fast(inputs)
-        return [cut(encoding.ids, encoding.type_ids, max_length) for encoding in encodings]
+        found = []
+        with Bar(len(inputs), " sequences", "tokenizing") as bar:
+            for start in range(0, len(inputs), ENCODED_AT_ONCE):
+                encodings = self._tokenizer.encode_batch_fast(inputs[start : start + ENCODED_AT_ONCE])
+                found += [cut(encoding.ids, encoding.type_ids, max_length) for encoding in encodings]
+                bar.update(len(encodings))
+        return found
 
 
 def cut(input_ids: list[int], token_type_ids: list[int], max_length: int) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from config import TASKS
@@ -38,6 +39,13 @@ def make_figure(num_rows: int, num_columns: int, width: float, height: float, **
         axis.grid(color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def task_color(task: str) -> str:
@@ -117,8 +125,12 @@ def shared_legend(figure, axes, place: str, num_columns: int = 1) -> None:
 # --- one run ----------------------------------------------------------------------------------------------
 
 
-def plot_curves(metrics: list[dict]) -> Figure | None:
-    """Training loss, dev scores, cosine between task gradients, learning rate; None if nothing was logged."""
+def plot_curves(metrics: list[dict], max_examples: int | None = None) -> Figure | None:
+    """Training loss, dev scores, cosine between task gradients, learning rate; None if nothing was logged.
+
+    Args:
+        max_examples: of dev that the evaluations looked at, for each task; None means all.
+    """
     logged = [line for line in metrics if "loss" in line]
     evaluated = [line["dev"] | {"step": line["step"]} for line in metrics if "dev" in line]
     if not logged:
@@ -147,7 +159,9 @@ def plot_curves(metrics: list[dict]) -> Figure | None:
     if evaluated:
         steps, points = zip(*((line["step"], line["mean"]) for line in evaluated), strict=True)
         scores.plot(steps, points, marker=".", color=MEAN_COLOR, label="plain mean")
-    scores.set_title("dev scores")
+    scores.set_title(
+        "dev scores" + (f" (part of dev: {max_examples} examples a task)" if max_examples else "")
+    )
     steps = [line["step"] for line in logged]
     for key, name, dashes in (("lr", "encoder", "-"), ("head_lr", "heads", "--")):
         values = [line[key] for line in logged]
@@ -163,7 +177,11 @@ def plot_curves(metrics: list[dict]) -> Figure | None:
 
 
 def plot_layer_conflict_over_time(metrics: list[dict]) -> Figure | None:
-    """A heat map per pair of tasks: which layer groups are in conflict, and when; None for an old run."""
+    """A heat map per pair of tasks: which layer groups are in conflict, and when; None for an old run.
+
+    Colours fade where a share is within the noise: of n steps with unrelated gradients, half are in conflict
+    with a standard error of 0.5 / sqrt(n), and only a share two of these away from one half has full colour.
+    """
     lines = [line for line in metrics if line.get("layer_conflict")]
     groups = names_in(lines, "layer_conflict")
     pairs = names_in([line["layer_conflict"] for line in lines], groups[0]) if groups else []
@@ -176,12 +194,15 @@ def plot_layer_conflict_over_time(metrics: list[dict]) -> Figure | None:
         axis.set_visible(False)
     for axis, pair in zip(axes.flat, pairs, strict=False):
         edges, shares = heat_map(lines, groups, pair)
-        heat = axis.pcolormesh(edges, np.arange(len(groups) + 1) - 0.5, shares, cmap="PuOr_r", vmin=0, vmax=1)
+        opacity = np.clip(np.abs(shares - 0.5) / (2 * 0.5 / np.sqrt(np.diff(edges))), 0, 1)
+        places = np.arange(len(groups) + 1) - 0.5
+        heat = axis.pcolormesh(edges, places, shares, cmap="PuOr_r", vmin=0, vmax=1, alpha=opacity)
         axis.set_title(pair_style(pair)["label"], fontsize="medium")
         axis.set_yticks(range(len(groups)), groups, fontsize="small")
         axis.set_xlabel("step")
         axis.grid(False)
-    figure.colorbar(heat, ax=axes, label="share of steps in conflict", fraction=0.03, pad=0.01)
+    label = "share of steps in conflict\n(faded: may be chance)"
+    figure.colorbar(heat, ax=axes, label=label, fraction=0.03, pad=0.01)
     return figure
 
 
@@ -193,6 +214,20 @@ def heat_map(lines: list[dict], groups: list[str], pair: str) -> tuple[list[int]
     # A line of the log is about the steps up to its own.
     edges = [0, *(present[stretch[-1]]["step"] for stretch in stretches)]
     return edges, np.stack([shares[:, stretch].mean(1) for stretch in stretches], axis=1)
+
+
+def plot_predictions(task: str, predictions: Sequence, labels: Sequence) -> Figure:
+    """A task's predictions (N,) against its labels (N,): a confusion matrix, or points and the diagonal."""
+    spec = TASKS[task]
+    if TASK_KINDS[spec.kind].is_discrete:
+        return plot_confusion(predictions, labels, class_names(task))
+    return plot_regression(predictions, labels, spec.label_range, task)
+
+
+def class_names(task: str) -> Sequence[str]:
+    """The names of a task's classes, or their numbers."""
+    spec = TASKS[task]
+    return spec.class_names or [str(number) for number in range(int(spec.label_range[1]) + 1)]
 
 
 def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequence[str]) -> Figure:
@@ -228,24 +263,36 @@ def plot_confusion(predictions: Sequence, labels: Sequence, class_names: Sequenc
 def plot_regression(
     predictions: Sequence, labels: Sequence, label_range: tuple[float, float], task: str = "sts"
 ) -> Figure:
-    """Predicted against true values: every example, the mean for each half point of truth, the diagonal."""
+    """Predicted against true values: every example, the mean for each half point of truth, the diagonal.
+
+    The axes are the task's scale; what was predicted beyond it is drawn at its edge, and counted.
+    """
     predictions, labels = np.asarray(predictions, dtype=float), np.asarray(labels, dtype=float)
     figure, axes = make_figure(1, 1, width=5.6, height=4.8)
     axis = axes[0, 0]
     grey = {"color": POSTER_COLOR, "linestyle": "--", "linewidth": 1}
     axis.plot(label_range, label_range, **grey, label="perfect predictions")
     opacity = min(0.6, max(0.15, 200 / len(labels)))
-    axis.scatter(labels, predictions, s=12, color=task_color(task), alpha=opacity, linewidths=0)
+    low, high = label_range
+    margin = 0.03 * (high - low)
+    axis.set_xlim(low - margin, high + margin)
+    axis.set_ylim(low - margin, high + margin)
+    num_beyond = int(((predictions < low) | (predictions > high)).sum())
+    axis.scatter(
+        labels, predictions.clip(low, high), s=12, color=task_color(task), alpha=opacity, linewidths=0
+    )
     bins = np.round(labels / BIN_WIDTH) * BIN_WIDTH
     centres = np.unique(bins)
-    means = [predictions[bins == centre].mean() for centre in centres]
+    means = [predictions[bins == centre].mean().clip(low, high) for centre in centres]
     label = f"mean per {BIN_WIDTH:g} of truth"
     axis.plot(centres, means, marker="o", markersize=5, color=MEAN_COLOR, label=label)
     axis.set_xlabel("true")
     axis.set_ylabel("predicted")
     axis.legend(loc="upper left", frameon=False, fontsize="small")
     r, rho = pearson(predictions, labels), spearman(predictions, labels)
-    axis.set_title(f"Pearson r {r:.3f}, Spearman rho {rho:.3f}, {len(labels)} examples", fontsize="medium")
+    beyond = f"\n{num_beyond} predicted beyond the scale, drawn at its edge" if num_beyond else ""
+    title = f"Pearson r {r:.3f}, Spearman rho {rho:.3f}, {len(labels)} examples{beyond}"
+    axis.set_title(title, fontsize="medium")
     return figure
 
 
@@ -392,11 +439,11 @@ def plot_scores(rows: list[dict]) -> Figure | None:
 
 
 def plot_learning_curves(curves: dict[str, list[list[tuple[int, dict]]]]) -> Figure | None:
-    """Dev scores over the steps, a panel per score, a line per row: mean and range over seeds.
+    """Dev scores over the steps, a panel per row, a line per score: mean and range over seeds.
 
     Args:
         curves: row title -> for each seed, (step, {score: number}) of each evaluation, scores being those of
-            PANELS; a row keeps its colour whether others have a score or not.
+            PANELS; a row without any is left out.
     """
 
     def curves_of(seeds, score):
@@ -404,19 +451,23 @@ def plot_learning_curves(curves: dict[str, list[list[tuple[int, dict]]]]) -> Fig
         points = [[(step, s[score]) for step, s in seed if s.get(score) is not None] for seed in seeds]
         return [tuple(zip(*found, strict=True)) for found in points if found]
 
-    shown = [score for score in PANELS if any(curves_of(seeds, score) for seeds in curves.values())]
-    if not shown:
+    curves = {row: seeds for row, seeds in curves.items() if any(curves_of(seeds, score) for score in PANELS)}
+    if not curves:
         return None
-    num_columns = min(2, len(shown))
-    figure, axes = make_figure(-(-len(shown) // num_columns), num_columns, width=4.6, height=3.2)
-    for axis in axes.flat[len(shown) :]:
+    num_columns = min(MAX_COLUMNS, len(curves))
+    num_rows = -(-len(curves) // num_columns)
+    figure, axes = make_figure(num_rows, num_columns, width=3.2, height=2.6, sharex=True, sharey=True)
+    for axis in axes.flat[len(curves) :]:
         axis.set_visible(False)
-    for axis, score in zip(axes.flat, shown, strict=False):
-        for number, (title, seeds) in enumerate(curves.items()):
+    for axis, (title, seeds) in zip(axes.flat, curves.items(), strict=False):
+        for score in PANELS:
             found = curves_of(seeds, score)
             if found:
-                draw_mean(axis, found, marker=".", markersize=4, label=title, **line_style(number))
-        axis.set_title(score_title(score), fontsize="medium")
+                style = {"color": task_color(score), "label": score_title(score)}
+                draw_mean(axis, found, marker=".", markersize=4, **style)
+        axis.set_title(textwrap.fill(title, 32), fontsize="medium")
+    for axis in axes.flat[max(0, len(curves) - num_columns) : len(curves)]:
+        axis.tick_params(labelbottom=True)  # also above an empty place
         axis.set_xlabel("step")
-    shared_legend(figure, axes, "right upper")
+    shared_legend(figure, axes, "lower center", len(PANELS))
     return figure

@@ -20,6 +20,7 @@ from pathlib import Path
 from config import TASKS, TaskSpec
 from datasets import clean_text, count_of
 from reporting.sentences import Example, in_chunks, read_examples
+from support.bars import Bar, has_terminal
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
 from training.predictor import Prediction, Predictor
@@ -201,6 +202,25 @@ def find_chunks(args: Namespace, task: str, stack: ExitStack) -> Iterator[list[E
     return in_chunks(read_examples(stream, name, spec, columns))
 
 
+def count_lines(place: str | None) -> int | None:
+    """The lines of a file, for its bar; None if nobody sees that, or it is no file."""
+    if place is None or not has_terminal() or not Path(place).is_file():
+        return None
+    with open(place, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(partial(file.read, 2**20), b""))
+
+
+def watch(chunks: Iterator[list[Example]], place: str | None) -> Iterator[list[Example]]:
+    """The same chunks, with a bar of the lines done; on a terminal, predictions show that themselves."""
+    if sys.stdout.isatty():
+        yield from chunks
+        return
+    with Bar(count_lines(place), " lines", "predicting") as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(chunk[-1][0] - bar.n)
+
+
 def predict(argv: list[str] | None) -> None:
     parser = make_parser()
     args = parser.parse_intermixed_args(argv)
@@ -215,7 +235,7 @@ def predict(argv: list[str] | None) -> None:
     spec, form = TASKS[task], FORMATS[args.format]
     num_empty, named = 0, []
     with ExitStack() as stack:
-        for number, chunk in enumerate(find_chunks(args, task, stack)):
+        for number, chunk in enumerate(watch(find_chunks(args, task, stack), args.file)):
             if number == 0:
                 sys.stdout.write(form.head(spec))
             texts = [sentences for _, sentences in chunk]

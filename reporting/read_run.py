@@ -22,6 +22,7 @@ from config import TASKS
 from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes, read_json
+from training.flags import read_run
 from training.run_folder import ARGS_FILE, MAX_LOG_BYTES, read_args_file
 
 Task = Literal[tuple(TASKS)]
@@ -141,6 +142,55 @@ def read_scores(run_dir: Path) -> Scores:
 def read_facts(run_dir: Path) -> Facts:
     """What a finished run's `args.json` says about it, or a UserError if it is missing or damaged."""
     return check_file(run_dir / ARGS_FILE, read_args_file(run_dir), Facts)
+
+
+def read_settings(run_dir: Path) -> tuple[dict, dict]:
+    """A run's flags and the whole of its `args.json`; flags that are newer than the run have their defaults.
+
+    Raises:
+        UserError: if there is no run, or the file is damaged.
+    """
+    flags = read_run(run_dir)[0] | {"output_dir": str(run_dir)}  # the folder may have been moved since
+    stored = read_args_file(run_dir)
+    for name in ("versions", "machine", "data"):
+        if not isinstance(stored.setdefault(name, {}), dict):
+            raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} is not a table of names and values)")
+    for split, values in stored["data"].items():
+        if not isinstance(values, dict):
+            raise UserError(
+                f"{run_dir / ARGS_FILE}: damaged (data of {split!r} is not a table of names and values)"
+            )
+    for name in ("lr", "head_lr", "max_steps", "warmup_steps"):
+        if flags[name] is None:
+            raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} was never resolved)")
+    return flags, stored
+
+
+def read_summary(run_dir: Path, metrics: list[LogLine]) -> dict | None:
+    """Dev scores of a run's best checkpoint: the last evaluation's, or the best so far; None without any.
+
+    Returns:
+        A `Summary` with `step`, `finished`, and `is_part`: not all of dev was scored, or it is not known.
+    """
+    if (run_dir / "scores.json").exists():
+        scores = read_scores(run_dir)
+        is_part = scores.get("final_eval") == "part"
+        return scores["dev"] | {"step": scores["step"], "finished": True, "is_part": is_part}
+    evaluated = [line for line in metrics if "dev" in line]
+    if not evaluated:
+        return None
+    best = max(evaluated, key=lambda line: line["score"])
+    return best["dev"] | {"step": best["step"], "finished": False, "is_part": True}
+
+
+def training_seconds(metrics: list[dict]) -> float:
+    """Time spent in training steps, evaluations not counted; 0 if it was not logged."""
+    seconds, before = 0.0, 0
+    for line in metrics:
+        if line.get("tokens_per_second"):
+            seconds += (line["tokens"] - before) / line["tokens_per_second"]
+            before = line["tokens"]
+    return seconds
 
 
 def check_file(path: Path, values: dict, kind) -> dict:

@@ -1,10 +1,11 @@
 """The page of a run: settings, scores, curves, conflict between tasks, mistakes; in Markdown and in HTML.
 
     python -m reporting.report runs/NAME
+    python -m reporting.report runs
 
-writes `report.md`, with its pictures in `report/` and `curves.png`, and `report.html`, which holds its
-pictures and needs no other file. The functions here collect what the page says; templates/ has the page
-itself in both formats.
+The first writes `report.md`, with its pictures in `report/` and `curves.png`, and `report.html`, which holds
+its pictures and needs no other file; the second `runs/runs.html`, a list of the runs there (run_list.py). The
+functions here collect what the page of a run says; templates/ has the page itself in both formats.
 """
 
 import base64
@@ -21,13 +22,13 @@ from config import TASKS
 from datasets import Rows, read_rows
 from evaluation import OVERALLS, TASK_KINDS, check_predictions, read_predictions
 from reporting.pages import Table, command_line, percent, render_html, render_markdown
-from reporting.read_run import read_metrics, read_scores
+from reporting.read_run import read_metrics, read_settings, read_summary, training_seconds
+from reporting.run_list import find_runs, is_run, write_run_list
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import check_replaceable, read_head, whole_file, write_text
-from training.flags import read_run
 from training.resolve import data_settings, head_name, output_settings
-from training.run_folder import ARGS_FILE, read_args_file
+from training.run_folder import read_args_file
 
 NUM_MISTAKES = 5  # shown for each task
 MAX_TEXT = 160  # characters shown of a sentence
@@ -75,28 +76,6 @@ def draw(path: str, caption: str, figure) -> Picture | None:
 # --- what a run folder holds ------------------------------------------------------------------------------
 
 
-def read_settings(run_dir: Path) -> tuple[dict, dict]:
-    """A run's flags and the whole of its `args.json`; flags that are newer than the run have their defaults.
-
-    Raises:
-        UserError: if there is no run, or the file is damaged.
-    """
-    flags = read_run(run_dir)[0] | {"output_dir": str(run_dir)}  # the folder may have been moved since
-    stored = read_args_file(run_dir)
-    for name in ("versions", "machine", "data"):
-        if not isinstance(stored.setdefault(name, {}), dict):
-            raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} is not a table of names and values)")
-    for split, values in stored["data"].items():
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{run_dir / ARGS_FILE}: damaged (data of {split!r} is not a table of names and values)"
-            )
-    for name in ("lr", "head_lr", "max_steps", "warmup_steps"):
-        if flags[name] is None:
-            raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} was never resolved)")
-    return flags, stored
-
-
 @dataclass
 class DevResult:
     """A task's dev rows and the predictions (N,) for them, each None if it is not there, and a remark."""
@@ -129,16 +108,6 @@ def read_dev(task: str, data_file: Path, path: Path, scores: dict[str, float] | 
             remark = f"{path} and {rows.path} give {name} {found:.4f}, the run had {scores[name]:.4f}"
             return DevResult(remark=remark)
     return result
-
-
-def training_seconds(metrics: list[dict]) -> float:
-    """Time spent in training steps, evaluations not counted; 0 if it was not logged."""
-    seconds, before = 0.0, 0
-    for line in metrics:
-        if line.get("tokens_per_second"):
-            seconds += (line["tokens"] - before) / line["tokens_per_second"]
-            before = line["tokens"]
-    return seconds
 
 
 def means_of(metrics: list[dict], key: str) -> dict[str, float]:
@@ -229,7 +198,7 @@ def scores_section(
     return {"text": text, "table": Table(header, rows), "warnings": warnings}
 
 
-def conflict_section(metrics: list[dict], grad_method: str) -> dict:
+def conflict_section(metrics: list[dict], grad_method: str, seed: int) -> dict:
     """How much the tasks' gradients are in conflict, in words, numbers and pictures."""
     from reporting import figures
 
@@ -261,13 +230,16 @@ def conflict_section(metrics: list[dict], grad_method: str) -> dict:
     factors = means_of(metrics, "loss_weight")  # none with --loss_weighting fixed
     runs = {grad_method: [metrics]}
     pictures = [
-        draw("report/conflict.png", "conflict over the run", figures.plot_conflict(runs)),
-        draw("report/layer_conflict.png", "conflict by layer", figures.plot_layer_conflict(runs)),
-        draw(
-            "report/layer_conflict_over_time.png",
-            "conflict by layer over the run",
-            figures.plot_layer_conflict_over_time(metrics),
-        ),
+        draw(f"report/{name}.png", f"{caption}; seed {seed}", figure)
+        for name, caption, figure in (
+            ("conflict", "Conflict over the run, running means", figures.plot_conflict(runs)),
+            ("layer_conflict", "Conflict by layer, mean over the steps", figures.plot_layer_conflict(runs)),
+            (
+                "layer_conflict_over_time",
+                "Conflict by layer over the run, faded where it may be chance",
+                figures.plot_layer_conflict_over_time(metrics),
+            ),
+        )
     ]
     return {
         "text": text,
@@ -290,7 +262,7 @@ def conflict_section(metrics: list[dict], grad_method: str) -> dict:
     }
 
 
-def task_section(task: str, result: DevResult) -> dict:
+def task_section(task: str, result: DevResult, seed: int) -> dict:
     """A task's predictions on dev: a picture, and the mistakes that are furthest off."""
     from reporting import figures
 
@@ -302,21 +274,18 @@ def task_section(task: str, result: DevResult) -> dict:
     if result.remark:
         section["remark"] = f"Warning: {result.remark}."
     labels, predictions = result.rows.labels, result.predictions
-    if kind.is_discrete:
-        names = spec.class_names or [str(number) for number in range(int(spec.label_range[1]) + 1)]
-        figure = figures.plot_confusion(predictions, labels, names)
-    else:
-        figure = figures.plot_regression(predictions, labels, spec.label_range, task)
+    figure = figures.plot_predictions(task, predictions, labels)
 
     def value_text(value):
-        return names[int(value)] if kind.is_discrete else f"{value:.2f}"
+        return figures.class_names(task)[int(value)] if kind.is_discrete else f"{value:.2f}"
 
     def shorten(text):
         return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
     errors = np.abs(predictions - labels)
     wrong = [n for n in np.argsort(-errors, kind="stable") if errors[n] > 0]
-    section["picture"] = draw(f"report/{task}.png", f"predictions of {task}", figure)
+    caption = f"Predictions of {task}: the best checkpoint of seed {seed} on {len(labels)} dev examples"
+    section["picture"] = draw(f"report/{task}.png", caption, figure)
     if wrong:
         count = f"{len(wrong)} of {len(labels)} examples are wrong. " if kind.is_discrete else ""
         section["mistakes_text"] = f"{count}Furthest off:"
@@ -345,20 +314,14 @@ def collect(run_dir: Path) -> dict:
     args, tasks = Namespace(**flags), flags["tasks"]
     data_files, prediction_files = data_settings(args).files, output_settings(args).prediction_files
     metrics = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    summary, finished = None, (run_dir / "scores.json").exists()
-    evaluated = [line for line in metrics if "dev" in line]
-    if finished:
-        scores = read_scores(run_dir)
-        is_part = scores.get("final_eval") == "part"
-        summary = scores["dev"] | {"step": scores["step"], "finished": True, "is_part": is_part}
-    elif evaluated:
-        best = max(evaluated, key=lambda line: line["score"])
-        summary = best["dev"] | {"step": best["step"], "finished": False}
-    results = {}
+    summary, results = read_summary(run_dir, metrics), {}
     for task in tasks:
-        scores = summary["tasks"].get(task) if finished and not is_part else None
+        is_whole = summary and summary["finished"] and not summary["is_part"]
+        scores = summary["tasks"].get(task) if is_whole else None
         results[task] = read_dev(task, data_files[task, "dev"], prediction_files[task, "dev"], scores)
-    curves = figures.plot_curves(metrics)
+    seed, most = flags["seed"], flags["eval_max_examples"]
+    part = f"; dev scores of a part of dev, {most} examples of a task" if most else ""
+    caption = f"Losses, dev scores, cosines and learning rate; seed {seed}{part}"
     return {
         "title": f"Run {run_dir.resolve().name}",
         "scores": scores_section(
@@ -366,9 +329,9 @@ def collect(run_dir: Path) -> dict:
         ),
         "commands": "\n".join(map(command_line, filter(None, stored["commands"]))),
         "settings": settings_table(flags, {task: head_name(args, task) for task in tasks}, stored, metrics),
-        "curves": draw("curves.png", "losses, dev scores, cosines, learning rate", curves),
-        "conflict": conflict_section(metrics, flags["grad_method"]),
-        "tasks": [task_section(task, results[task]) for task in tasks],
+        "curves": draw("curves.png", caption, figures.plot_curves(metrics, most)),
+        "conflict": conflict_section(metrics, flags["grad_method"], seed),
+        "tasks": [task_section(task, results[task], seed) for task in tasks],
     }
 
 
@@ -376,18 +339,23 @@ def plot_run(run_dir: Path) -> Path | None:
     """Draw `curves.png` in a run's folder; returns its path, or None if nothing was logged."""
     from reporting import figures
 
-    picture = draw("curves.png", "", figures.plot_curves(read_metrics(run_dir)))
+    max_examples = read_args_file(run_dir)["args"].get("eval_max_examples")
+    picture = draw("curves.png", "", figures.plot_curves(read_metrics(run_dir), max_examples))
     return picture and picture.write(run_dir)
 
 
 def report(argv: list[str] | None) -> None:
     parser = OneLineParser(
         prog="reporting.report",
-        description="Make the page of a run: report.md and report.html in its folder.",
+        description="Make the page of a run, report.md and report.html in its folder; or, of a folder with"
+        " several runs, runs.html there, which lists them.",
         allow_abbrev=False,
     )
-    parser.add_argument("run_dir", type=Path, help="run folder")
+    parser.add_argument("run_dir", type=Path, help="run folder, or a folder with run folders")
     run_dir = parser.parse_args(argv).run_dir
+    if not is_run(run_dir) and find_runs(run_dir):
+        print(write_run_list(run_dir))
+        return
     page = collect(run_dir)
     pictures = [
         page["curves"],

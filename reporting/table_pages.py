@@ -25,7 +25,7 @@ TEX_ESCAPES = str.maketrans(
 )
 PICTURES = {
     "scores.png": "Scores of each row with their intervals, and the poster's.",
-    "learning_curves.png": "Dev scores during training, on the part of dev that the runs looked at.",
+    "learning_curves.png": "Dev scores during training: mean and range over the seeds of each row.",
     "conflict.png": "Conflict between task gradients over the run.",
     "layer_conflict.png": "Conflict between task gradients by layer.",
     "confusion.png": "Sentiment: the best seed of the row with the best overall.",
@@ -33,6 +33,8 @@ PICTURES = {
 }
 # With rows of the poster's, and without.
 HEADINGS = ("# The poster's table, measured", "# Rows of a table, measured")
+# The pictures that show the best run's predictions of a task.
+PREDICTED = {"confusion.png": "sst", "similarity.png": "sts"}
 TEST_FILES = [f"predictions/{prediction_name(task, 'test', 'starter')}" for task in DEFAULT_TASKS]
 
 
@@ -180,8 +182,33 @@ def format_comparison(table: Table, a: str, b: str) -> str:
 # --- the files --------------------------------------------------------------------------------------------
 
 
+def make_caption(table: Table, picture: str) -> str:
+    """What a picture shows, of which rows and seeds, and on how many examples."""
+    caption = PICTURES[picture]
+    if picture in PREDICTED:
+        row, seed = table.best_run
+        num_examples = len(table.dev_data[PREDICTED[picture]].labels)
+        return f"{caption} {ROWS[row].title} ({row}), seed {seed}, {num_examples} dev examples."
+    rows = [row for row in table.runs if row in CONFLICT_ROWS or not picture.endswith("conflict.png")]
+    seeds = {" ".join(map(str, table.runs[row])) for row in rows}
+    caption += f" Seeds {seeds.pop()}." if len(seeds) == 1 else " Seeds as in the table above."
+    if picture == "learning_curves.png":
+        runs = [run for found in table.runs.values() for run in found.values()]
+        most = {run.facts["args"].get("eval_max_examples") for run in runs}
+        parts = " or ".join(
+            f"at most {n} examples of a task" if n else "all of dev" for n in sorted(most, key=str)
+        )
+        caption += f" Evaluated on {parts}."
+    return caption
+
+
 def make_page(table: Table, command: list[str], test_folder: Path | None, pictures: Sequence[str]) -> str:
-    """The table as a page of Markdown.
+    """The table as a page of Markdown; arguments as for `page_content`."""
+    return pages.render_markdown("table.md.jinja", **page_content(table, command, test_folder, pictures))
+
+
+def page_content(table: Table, command: list[str], test_folder: Path | None, pictures: Sequence[str]) -> dict:
+    """What the page of a table says.
 
     Args:
         command: the `sys.argv` that made it.
@@ -210,19 +237,18 @@ def make_page(table: Table, command: list[str], test_folder: Path | None, pictur
         row, seed = table.best_run
         best = f"the best seed of the best row on dev ({row}, seed {seed})"
         test_set = f"the predictions of {best} are in predictions/."
-    return pages.render_markdown(
-        "table.md.jinja",
-        heading=HEADINGS[0 if table.has_poster else 1],
-        encoders=", ".join(encoders),
-        saw_other_data=OFFLINE_ENCODER in encoders,
-        test_set=test_set,
-        scores=scores_table(table),
-        claims=claims_table(table) if table.has_poster else None,
-        differences=differences_table(table),
-        facts=pages.Table(["", ""], facts),
-        commands="\n".join(map(pages.command_line, [command, *started])),
-        pictures={name: PICTURES[name] for name in pictures},
-    )
+    return {
+        "heading": HEADINGS[0 if table.has_poster else 1],
+        "encoders": ", ".join(encoders),
+        "saw_other_data": OFFLINE_ENCODER in encoders,
+        "test_set": test_set,
+        "scores": scores_table(table),
+        "claims": claims_table(table) if table.has_poster else None,
+        "differences": differences_table(table),
+        "facts": pages.Table(["", ""], facts),
+        "commands": "\n".join(map(pages.command_line, [command, *started])),
+        "pictures": {name: make_caption(table, name) for name in pictures},
+    }
 
 
 def rows_csv(table: Table) -> str:
@@ -321,7 +347,7 @@ def check_results_dir(folder: Path) -> None:
     page = folder / "table.md"
     if page.is_file() and read_head(page).startswith(tuple(f"{text}\n".encode() for text in HEADINGS)):
         return
-    for name in ("table.md", "table.csv", "runs.csv", "table.tex", *PICTURES, *TEST_FILES):
+    for name in ("table.md", "table.html", "table.csv", "runs.csv", "table.tex", *PICTURES, *TEST_FILES):
         if os.path.lexists(folder / name):
             raise UserError(
                 f"--results_dir {folder}: {name} there is no earlier table's; expected another folder"
@@ -333,8 +359,10 @@ def write_results(
 ) -> list[Path]:
     """Write all files of a table, remove those of an earlier one, return the paths; see `make_page`."""
     drawn = draw_figures(table)
+    content = page_content(table, command, test_folder, list(drawn))
     texts = {
-        "table.md": make_page(table, command, test_folder, list(drawn)),
+        "table.md": pages.render_markdown("table.md.jinja", **content),
+        "table.html": pages.render_html("table.html.jinja", **content),
         "table.csv": rows_csv(table),
         "runs.csv": runs_csv(table),
         "table.tex": table_tex(table),

@@ -744,6 +744,22 @@ def test_best_checkpoint_is_an_encoder_for_the_next_run(place, tmp_path, capsys)
         assert not (tmp_path / name / "predictions" / "sts-test-output.csv").exists()
 
 
+def test_curves_are_drawn_anew_for_a_twentieth_of_the_time(monkeypatch, tmp_path):
+    clock, drawn = [0.0], []
+
+    def plot(folder):
+        drawn.append(clock[0])
+        clock[0] += 3  # seconds that it takes
+
+    monkeypatch.setattr(multitask_classifier, "plot_run", plot)
+    monkeypatch.setattr(multitask_classifier.time, "perf_counter", lambda: clock[0])
+    curves = multitask_classifier.FreshCurves(tmp_path)
+    for _ in range(20):
+        clock[0] += 10
+        curves.refresh()
+    assert drawn == [20, 83, 146, 209]  # after 20 s by the first guess, then each 60 s
+
+
 def test_curves_that_cannot_be_drawn_do_not_fail_the_run(monkeypatch, capsys, tmp_path):
     def fail(folder):
         raise MemoryError

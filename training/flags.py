@@ -44,6 +44,7 @@ from training.run_parser import (
 )
 from training.settings import HEAD_DROPOUT_PROB
 from training.sources import EXTRA_SOURCES
+from training.trackers import TRACKERS
 
 COMPILE = ("auto", "on", "off")
 FINAL_EVALS = ("full", "part", "none")
@@ -69,6 +70,13 @@ split_list = FlagType(
     lambda value: value == () or some_splits.is_valid(value),
     some_splits.expected,
     some_splits.metavar,
+)
+some_trackers = name_list(tuple(TRACKERS), f"some of {','.join(TRACKERS)}, or none", "NAME,...")
+tracker_list = FlagType(
+    lambda text: () if text.strip() == "none" else some_trackers.convert(text),
+    lambda value: value == () or some_trackers.is_valid(value),
+    some_trackers.expected,
+    some_trackers.metavar,
 )
 weight_list = FlagType(
     parse_weights, are_weights, "TASK=NUMBER,..., as in sst=1,sts=2.5", metavar="TASK=X,..."
@@ -185,6 +193,8 @@ def add_output_flags(parser: RunParser) -> None:
     text = "evaluations without a better score after which the run ends; 0: never"
     add("--patience", "length", type=COUNT_OR_NONE, default=0, help=text)
     add("--log_every", "upkeep", type=COUNT, default=10, help="steps between lines of the log")
+    text = f"where the log goes besides the run's folder: {', '.join(TRACKERS)}, or none"
+    add("--report_to", "upkeep", type=tracker_list, default="none", help=text)
     text = "checkpoints to keep, in last/, last.1/, ...; an older one replaces one that is damaged"
     add("--keep_last", "upkeep", type=COUNT, default=2, help=text)
     text = "what the best checkpoint is scored on at the end: all of dev, --eval_max_examples, or nothing"

@@ -39,6 +39,7 @@ from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import BatchOrder, Rows, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
+from support.bars import Bar
 from support.command_line import StopRequest, catch_signals, number, run_script
 from support.device import (
     make_autocast,
@@ -170,12 +171,14 @@ def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: in
     model.eval()
     order = np.argsort(text.lengths, kind="stable")
     total, count = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        batch = text.batch(order[start : start + batch_size], make_seed(seed, start))
-        batch = to_device(batch, device)
-        with autocast():
-            total += model.loss(batch, reduction="sum").item()
-        count += len(batch["labels"])
+    with Bar(len(order), " sentences", "checking the dev loss") as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = to_device(text.batch(chosen, make_seed(seed, start)), device)
+            with autocast():
+                total += model.loss(batch, reduction="sum").item()
+            count += len(batch["labels"])
+            bar.update(len(chosen))
     model.train(mode)
     return total / count
 

@@ -11,6 +11,7 @@ from config import TaskSpec
 from datasets import BatchOrder, TaskData
 from evaluation import OVERALLS, select_score
 from optimizer import lr_factor
+from support.bars import Bar
 from training.run_folder import Run
 from training.settings import LoopSettings
 
@@ -53,14 +54,7 @@ class Progress:
 
     def __init__(self, step: int, max_steps: int):
         self.max_steps = max_steps
-        self.is_interactive = sys.stdout.isatty() and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=max_steps,
-            initial=step,
-            unit="step",
-            disable=not self.is_interactive,
-            dynamic_ncols=True,
-        )
+        self.bar = Bar(max_steps, "step", initial=step, stays=True)
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -80,8 +74,11 @@ class Progress:
         """Show a line of the log, and measure the speed anew from here on."""
         losses = " ".join(f"{task} {loss:.3f}" for task, loss in line["loss"].items())
         text = f"loss {losses}  lr {line['lr']:.2e}  {line['tokens_per_second']} tokens/s"
-        if self.is_interactive:
-            self.bar.set_postfix_str(text, refresh=False)
+        if not self.bar.disable and sys.stdout.isatty():
+            if self.bar.has_room(text):
+                self.bar.set_postfix_str(text, refresh=False)
+            else:  # whole, above the bar, rather than cut off
+                tqdm.write(f"step {line['step']}/{self.max_steps}  {text}")
         else:
             seconds_left = (self.max_steps - line["step"]) * self.seconds / self.num_steps
             print(f"step {line['step']}/{self.max_steps}  {text}  {seconds_left:.0f} s left", flush=True)

@@ -106,7 +106,7 @@ def output_settings(args: argparse.Namespace) -> OutputSettings:
         for task in args.tasks
         for split in ("dev", "test")
     }
-    names = ("prediction_style", "predict_splits", "final_eval", "select_by", "keep_last")
+    names = ("prediction_style", "predict_splits", "final_eval", "select_by", "keep_last", "report_to")
     return OutputSettings(
         folder=folder,
         prediction_files=files,

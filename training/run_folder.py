@@ -43,10 +43,11 @@ from training.checkpoint import (
 )
 from training.loss_scale import LossScale
 from training.settings import RunSettings
+from training.trackers import Trackers
 
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
 RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json"]
-RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png"]
+RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png", "tensorboard/events.out.tfevents.*"]
 RUN_FILES += [
     f"predictions/{prediction_name(task, split, style)}"
     for task in TASKS
@@ -318,6 +319,7 @@ class Run:
         )
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
+        self.trackers = Trackers()  # none yet; where the log goes besides
         loss_scale = LossScale() if dtype == torch.float16 else None
         self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0), loss_scale=loss_scale)
 
@@ -432,7 +434,9 @@ class Run:
             self.state.log_lines = len(kept)
         write_text(self.log_file, b"".join(kept).decode("utf-8", "replace"))
 
-    def log(self, line: dict) -> None:
+    def log(self, line: dict, pictures: Mapping[str, np.ndarray] | None = None) -> None:
+        """Add a line to the log, and show it, and pictures that go with it, to the trackers."""
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.state.log_lines += 1
+        self.trackers.log(line, pictures)

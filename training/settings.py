@@ -115,6 +115,7 @@ class OutputSettings:
     final_eval: str
     select_by: str
     keep_last: int
+    report_to: tuple[str, ...]  # keys of trackers.TRACKERS
 
     @property
     def asked_files(self) -> dict[tuple[str, str], Path]:

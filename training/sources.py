@@ -18,6 +18,7 @@ import numpy as np
 
 from config import TASKS, TaskSpec
 from datasets import MAX_FIELD_SIZE, Rows, clean_text, parse_label, read_rows
+from support.bars import Bar
 from support.errors import UserError, one_line
 from support.files import MAX_DATA_BYTES, read_bytes
 from support.seeds import seed_of
@@ -304,15 +305,18 @@ def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...],
     except UserError as error:
         raise UserError(f"--extra_data: {error}") from None
     try:
-        lines = CountedLines(io.StringIO(decode(contents, path), newline=""))
-        for row in FORMS[source.form](lines, source.columns):
-            absent = [column for column in wanted if column not in row]
-            if absent:
-                raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
-            cell = (row[source.label_column] or "").strip()
-            label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
-            yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
-            num_rows += 1
+        text = decode(contents, path)
+        lines = CountedLines(io.StringIO(text, newline=""))
+        with Bar(text.count("\n"), " lines", f"reading {path.name}") as bar:
+            for row in FORMS[source.form](lines, source.columns):
+                absent = [column for column in wanted if column not in row]
+                if absent:
+                    raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
+                cell = (row[source.label_column] or "").strip()
+                label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
+                yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+                num_rows += 1
+                bar.update(lines.number - bar.n)
         if not num_rows:
             raise UserError(f"{path}: holds no row; expected the form {source.form}")
     except UserError:  # a ValueError too, but one that already says where

@@ -81,6 +81,11 @@ def test_curves():
     assert [lines_of(rates)[name][1][0] for name in ("encoder", "heads")] == [1e-5, 1e-3]
     assert len(shown(figures.plot_curves(make_metrics(pairs=())[:-1]))) == 2  # no scores and no pairs
     assert figures.plot_curves([]) is None
+    part = figures.plot_curves(make_metrics(), max_examples=500).axes[1]
+    assert (scores.get_title(), part.get_title()) == (
+        "dev scores",
+        "dev scores (part of dev: 500 examples a task)",
+    )
 
 
 def test_heat_map():
@@ -93,6 +98,17 @@ def test_heat_map():
     edges, shares = figures.heat_map(lines, ["e"], "a-b")
     assert shares.tolist() == [[0.5] * figures.HEAT_COLUMNS] and edges[:2] == [0, 2]
     assert figures.plot_layer_conflict_over_time(make_metrics(layers=False)) is None
+
+
+def test_heat_map_fades_where_it_may_be_chance():
+    """Of 100 steps with unrelated gradients, 50 are in conflict with a standard error of 5."""
+    shares = {"sst-para": {100: 0.5, 200: 0.55, 300: 0.4, 400: 0.9}}
+    lines = [
+        {"step": step, "layer_conflict": {"embeddings": {"sst-para": share}}}
+        for step, share in shares["sst-para"].items()
+    ]
+    heat = figures.plot_layer_conflict_over_time(lines).axes[0].collections[0]
+    assert np.ravel(heat.get_alpha()) == pytest.approx([0, 0.5, 1, 1])
 
 
 def test_predictions_by_hand():
@@ -111,12 +127,17 @@ def test_predictions_by_hand():
     assert axis.get_title() == "accuracy 0.750, 8 examples"
     labels, predictions = [0.0, 0.2, 1.0, 2.4, 5.0], [1.0, 2.0, 0.5, 2.0, 5.5]
     axis = figures.plot_regression(predictions, labels, (0, 5)).axes[0]
-    # 0.2 belongs to the half point 0, 2.4 to 2.5
-    assert lines_of(axis)["mean per 0.5 of truth"] == ([0, 1, 2.5, 5], [1.5, 0.5, 2.0, 5.5])
+    # 0.2 belongs to the half point 0, 2.4 to 2.5; 5.5 is drawn at the scale's edge
+    assert lines_of(axis)["mean per 0.5 of truth"] == ([0, 1, 2.5, 5], [1.5, 0.5, 2.0, 5.0])
+    assert axis.collections[0].get_offsets()[:, 1].tolist() == [1.0, 2.0, 0.5, 2.0, 5.0]
+    assert axis.get_ylim() == pytest.approx((-0.15, 5.15)) == axis.get_xlim()
     # ranks of the truth 1 2 3 4 5, of the predictions 2 3.5 1 3.5 5
     ranks = [1, 2, 3, 4, 5], [2, 3.5, 1, 3.5, 5]
     r, rho = (np.corrcoef(*pair)[0, 1] for pair in ((labels, predictions), ranks))
-    assert axis.get_title() == f"Pearson r {r:.3f}, Spearman rho {rho:.3f}, 5 examples"
+    beyond = "1 predicted beyond the scale, drawn at its edge"
+    assert axis.get_title() == f"Pearson r {r:.3f}, Spearman rho {rho:.3f}, 5 examples\n{beyond}"
+    assert figures.plot_predictions("sts", predictions, labels).axes[0].get_title() == axis.get_title()
+    assert figures.pixels(figures.plot_predictions("sst", [0, 1], [0, 1])).shape[-1] == 3
 
 
 def test_conflict_is_averaged_over_seeds(bands):
@@ -167,11 +188,13 @@ def test_scores_of_the_table():
 def test_learning_curves(bands):
     seeds = [[(10, {"sst": 0.2, "mean": 0.3}), (20, {"sst": 0.4, "mean": None})], [(10, {"sst": 0.4})]]
     figure = figures.plot_learning_curves({"empty": [], "row": seeds, "late": [[(10, {"mean": 0.1})]]})
-    sentiment, mean = shown(figure)
-    assert lines_of(sentiment) == {"row": ([10, 20], pytest.approx([0.3, 0.4]))}
+    row, late = shown(figure)
+    assert [axis.get_title() for axis in (row, late)] == ["row", "late"]
+    sentiment, overall = (figures.score_title(score) for score in ("sst", "mean"))
+    assert lines_of(row) == {sentiment: ([10, 20], pytest.approx([0.3, 0.4])), overall: ([10], [0.3])}
     assert bands == [([10, 20], [0.2, 0.4], [0.4, 0.4])]
-    assert lines_of(mean) == {"row": ([10], [0.3]), "late": ([10], [0.1])}
-    assert mean.get_lines()[1].get_color() == figures.line_style(2)["color"]  # the third row's, in each panel
+    assert lines_of(late) == {overall: ([10], [0.1])}
+    assert row.get_ylim() == late.get_ylim()
     assert figures.plot_learning_curves({"empty": [[]]}) is None
 
 

@@ -122,6 +122,19 @@ def test_settings_scores_baselines_and_conflict(run_dir):
     assert layers in page.text
 
 
+def test_captions_say_which_seed_and_how_many_examples(run_dir):
+    change_json(run_dir / "args.json", lambda stored: stored["args"].update(eval_max_examples=3))
+    text, page = make_page(run_dir)
+    for caption in (
+        "seed 11711; dev scores of a part of dev, 3 examples of a task",
+        "Conflict by layer, mean over the steps; seed 11711",
+        "Predictions of sts: the best checkpoint of seed 11711 on 11 dev examples",
+    ):
+        assert caption in " ".join(text.split()) and caption in page.text
+    html = (run_dir / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+
+
 @pytest.mark.slow
 def test_pictures_lie_beside_the_markdown_and_inside_the_html(run_dir):
     text, page = make_page(run_dir)

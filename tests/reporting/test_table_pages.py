@@ -18,7 +18,7 @@ from reporting.table_pages import HEADINGS, PICTURES, TEST_FILES, format_interva
 from reporting.table_statistics import Table
 from support.errors import UserError
 from tests.fake_runs import SCRIPT, all_tasks, make_table
-from tests.reporting.read_pages import markdown_rows
+from tests.reporting.read_pages import HtmlPage, markdown_rows
 
 COMMAND = ["results_table.py", "--data_dir", "data", "--seeds", "0", "1"]
 ODD = "a | b_c & 50 % `x` <b> {y} #2 $1 ~z ^ \\ **c** [e](f)"
@@ -251,7 +251,7 @@ def test_all_files_of_one_row_with_one_seed(tmp_path, one_run, data_dir):
         (test_folder / name).write_text(f"{name} of ä\n", encoding="utf-8")
     results = tmp_path / "new" / "results"
     written = table_pages.write_results(one_run, results, COMMAND, test_folder)
-    names = ["table.md", "table.csv", "runs.csv", "table.tex", *PICTURES, *TEST_FILES]
+    names = ["table.md", "table.html", "table.csv", "runs.csv", "table.tex", *PICTURES, *TEST_FILES]
     assert written == [results / name for name in names]
     assert sorted(path for path in results.rglob("*") if path.is_file()) == sorted(written)
     for name in PICTURES:  # it opens, and something is drawn on it
@@ -260,6 +260,9 @@ def test_all_files_of_one_row_with_one_seed(tmp_path, one_run, data_dir):
     assert all((results / name).read_bytes() == f"{name} of ä\n".encode() for name in TEST_FILES)
     text = (results / "table.md").read_text(encoding="utf-8")
     assert re.findall(r"\]\(([\w.]+)\)", text) == list(PICTURES)
+    page = HtmlPage((results / "table.html").read_text(encoding="utf-8"))
+    assert page.links == list(PICTURES) and not {"script", "link"} & set(page.tags)
+    assert markdown_rows(text) == [[cell.strip() for cell in row] for row in page.rows]
     assert "the best seed of the best row on dev (diff, seed 0) are in predictions/" in text
     # Runs, data and results lie in absolute folders; commands were given relative ones.
     for path in written:
@@ -285,8 +288,24 @@ def test_files_of_an_earlier_table_go_and_others_are_kept(tmp_path, one_run, mon
     (tmp_path / "table.md").write_text(HEADINGS[1] + "\n")
     table_pages.check_results_dir(tmp_path)
     written = table_pages.write_results(one_run, tmp_path, COMMAND, None)
-    assert [path.name for path in written] == ["table.md", "table.csv", "runs.csv", "table.tex"]
+    assert [path.name for path in written] == ["table.md", "table.html", "table.csv", "runs.csv", "table.tex"]
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*written, tmp_path / "mine.png"}
+
+
+def test_captions_say_which_rows_seeds_and_examples(table, one_run):
+    captions = {name: table_pages.make_caption(table, name) for name in PICTURES}
+    assert captions["similarity.png"].endswith(
+        " Gradient surgery + diff (surgery_diff), seed 3, 11 dev examples."
+    )
+    assert captions["scores.png"].endswith(" Seeds as in the table above.")
+    assert table_pages.make_caption(one_run, "conflict.png").endswith(" Seeds 0.")
+    assert captions["learning_curves.png"].endswith(" Evaluated on all of dev.")
+    args = one_run.runs["diff"][0].facts["args"]
+    args["eval_max_examples"] = 500
+    assert table_pages.make_caption(one_run, "learning_curves.png").endswith(
+        "on at most 500 examples of a task."
+    )
+    del args["eval_max_examples"]
 
 
 def test_pictures_show_the_rows_and_the_best_run(table):

@@ -188,7 +188,7 @@ FILE_FLAGS = [f"{task}_{split}" for task in TASKS for split in ("dev", "test")]
 OTHERS = {*FILE_FLAGS, *(f"{name}_out" for name in FILE_FLAGS)}
 OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train")}
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
-OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last"}
+OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last", "report_to"}
 OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
 OTHERS |= {"resume", "overwrite", "eval_only", "predict_only"}
 
@@ -390,7 +390,7 @@ MARKED = {
     "place": ({"data_dir", "cache_dir", *(f"{task}_train" for task in TASKS)}, True, True),
     "predictions": ({"final_eval", "predict_splits", "predict_tasks", "prediction_style"}, True, True),
     "length": ({"max_steps", "patience"}, True, False),
-    "upkeep": ({"log_every", "keep_last", "max_bad_steps"}, True, False),
+    "upkeep": ({"log_every", "report_to", "keep_last", "max_bad_steps"}, True, False),
     "machine": ({"device", "use_gpu", "precision"}, False, True),
     "text": ({"max_length"}, False, True),
 }
