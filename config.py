@@ -126,6 +126,11 @@ class TaskSpec:
     handout_column: str  # as the course's handout spells it
     default_head: str = "single"  # row of heads.HEADS
     class_names: tuple[str, ...] = ()  # of discrete labels, in order
+    label_texts: tuple[
+        str, ...
+    ] = ()  # what stands for the classes in the label's column; empty: their numbers
+    id_column: str | None = "id"  # None: rows are numbered
+    form: str | None = "tsv"  # row of datasets.FORMS; None: what the ending of a file's name says
 
     @property
     def is_pair(self) -> bool:
@@ -137,6 +142,7 @@ def course_files(stem: str) -> dict[str, str]:
     return {"train": f"{stem}-train.csv", "dev": f"{stem}-dev.csv", "test": f"{stem}-test-student.csv"}
 
 
+# Beside these rows stand those of --task_file, see training.task_file.
 TASKS = {
     "sst": TaskSpec(
         title="sentiment (SST-5)",

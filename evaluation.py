@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import TaskSpec
+from config import DEFAULT_TASKS, TaskSpec
 from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
@@ -186,6 +186,19 @@ OVERALLS = {
     "mean": Overall(mean_score, "overall, plain mean (poster, class of 2023)"),
     "mean_2024": Overall(mean_2024_score, "overall, similarity as (r + 1) / 2 (class of 2024)"),
 }
+
+
+def overall_titles(tasks: Mapping[str, TaskSpec]) -> dict[str, str]:
+    """What the overalls of these tasks are called: by the class for its own tasks, else what they are."""
+    if set(tasks) == set(DEFAULT_TASKS):
+        return {name: overall.title for name, overall in OVERALLS.items()}
+    if len(tasks) < 2:
+        return {}
+    scores = [f"{task} {TASK_KINDS[spec.kind].main_score}" for task, spec in tasks.items()]
+    titles = {"mean": f"plain mean of {', '.join(scores)}"}
+    if any(spec.kind == "regression" for spec in tasks.values()):
+        titles["mean_2024"] = "the same with each correlation as (r + 1) / 2"
+    return titles
 
 
 def summarise(task_scores: dict[str, dict[str, float]], tasks: dict[str, TaskSpec]) -> dict:

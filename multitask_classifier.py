@@ -42,10 +42,10 @@ from base_bert import resolve_pretrained, weights_digest
 from config import TASKS
 from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
-    OVERALLS,
     TASK_KINDS,
     evaluate,
     format_predictions,
+    overall_titles,
     predict,
     score_warnings,
     select_score,
@@ -63,7 +63,7 @@ from support.seeds import make_seed
 from tokenizer import BertTokenizer
 from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
-from training.flags import RESUME_MAY_CHANGE, get_args
+from training.flags import get_args, may_change
 from training.metrics import average, step_record
 from training.progress import (
     Progress,
@@ -558,8 +558,8 @@ def print_scores(summary: dict, dev_data: dict[str, TaskData], predictions: dict
         print(f"  {task:6s} {named}  ({baseline}; {len(labels)} examples; {spec.title})")
         for warning in score_warnings(task, spec, scores, predictions[task], labels):
             print(f"         warning: {warning}")
-    for name, overall in OVERALLS.items():
-        print(f"  {overall.title}: {summary[name]:.4f}")
+    for name, title in overall_titles({task: TASKS[task] for task in summary["tasks"]}).items():
+        print(f"  {title}: {summary[name]:.4f}")
 
 
 # --- a run from the command line ------------------------------------------------------------------
@@ -596,7 +596,7 @@ def start(args: Namespace) -> None:
     }
     stored = None
     if args.resume:
-        stored = check_same_run(settings, last, facts, RESUME_MAY_CHANGE)
+        stored = check_same_run(settings, last, facts, may_change())
         facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
     run = Run(settings, make_model(settings.model, bert).to(settings.device), tokenizer)
     if last:

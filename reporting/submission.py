@@ -100,7 +100,7 @@ def submit(argv: list[str] | None) -> None:
         "--data_dir", type=Path, default=Path("data"), help="folder with the data files (default: data)"
     )
     parser.add_argument(
-        "--tasks", type=task_list, default=DEFAULT_TASKS, help="tasks to hand in (default: sst,para,sts)"
+        "--tasks", type=task_list(), default=DEFAULT_TASKS, help="tasks to hand in (default: sst,para,sts)"
     )
     parser.add_argument("--output", type=Path, default=Path(ZIP_NAME), help=f"the zip (default: {ZIP_NAME})")
     parser.add_argument("--check_only", action="store_true", help="check, write no zip")

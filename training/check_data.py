@@ -19,8 +19,10 @@ from config import SPLITS, TASKS
 from datasets import NUM_NAMED, DataError, Rows, count_of, name_some, read_rows, warning_lines, warning_text
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
-from training.flags import COUNT, make_parser, task_list
+from training.flags import COUNT, make_parser
+from training.run_parser import find_task_files, task_files, task_list
 from training.sources import EXTRA_SOURCES, read_source
+from training.task_file import set_own_tasks
 
 MAX_SHOWN = 20  # errors of one file that the command lists
 
@@ -246,6 +248,7 @@ def check_folder(
 
 
 def check(argv: list[str] | None) -> None:
+    set_own_tasks(find_task_files(argv))
     parser = OneLineParser(
         prog="training.check_data",
         description="Check data files without training on them; exit code 2 if there is an error.",
@@ -253,7 +256,7 @@ def check(argv: list[str] | None) -> None:
     )
     parser.add_argument("data_dir", metavar="DIR", help="folder with the data files")
     parser.add_argument(
-        "--tasks", type=task_list, metavar="TASK,...", help="tasks to check (default: those that are there)"
+        "--tasks", type=task_list(), metavar="TASK,...", help="tasks to check (default: those that are there)"
     )
     parser.add_argument(
         "--batch_size",
@@ -261,6 +264,8 @@ def check(argv: list[str] | None) -> None:
         default=make_parser().get_default("batch_size"),
         help="warn if a task has fewer training examples than this (default: %(default)s, as in training)",
     )
+    text = "also check tasks of your own, a TOML file each"
+    parser.add_argument("--task_file", type=task_files, metavar=task_files.metavar, help=text)
     args = parser.parse_args(argv)
     lines, num_errors, num_warnings = check_folder(args.data_dir, args.tasks, args.batch_size)
     for line in lines:

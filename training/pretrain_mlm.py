@@ -165,7 +165,7 @@ def make_parser() -> RunParser:
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
     text = f"tasks whose sentences to train on, out of {', '.join(TASKS)}"
-    add("--tasks", "result", type=task_list, default=",".join(DEFAULT_TASKS), help=text)
+    add("--tasks", "result", type=task_list(), default=",".join(DEFAULT_TASKS), help=text)
     text = f"more text, out of {', '.join(EXTRA_SOURCES)} (default: none)"
     add("--extra_data", "result", type=source_list, default={}, help=text)
     text = "longest sentence, in word pieces; at most what the encoder can take"

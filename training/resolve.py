@@ -33,6 +33,8 @@ from training.settings import (
 )
 from training.token_cache import default_cache_dir
 
+# What follows a task's name in the flags that it has for itself.
+TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "dev_out", "test_out")
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
 
 
@@ -281,9 +283,8 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
     for task in set(TASKS) - set(args.tasks):
-        for name in args.given:
-            if name.startswith(f"{task}_"):
-                reasons[name] = f"{task} is not among --tasks"
+        for flag in TASK_FLAGS:
+            reasons[f"{task}_{flag}"] = f"{task} is not among --tasks"
     return [
         f"--{name} {args.given[name]}: {reason}" for name, reason in reasons.items() if name in args.given
     ]
