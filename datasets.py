@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -259,6 +260,12 @@ def json_rows(text: str, path: Path, columns: Collection[str]) -> Iterator[tuple
         )
 
 
+def data_file(data_dir: str | Path, spec: TaskSpec, split: str) -> Path:
+    """Where a task's file is: under its name or, where only that is there, its other name."""
+    paths = [Path(data_dir) / names[split] for names in (spec.files, spec.other_files) if names]
+    return next((path for path in paths if os.path.lexists(path)), paths[0])
+
+
 def find_form(path: Path, spec: TaskSpec) -> Form:
     """How a data file of a task is written.
 
@@ -422,7 +429,8 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
         errors.insert(0, str(error))
     if errors:
         hint = f"; 'python -m training.check_data {path.parent}' lists them"
-        raise DataError(errors, hint if path.name == spec.files[split] else "")
+        is_found = path.name in (spec.files[split], spec.other_files.get(split))
+        raise DataError(errors, hint if is_found else "")
     if not rows:
         reasons = "; ".join(warning_text(kind, lines) for kind, lines in warnings.items())
         raise UserError(

@@ -394,6 +394,11 @@ def prediction_name(task: str, split: str, style: str) -> str:
     return f"{task}-{split}-{PREDICTION_STYLES[style]}.csv"
 
 
+def part1_name(mode: str, task: str, split: str) -> str:
+    """The name of a prediction file of the class's Part 1, single tasks; `mode` is a --fine-tune-mode."""
+    return f"{mode}-{task}-{split}-out.csv"
+
+
 def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence[float], style: str) -> str:
     """The text of a prediction file.
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base_bert import resolve_pretrained, weights_digest
-from config import TASKS
+from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
     TASK_KINDS,
@@ -55,12 +55,14 @@ from kernels.flat_memory import FlatMemory
 from optimizer import lr_factor, set_lr
 from pcgrad import combination_weights, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
+from reporting.submission import FORBIDDEN
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.seeds import make_seed
 from tokenizer import BertTokenizer
+from training.args_file import comes_from
 from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
 from training.flags import get_args, may_change
@@ -675,6 +677,8 @@ def run(argv: list[str] | None) -> None:
             evaluate_again(args)
         else:
             start(args)
+    if set(args.tasks) == set(DEFAULT_TASKS) and comes_from(args.pretrained, OFFLINE_ENCODER):
+        print(f"note: {FORBIDDEN}")
 
 
 def main(argv: list[str] | None = None) -> int:

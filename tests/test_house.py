@@ -22,7 +22,7 @@ LAYERS = (
     {"datasets", "bert", "heads"},
     {"training"},
     {"reporting"},
-    {"prepare_submit", "results_table"},
+    {"classifier", "prepare_submit", "results_table"},
     {"multitask_classifier"},
     {"benchmarks"},
 )

@@ -16,7 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from config import SPLITS, TASKS
-from datasets import NUM_NAMED, DataError, Rows, count_of, name_some, read_rows, warning_lines, warning_text
+from datasets import (
+    NUM_NAMED,
+    DataError,
+    Rows,
+    count_of,
+    data_file,
+    name_some,
+    read_rows,
+    warning_lines,
+    warning_text,
+)
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
 from training.flags import COUNT, make_parser
@@ -166,7 +176,7 @@ def check_task(data_dir: Path, task: str, batch_size: int | None, findings: Find
     """Read the three files of a task, and compare them."""
     splits: dict = {split: {} for split in SPLITS}
     for split in SPLITS:
-        path = data_dir / TASKS[task].files[split]
+        path = data_file(data_dir, TASKS[task], split)
         try:
             rows = splits[split][task] = read_rows(path, TASKS[task], split)
         except UserError as error:
@@ -230,14 +240,16 @@ def check_folder(
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder; expected one with data files, such as data/sample")
     for task in tasks or TASKS:
-        names = TASKS[task].files.values()
-        if any(os.path.lexists(data_dir / name) for name in names):
+        paths = [data_file(data_dir, TASKS[task], split) for split in SPLITS]
+        if any(map(os.path.lexists, paths)):
             num_present += 1
             check_task(data_dir, task, batch_size, findings)
         else:
             findings.lines.append(f"{task:6s} absent")
             if tasks:
-                findings.error(UserError(f"{data_dir}: none of {', '.join(names)} is there"))
+                findings.error(
+                    UserError(f"{data_dir}: none of {', '.join(path.name for path in paths)} is there")
+                )
     if not num_present and not tasks:
         findings.error(UserError(f"{data_dir}: no data file of any task is there"))
     for name, source in EXTRA_SOURCES.items():

@@ -48,6 +48,7 @@ PROG = "multitask_classifier.py"
 COMPILE = ("auto", "on", "off")
 FINAL_EVALS = ("full", "part", "none")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
+COURSE_TASKS = {"sst": ("sst",), "qqp": ("para",), "sts": ("sts",), "multitask": DEFAULT_TASKS}
 OPTIONS = {"pretrain": True, "finetune": False}
 
 
@@ -135,7 +136,8 @@ def add_training_flags(parser: RunParser) -> None:
 def add_optimizer_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("optimizer"))
     text = (
-        "learning rate of the encoder (default: the course's at bert-base's width, higher for narrower ones)"
+        "learning rate of the encoder or, where that is frozen and --head_lr not given, of the heads"
+        " (default: the course's at bert-base's width, higher for narrower ones)"
     )
     add("--lr", "result", type=POSITIVE, help=text)
     text = "learning rate of the heads, which start from random weights (default: larger than the encoder's)"
@@ -215,6 +217,10 @@ def add_course_flags(parser: RunParser) -> None:
     text = "last-linear-layer: --freeze_encoder; full-model: without it"
     add("--fine-tune-mode", "result", choices=FINE_TUNE_MODES, help=text)
     add("--use_gpu", "machine", action="store_true", help="--device cuda")
+    text = "--tasks as Goettingen's course has it: " + ", ".join(
+        f"{name} is {','.join(tasks)}" for name, tasks in COURSE_TASKS.items()
+    )
+    add("--task", "result", choices=COURSE_TASKS, help=text)
 
 
 def add_file_flags(parser: RunParser) -> None:
@@ -275,6 +281,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.given = given_flags(argv)
     if args.resume or args.eval_only or args.predict_only:
         restore_settings(parser, args)
+    elif args.task:
+        if {"tasks", "task_file"} & set(args.given):
+            parser.error("--task contradicts --tasks and --task_file; give one of them")
+        args.tasks = COURSE_TASKS[args.task]
     elif args.task_file and "tasks" not in args.given:
         args.tasks = tuple(args.task_file)
     freezing = [

@@ -32,7 +32,7 @@ from base_bert import (
 )
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
-from datasets import BatchOrder, Rows, read_rows, warning_lines
+from datasets import BatchOrder, Rows, data_file, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.command_line import StopRequest, catch_signals, number, run_script
 from support.device import is_bf16_fast, make_autocast, out_of_memory_hint, resolve_device, to_device
@@ -280,7 +280,7 @@ def find_run(folder: Path, pretrained: str, overwrite: bool) -> dict | None:
 
 
 def read_rows_of_split(data_dir: Path, tasks: Iterable[str], split: str) -> dict[str, Rows]:
-    found = {task: read_rows(data_dir / TASKS[task].files[split], TASKS[task], split) for task in tasks}
+    found = {task: read_rows(data_file(data_dir, TASKS[task], split), TASKS[task], split) for task in tasks}
     for rows in found.values():
         for line in warning_lines(rows):
             print(f"warning: {line}")
@@ -306,7 +306,7 @@ def read_sentences(
     held_out = set()  # sentences of any dev or test file that is there, of whatever task
     for spec in TASKS.values():
         for split in ("dev", "test"):
-            path = data_dir / spec.files[split]
+            path = data_file(data_dir, spec, split)
             for texts in read_rows(path, spec, split).texts if path.exists() else ():
                 held_out |= {text_key((sentence,)) for sentence in texts}
     for task in tasks:

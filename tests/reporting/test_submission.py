@@ -1,5 +1,6 @@
 """Each fault of the prediction files is found; the zip holds them, all of the code and nothing else."""
 
+import json
 import os
 import re
 import subprocess
@@ -89,6 +90,25 @@ def test_command_at_the_top_from_another_folder(place):
     subprocess.run(command, cwd=place / "elsewhere", check=True, stdout=subprocess.DEVNULL)
     with zipfile.ZipFile(place / "elsewhere" / "cs224n_default_final_project_submission.zip") as archive:
         assert "bert.py" in archive.namelist()
+
+
+@pytest.mark.parametrize("folder", ["run", "run/predictions"])
+def test_minilm_is_forbidden_also_at_second_hand(place, folder, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def said(pretrained):
+        args = {"args": {"pretrained": pretrained}, "commands": [], "data": {}}
+        (place / "run" / "args.json").write_text(json.dumps(args))
+        assert main([folder, "--data_dir", "data", "--check_only"]) == 0
+        return "forbids MiniLM" in capsys.readouterr().out
+
+    assert said("minilm") and not said("bert-base-uncased") and not said("further")
+    (place / "further").mkdir()
+    args = {"args": {"pretrained": "minilm"}, "commands": [], "data": {}}
+    (place / "further" / "args.json").write_text(json.dumps(args))
+    assert said("further")  # an encoder that was trained further
+    (place / "further" / "args.json").write_text("{")
+    assert not said("further") and not said("run")  # nothing is known; a run that names itself
 
 
 def test_handout_style_and_check_only(place):

@@ -190,7 +190,7 @@ OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train"
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last"}
 OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
-OTHERS |= {"task_file", "resume", "overwrite", "eval_only", "predict_only"}
+OTHERS |= {"task", "task_file", "resume", "overwrite", "eval_only", "predict_only"}
 
 
 def test_every_flag_has_a_test():
@@ -429,6 +429,8 @@ def test_marks_say_what_may_change():
         ("--predict_splits dev,dev", "--predict_splits"),
         ("--option pretrain --fine-tune-mode full-model", "contradict"),
         ("--option finetune --freeze_encoder", "contradict"),
+        ("--task sst --tasks para", "--task contradicts"),
+        ("--task etpc", "--task"),
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
         ("--resume --overwrite --output_dir x", "contradict"),

@@ -105,6 +105,7 @@ def test_flags_of_tasks_from_files(tmp_path):
     assert TASKS["own"].files["dev"] == str(tmp_path / "nli-dev.jsonl")
     assert get_args([*flags, "--tasks", "sst,own", "--select_by", "own"]).tasks == ("sst", "own")
     get_args([])
+    assert get_args(["--task", "qqp"]).tasks == ("para",)
     assert tuple(TASKS) == BUILT_IN  # what an earlier command line named is gone
     with pytest.raises(UserError, match="as in an earlier file"):
         get_args(["--task_file", f"{NLI},{NLI}"])
