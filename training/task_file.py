@@ -27,6 +27,7 @@ from support.text_files import decode
 BUILT_IN = tuple(TASKS)
 NAME = re.compile("[a-z][a-z0-9_]{0,29}")
 MAX_BYTES = 2**20
+MAX_LABEL = 1e6  # of a regression: labels are float32, and a loss of their squares has to be finite
 NEEDED = {"name": str, "kind": str, "texts": list, "label": str, "files": dict}
 OPTIONAL = {
     "title": str,
@@ -103,10 +104,12 @@ def make_task(content: object, place: str) -> TaskSpec:
         refuse("kind", f"one of {', '.join(TASK_KINDS)}")
     if not 1 <= len(set(texts)) == len(texts) <= 2 or not all(is_name(column) for column in texts):
         refuse("texts", "the names of one or two columns")
+    if not is_name(content.get("title", name)) or not is_name(content.get("id", "id")):
+        refuse("title" if "title" in content else "id", "a line of text")
     if not is_name(content["label"]) or content["label"] in texts:
         refuse("label", "the name of a column other than those of the texts")
     files = content["files"]
-    if not {"train", "dev"} <= set(files) <= set(SPLITS) or not all(map(is_name, files.values())):
+    if not {"train", "dev"} <= set(files) <= set(SPLITS) or not all(map(is_file_name, files.values())):
         refuse("files", "train, dev and perhaps test, each with the name of a file")
     head = content.get("head", "diff")
     if head not in PAIR_HEADS or ("head" in content and len(texts) == 1):
@@ -135,7 +138,15 @@ def make_task(content: object, place: str) -> TaskSpec:
 
 
 def is_name(value: object) -> bool:
-    return isinstance(value, str) and value == value.strip() != ""
+    return isinstance(value, str) and value == value.strip() != "" and value.isprintable()
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < MAX_LABEL
+
+
+def is_file_name(value: object) -> bool:
+    return is_name(value) and Path(value).name != ""
 
 
 def check_keys(content: object, place: str) -> None:
@@ -158,7 +169,7 @@ def find_classes(content: dict, refuse) -> tuple[str, ...]:
     """Names of a task's classes; none if it has a range, which is checked."""
     if not TASK_KINDS[content["kind"]].is_discrete:
         limits = content.get("range", [])
-        if len(limits) != 2 or not all(type(x) in (int, float) for x in limits) or not limits[0] < limits[1]:
+        if len(limits) != 2 or not all(map(is_number, limits)) or not limits[0] < limits[1]:
             refuse("range", "[LEAST, GREATEST], which the labels may have")
         if "classes" in content or "labels" in content:
             refuse("kind", "another one, since the task has classes or labels")
