@@ -134,7 +134,7 @@ def sort_rows(numbers: np.ndarray, tasks: Sequence[slice], starts: Sequence[int]
         starts: where the table's gradients of each task start.
         width: elements of a table row.
     """
-    # 16 bits, where they suffice, are sorted in linear time: 0.2 ms instead of 1.4 for 23,000 words.
+    # 16 bits, where they suffice, are sorted in linear time: 0.3 ms instead of 2 for 23,000 words.
     keys = numbers.astype(np.uint16 if numbers.max() < 2**16 else np.int32)
     order = np.concatenate([keys[task].argsort(kind="stable") + task.start for task in tasks])
     offsets = np.concatenate(

@@ -75,13 +75,13 @@ def draw(path: str, caption: str, figure) -> Picture | None:
 # --- what a run folder holds ------------------------------------------------------------------------------
 
 
-def read_settings(run_dir: Path) -> tuple[Namespace, dict]:
+def read_settings(run_dir: Path) -> tuple[dict, dict]:
     """A run's flags and the whole of its `args.json`; flags that are newer than the run have their defaults.
 
     Raises:
         UserError: if there is no run, or the file is damaged.
     """
-    settings = read_run(run_dir)[0] | {"output_dir": str(run_dir)}  # the folder may have been moved since
+    flags = read_run(run_dir)[0] | {"output_dir": str(run_dir)}  # the folder may have been moved since
     stored = read_args_file(run_dir)
     for name in ("versions", "machine", "data"):
         if not isinstance(stored.setdefault(name, {}), dict):
@@ -92,9 +92,9 @@ def read_settings(run_dir: Path) -> tuple[Namespace, dict]:
                 f"{run_dir / ARGS_FILE}: damaged (data of {split!r} is not a table of names and values)"
             )
     for name in ("lr", "head_lr", "max_steps", "warmup_steps"):
-        if settings[name] is None:
+        if flags[name] is None:
             raise UserError(f"{run_dir / ARGS_FILE}: damaged ({name} was never resolved)")
-    return Namespace(**settings), stored
+    return flags, stored
 
 
 @dataclass
@@ -106,17 +106,18 @@ class DevResult:
     remark: str | None = None
 
 
-def read_dev(args: Namespace, task: str, scores: dict[str, float] | None) -> DevResult:
+def read_dev(task: str, data_file: Path, path: Path, scores: dict[str, float] | None) -> DevResult:
     """Read a task's dev rows and predictions.
 
     Args:
+        path: of the predictions.
         scores: those of the finished run; files that do not give them have been replaced since, and are left
             out.
     """
     spec, result = TASKS[task], DevResult()
-    kind, path = TASK_KINDS[spec.kind], output_settings(args).prediction_files[task, "dev"]
+    kind = TASK_KINDS[spec.kind]
     try:
-        result.rows = rows = read_rows(data_settings(args).files[task, "dev"], spec, "dev")
+        result.rows = rows = read_rows(data_file, spec, "dev")
         result.remark = check_predictions(path, spec, rows.ids)
         by_id = read_predictions(path, spec)
     except UserError as error:
@@ -156,41 +157,53 @@ def list_values(values: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def settings_table(args: Namespace, stored: dict, metrics: list[dict]) -> Table:
+def settings_table(flags: dict, heads: dict[str, str], stored: dict, metrics: list[dict]) -> Table:
     """The settings that matter, with every default resolved."""
-    seconds = training_seconds(metrics)
-    heads = {task: head_name(args, task) for task in args.tasks}
-    batch_sizes = {task: getattr(args, f"{task}_batch_size") for task in args.tasks}
-    sources = [f"{name}={count}" if count else name for name, count in args.extra_data.items()]
+    seconds, surgery = training_seconds(metrics), flags["surgery_tasks"]
+    batch_sizes = {task: flags[f"{task}_batch_size"] for task in flags["tasks"]}
+    sources = [f"{name}={count}" if count else name for name, count in flags["extra_data"].items()]
     fingerprints = [f"; {split} {list_values(values)}" for split, values in stored["data"].items()]
+    machine = {name: flags[name] for name in ("device", "precision")} | stored["machine"]
+    frozen = " (frozen)" if flags["freeze_encoder"] else ""
+    accumulated = f"; {flags['grad_accum']} of each in a step" if flags["grad_accum"] > 1 else ""
     facts = {
-        "encoder": f"{args.pretrained}{' (frozen)' if args.freeze_encoder else ''}: {stored.get('encoder')}",
-        "heads": f"{list_values(heads)}; pooling {args.pooling}",
-        "gradients": f"{args.grad_method}, {args.grad_reduction}"
-        + (f", only of {', '.join(args.surgery_tasks)}" if args.surgery_tasks else ""),
-        "sampler": args.sampler,
-        "loss weights": list_values({task: w for task, w in args.task_weights.items() if w != 1}),
-        "batch": list_values(batch_sizes)
-        + (f"; {args.grad_accum} of each in a step" if args.grad_accum > 1 else ""),
-        "learning rate": f"encoder {args.lr:g}, heads {args.head_lr:g}; {args.schedule},"
-        f" {args.warmup_steps} steps of warm-up",
-        "steps": f"{metrics[-1]['step'] if metrics else 0} of {args.max_steps}",
+        "encoder": f"{flags['pretrained']}{frozen}: {stored.get('encoder')}",
+        "heads": f"{list_values(heads)}; pooling {flags['pooling']}",
+        "gradients": f"{flags['grad_method']}, {flags['grad_reduction']}"
+        + (f", only of {', '.join(surgery)}" if surgery else ""),
+        "sampler": flags["sampler"],
+        "loss weights": list_values({task: w for task, w in flags["task_weights"].items() if w != 1}),
+        "batch": list_values(batch_sizes) + accumulated,
+        "learning rate": f"encoder {flags['lr']:g}, heads {flags['head_lr']:g}; {flags['schedule']},"
+        f" {flags['warmup_steps']} steps of warm-up",
+        "steps": f"{metrics[-1]['step'] if metrics else 0} of {flags['max_steps']}",
         "training time": f"{seconds / 60:.1f} minutes, evaluations not counted" if seconds else "",
-        "seed": str(args.seed),
-        "machine": list_values({"device": args.device, "precision": args.precision} | stored["machine"]),
-        "data": args.data_dir + "".join(fingerprints),
+        "seed": str(flags["seed"]),
+        "machine": list_values(machine),
+        "data": flags["data_dir"] + "".join(fingerprints),
         "additional data": ", ".join(sources),
         "versions": list_values(stored["versions"]),
     }
     return Table(("setting", "value"), [(name, fact) for name, fact in facts.items() if fact])
 
 
-def scores_section(args: Namespace, summary: dict | None, results: dict[str, DevResult]) -> dict:
-    """Dev scores beside those of a model that ignores its input."""
+def scores_section(
+    summary: dict | None,
+    results: dict[str, DevResult],
+    select_by: str,
+    max_examples: int | None,
+    final_eval: str,
+) -> dict:
+    """Dev scores beside those of a model that ignores its input.
+
+    Args:
+        select_by, max_examples: which score chose the checkpoint, and on how many examples of a task.
+        final_eval: what the last evaluation is to look at.
+    """
     if summary is None:
         return {"text": "Nothing was evaluated yet.", "table": None, "warnings": []}
     rows, warnings = [], []
-    most = None if summary["finished"] and not summary["is_part"] else args.eval_max_examples
+    most = None if summary["finished"] and not summary["is_part"] else max_examples
     for task, scores in summary["tasks"].items():
         spec, result = TASKS[task], results[task]
         kind = TASK_KINDS[spec.kind]
@@ -206,17 +219,17 @@ def scores_section(args: Namespace, summary: dict | None, results: dict[str, Dev
     rows += [[title, "", f"{summary[name]:.4f}", "", ""] for name, title in titles.items()]
     limit = f", on at most {most} examples per task" if most else ""
     if summary["finished"]:
-        text = f"Scores of the best checkpoint by {args.select_by}, from step {summary['step']}{limit}."
+        text = f"Scores of the best checkpoint by {select_by}, from step {summary['step']}{limit}."
     else:
-        best = f"by {args.select_by} was at step {summary['step']}{limit}"
-        why = "had no last evaluation" if args.final_eval == "none" else "is not finished"
+        best = f"by {select_by} was at step {summary['step']}{limit}"
+        why = "had no last evaluation" if final_eval == "none" else "is not finished"
         text = f"The run {why}. Its best evaluation so far {best}."
     text += " The baseline gives every example the same answer: the most frequent class, or some constant."
     header = ("task", "score", "dev", "baseline", "examples")
     return {"text": text, "table": Table(header, rows), "warnings": warnings}
 
 
-def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
+def conflict_section(metrics: list[dict], grad_method: str) -> dict:
     """How much the tasks' gradients are in conflict, in words, numbers and pictures."""
     from reporting import figures
 
@@ -245,7 +258,7 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
         )
         text += f" By layer: most often in {most}, least often in {least}."
     weights, norms = means_of(metrics, "grad_weight"), means_of(metrics, "task_grad_norm")
-    runs = {args.grad_method: [metrics]}
+    runs = {grad_method: [metrics]}
     pictures = [
         draw("report/conflict.png", "conflict over the run", figures.plot_conflict(runs)),
         draw("report/layer_conflict.png", "conflict by layer", figures.plot_layer_conflict(runs)),
@@ -262,7 +275,7 @@ def conflict_section(args: Namespace, metrics: list[dict]) -> dict:
             [(tasks_of(pair), f"{cosines[pair]:.4f}", percent(shares[pair])) for pair in shares],
         ),
         "weights_text": "Weight of each task's gradient in the combined one, made by --grad_method"
-        f" {args.grad_method}; all 1 is the plain sum.",
+        f" {grad_method}; all 1 is the plain sum.",
         "weights": Table(
             ("task", "mean weight of its gradient", "mean length of its gradient"),
             [(task, f"{weights[task]:.3f}", f"{norms.get(task, 0):.2f}") for task in weights],
@@ -322,7 +335,9 @@ def collect(run_dir: Path) -> dict:
     """
     from reporting import figures
 
-    args, stored = read_settings(run_dir)
+    flags, stored = read_settings(run_dir)
+    args, tasks = Namespace(**flags), flags["tasks"]
+    data_files, prediction_files = data_settings(args).files, output_settings(args).prediction_files
     metrics = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     summary, finished = None, (run_dir / "scores.json").exists()
     evaluated = [line for line in metrics if "dev" in line]
@@ -333,19 +348,21 @@ def collect(run_dir: Path) -> dict:
     elif evaluated:
         best = max(evaluated, key=lambda line: line["score"])
         summary = best["dev"] | {"step": best["step"], "finished": False}
-    results = {
-        task: read_dev(args, task, summary["tasks"].get(task) if finished and not is_part else None)
-        for task in args.tasks
-    }
+    results = {}
+    for task in tasks:
+        scores = summary["tasks"].get(task) if finished and not is_part else None
+        results[task] = read_dev(task, data_files[task, "dev"], prediction_files[task, "dev"], scores)
     curves = figures.plot_curves(metrics)
     return {
         "title": f"Run {run_dir.resolve().name}",
-        "scores": scores_section(args, summary, results),
+        "scores": scores_section(
+            summary, results, flags["select_by"], flags["eval_max_examples"], flags["final_eval"]
+        ),
         "commands": "\n".join(map(command_line, filter(None, stored["commands"]))),
-        "settings": settings_table(args, stored, metrics),
+        "settings": settings_table(flags, {task: head_name(args, task) for task in tasks}, stored, metrics),
         "curves": draw("curves.png", "losses, dev scores, cosines, learning rate", curves),
-        "conflict": conflict_section(args, metrics),
-        "tasks": [task_section(task, results[task]) for task in args.tasks],
+        "conflict": conflict_section(metrics, flags["grad_method"]),
+        "tasks": [task_section(task, results[task]) for task in tasks],
     }
 
 

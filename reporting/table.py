@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -63,17 +64,28 @@ FREE_FLAGS -= {"prediction_style", "final_eval"}
 # --- runs -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SharedSettings:
+    """What all runs of a table are told; the rest is their row's and seed's."""
+
+    pretrained: str
+    data_dir: str
+    max_steps: int
+    runs_dir: Path
+    run_flags: list[str]  # more flags of multitask_classifier.py
+
+
 def folder_of(runs_dir: Path, row: str, seed: int) -> Path:
     return runs_dir / f"{row}-seed{seed}"
 
 
-def run_flags(args: argparse.Namespace, row: str, seed: int) -> list[str]:
+def run_flags(shared: SharedSettings, row: str, seed: int) -> list[str]:
     """The flags of multitask_classifier.py for a row and seed, all but where data and run are."""
-    spec, eval_every = ROWS[row], -(-args.max_steps // NUM_EVALS)
-    pretrained = pretrain_folder(args, row, seed) if spec.pretrain else args.pretrained
-    shared = f"--max_steps {args.max_steps} --batch_size {BATCH_SIZE} --predict_splits dev"
-    shared += f" --eval_every {eval_every} --eval_max_examples {EVAL_MAX_EXAMPLES}"
-    flags = [*shared.split(), *args.run_flags, *spec.flags.split(), "--seed", str(seed)]
+    spec, eval_every = ROWS[row], -(-shared.max_steps // NUM_EVALS)
+    pretrained = encoder_folder(shared.runs_dir, row, seed) if spec.pretrain else shared.pretrained
+    own = f"--max_steps {shared.max_steps} --batch_size {BATCH_SIZE} --predict_splits dev"
+    own += f" --eval_every {eval_every} --eval_max_examples {EVAL_MAX_EXAMPLES}"
+    flags = [*own.split(), *shared.run_flags, *spec.flags.split(), "--seed", str(seed)]
     return ["--pretrained", str(pretrained), *flags]
 
 
@@ -89,36 +101,37 @@ def has_encoder(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
-def pretrain_folder(args: argparse.Namespace, row: str, seed: int) -> Path:
-    return folder_of(args.runs_dir, f"{row}-encoder", seed)
+def encoder_folder(runs_dir: Path, row: str, seed: int) -> Path:
+    return folder_of(runs_dir, f"{row}-encoder", seed)
 
 
-def make_job(args: argparse.Namespace, row: str, seed: int) -> Job:
-    folder = folder_of(args.runs_dir, row, seed)
+def make_job(shared: SharedSettings, row: str, seed: int) -> Job:
+    folder = folder_of(shared.runs_dir, row, seed)
     train = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
     stages = [
         Stage(
             folder,
-            [*train, "--data_dir", args.data_dir, *run_flags(args, row, seed)],
+            [*train, "--data_dir", shared.data_dir, *run_flags(shared, row, seed)],
             is_finished,
-            resume=[*train, "--data_dir", args.data_dir, "--resume"],
-            num_steps=args.max_steps,
+            resume=[*train, "--data_dir", shared.data_dir, "--resume"],
+            num_steps=shared.max_steps,
             discard="last",
         )
     ]
     if ROWS[row].pretrain:
-        encoder = pretrain_folder(args, row, seed)
+        encoder = encoder_folder(shared.runs_dir, row, seed)
         script = [sys.executable, "-m", "training.pretrain_mlm", "--output_dir", str(encoder)]
-        settings = ["--pretrained", args.pretrained, "--max_steps", str(args.max_steps), "--seed", str(seed)]
-        given = given_flags(args.run_flags)
+        settings = ["--pretrained", shared.pretrained]
+        settings += ["--max_steps", str(shared.max_steps), "--seed", str(seed)]
+        given = given_flags(shared.run_flags)
         for name in sorted({"device", "precision"} & set(given)):
             settings += [f"--{name}", given[name]]
-        command = [*script, "--data_dir", args.data_dir, *settings]  # resumes by itself
-        stages.insert(0, Stage(encoder, command, has_encoder, num_steps=args.max_steps))
+        command = [*script, "--data_dir", shared.data_dir, *settings]  # resumes by itself
+        stages.insert(0, Stage(encoder, command, has_encoder, num_steps=shared.max_steps))
     return Job(folder.name, stages)
 
 
-def check_settings(args: argparse.Namespace, row: str, seed: int, folder: Path) -> None:
+def check_settings(shared: SharedSettings, row: str, seed: int, folder: Path) -> None:
     """Refuse a run folder that was made with settings other than those the table would give it now.
 
     Raises:
@@ -135,32 +148,32 @@ def check_settings(args: argparse.Namespace, row: str, seed: int, folder: Path) 
                     " --runs_dir, or remove that folder"
                 )
 
-    free, encoder = FREE_FLAGS, pretrain_folder(args, row, seed)
+    free, encoder = FREE_FLAGS, encoder_folder(shared.runs_dir, row, seed)
     if ROWS[row].pretrain:
         free = free | {"pretrained"}
         if (encoder / "args.json").exists():
-            asked = {"pretrained": args.pretrained, "max_steps": args.max_steps}
+            asked = {"pretrained": shared.pretrained, "max_steps": shared.max_steps}
             compare(encoder, read_json(encoder / "args.json").get("args", {}), asked, asked)
     if (folder / "args.json").exists():
-        stored, asked = read_run(str(folder))[1], get_run_args(run_flags(args, row, seed)).given
+        stored, asked = read_run(str(folder))[1], get_run_args(run_flags(shared, row, seed)).given
         compare(folder, stored, asked, (set(stored) | set(asked)) - free)
 
 
 # --- cost -------------------------------------------------------------------------------------------------
 
 
-def estimate_seconds(args: argparse.Namespace, row: str, rate: float) -> float:
+def estimate_seconds(shared: SharedSettings, row: str, rate: float) -> float:
     """Rough time of one run on this machine: its operations over a measured matrix rate."""
-    if args.pretrained == OFFLINE_ENCODER:
+    if shared.pretrained == OFFLINE_ENCODER:
         size = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
-    elif Path(args.pretrained).is_dir():
-        size = BertConfig.from_json(Path(args.pretrained) / "config.json")
+    elif Path(shared.pretrained).is_dir():
+        size = BertConfig.from_json(Path(shared.pretrained) / "config.json")
     else:  # a hub name: assume the size of bert-base
         size = BertConfig()
     width = size.hidden_size
     params = size.num_hidden_layers * (4 * width**2 + 2 * width * size.intermediate_size)
     tasks = get_run_args(ROWS[row].flags.split()).tasks
-    examples = 3 * args.max_steps * BATCH_SIZE * len(tasks)  # forward and twice that backward
+    examples = 3 * shared.max_steps * BATCH_SIZE * len(tasks)  # forward and twice that backward
     examples += EVAL_EXAMPLES if len(tasks) > 1 else 1_100
     stages = 2 if ROWS[row].pretrain else 1
     return stages * 2 * params * TOKENS_PER_EXAMPLE * examples / rate
@@ -179,28 +192,26 @@ def matrix_rate() -> float:
     return 0.2 * best  # the share of it that a small encoder reaches (measured on two CPU cores)
 
 
-def missing_files(args: argparse.Namespace, row: str) -> list[Path]:
+def missing_files(data_dir: str, row: str) -> list[Path]:
     """Data files that a row needs but that are missing."""
-    run_args = get_run_args(["--data_dir", args.data_dir, *ROWS[row].flags.split()])
+    run_args = get_run_args(["--data_dir", data_dir, *ROWS[row].flags.split()])
     files = data_settings(run_args).files
     paths = [files[task, split] for task in run_args.tasks for split in ("train", "dev")]
-    paths += [
-        Path(args.data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files
-    ]
+    paths += [Path(data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files]
     return [path for path in paths if not path.exists()]
 
 
-def print_plan(args: argparse.Namespace) -> None:
+def print_plan(shared: SharedSettings, rows: list[str], seeds: list[int]) -> None:
     rate, total = matrix_rate(), 0.0
     headings = {"poster": "rows of the poster", "future": "its future steps"}
-    for group in dict.fromkeys(ROWS[row].group for row in args.rows):
-        rows = [row for row in args.rows if ROWS[row].group == group]
-        print(f"{headings.get(group, group)}: {len(rows)}")
-        for row in rows:
+    for group in dict.fromkeys(ROWS[row].group for row in rows):
+        of_group = [row for row in rows if ROWS[row].group == group]
+        print(f"{headings.get(group, group)}: {len(of_group)}")
+        for row in of_group:
             print(f"  {row}: {ROWS[row].title}")
-            for seed in args.seeds:
-                job = make_job(args, row, seed)
-                seconds = estimate_seconds(args, row, rate) if job.stage else 0.0
+            for seed in seeds:
+                job = make_job(shared, row, seed)
+                seconds = estimate_seconds(shared, row, rate) if job.stage else 0.0
                 total += seconds
                 for stage in job.stages:
                     done = stage.is_finished(stage.folder)
@@ -209,15 +220,13 @@ def print_plan(args: argparse.Namespace) -> None:
                     print("    " + ("(finished) " if done else "") + shlex.join(command))
     print("test set: predictions of the run that is best on dev")
     needed_by = {}
-    for row in args.rows:
-        for path in missing_files(args, row):
+    for row in rows:
+        for path in missing_files(shared.data_dir, row):
             needed_by.setdefault(path, []).append(row)
-    for path, rows in needed_by.items():
-        print(f"missing: {path}, needed by {', '.join(rows)}")
-    runs = len(args.rows) * len(args.seeds)
-    print(
-        f"{runs} runs, about {total / 3600:.1f} hours on this machine (a rough estimate from its matrix rate)"
-    )
+    for path, names in needed_by.items():
+        print(f"missing: {path}, needed by {', '.join(names)}")
+    cost = f"about {total / 3600:.1f} hours on this machine (a rough estimate from its matrix rate)"
+    print(f"{len(rows) * len(seeds)} runs, {cost}")
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -253,16 +262,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
-    args.run_flags = argv[split + 1 :]
+    more = argv[split + 1 :]
     args.results_dir = args.results_dir or args.runs_dir / "results"
     for name in ("rows", "seeds"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             parser.error(f"--{name} holds a value twice; expected each once")
-    for name in sorted(set(given_flags(args.run_flags)) & (OWN_FLAGS | ROW_FLAGS)):
+    for name in sorted(set(given_flags(more)) & (OWN_FLAGS | ROW_FLAGS)):
         why = "the table has to know it" if name in OWN_FLAGS else "rows of the table differ in it"
         parser.error(f"--{name} is given after --, but {why}; expected other flags of training")
+    args.shared = SharedSettings(args.pretrained, args.data_dir, args.max_steps, args.runs_dir, more)
     for row in args.rows:
-        get_run_args(run_flags(args, row, args.seeds[0]))  # ends here if a flag is wrong
+        get_run_args(run_flags(args.shared, row, args.seeds[0]))  # ends here if a flag is wrong
     return args
 
 
@@ -284,56 +294,56 @@ def check_training_data(runs: dict[str, dict[int, FinishedRun]]) -> None:
                 )
 
 
-def read_table(args: argparse.Namespace, rows: list[str]) -> Table:
-    """The finished runs of some rows."""
-    dev_data, runs = DevData(args.data_dir), {}
+def read_table(shared: SharedSettings, rows: list[str], seeds: list[int], num_resamples: int) -> Table:
+    """The finished runs of some rows; `num_resamples` is that of the bootstrap."""
+    dev_data, runs = DevData(shared.data_dir), {}
     for row in rows:
-        folders = {seed: folder_of(args.runs_dir, row, seed) for seed in args.seeds}
+        folders = {seed: folder_of(shared.runs_dir, row, seed) for seed in seeds}
         finished = {seed: folder for seed, folder in folders.items() if is_finished(folder)}
         for seed, folder in finished.items():
-            check_settings(args, row, seed, folder)
+            check_settings(shared, row, seed, folder)
         if finished:
             runs[row] = {seed: read_finished_run(folder, dev_data) for seed, folder in finished.items()}
     check_training_data(runs)
     if not runs:
-        raise UserError(f"--runs_dir {args.runs_dir}: holds no finished run of {', '.join(rows)}")
-    return Table(runs, dev_data, args.num_resamples)
+        raise UserError(f"--runs_dir {shared.runs_dir}: holds no finished run of {', '.join(rows)}")
+    return Table(runs, dev_data, num_resamples)
 
 
-def predict_test_set(args: argparse.Namespace, table: Table) -> Path | None:
-    """Let the run that is best on dev predict the test set; returns its folder, None if it could not."""
-    if table.best_run is None:
-        return None
-    folder = folder_of(args.runs_dir, *table.best_run)
+def predict_test_set(data_dir: str, folder: Path) -> None:
+    """Let a run predict the test set, if it has not yet; says so if it could not."""
+    script = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
+    script += ["--data_dir", data_dir, "--predict_only", "--predict_splits", "test"]
+    for job in run_jobs([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])], at_once=1):
+        print(f"warning: no predictions of the test set: {job.failure}")
 
-    def has_predicted(folder):
-        return all((folder / name).exists() for name in TEST_FILES)
 
-    if not args.no_train:
-        script = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
-        script += ["--data_dir", args.data_dir, "--predict_only", "--predict_splits", "test"]
-        failed = run_jobs([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])], at_once=1)
-        for job in failed:
-            print(f"warning: no predictions of the test set: {job.failure}")
-    return folder if has_predicted(folder) else None
+def has_predicted(folder: Path) -> bool:
+    return all((folder / name).exists() for name in TEST_FILES)
 
 
 def run(argv: list[str] | None) -> None:
     args = get_args(argv)
+    shared, rows, seeds = args.shared, args.rows, args.seeds
     if args.compare:
-        return print(format_comparison(read_table(args, args.compare), *args.compare))
-    for row in args.rows:
-        for seed in args.seeds:
-            check_settings(args, row, seed, folder_of(args.runs_dir, row, seed))
+        table = read_table(shared, args.compare, seeds, args.num_resamples)
+        return print(format_comparison(table, *args.compare))
+    for row in rows:
+        for seed in seeds:
+            check_settings(shared, row, seed, folder_of(shared.runs_dir, row, seed))
     if args.dry_run:
-        return print_plan(args)
+        return print_plan(shared, rows, seeds)
     check_results_dir(args.results_dir)
-    jobs = [make_job(args, row, seed) for seed in args.seeds for row in args.rows]  # a seed of all rows first
+    jobs = [make_job(shared, row, seed) for seed in seeds for row in rows]  # a seed of all rows first
     num_threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     failed = [] if args.no_train else run_jobs(jobs, args.jobs, num_threads)
-    table = read_table(args, args.rows)
+    table = read_table(shared, rows, seeds, args.num_resamples)
+    best = table.best_run and folder_of(shared.runs_dir, *table.best_run)
+    if best and not args.no_train:
+        predict_test_set(shared.data_dir, best)
     command = ["results_table.py", *(sys.argv[1:] if argv is None else argv)]
-    written = write_results(table, args.results_dir, command, predict_test_set(args, table))
+    predicted = best if best and has_predicted(best) else None
+    written = write_results(table, args.results_dir, command, predicted)
     print(format_claims(table))
     print("written: " + ", ".join(map(str, written)))
     if failed:

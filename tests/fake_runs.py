@@ -39,7 +39,7 @@ def make_predictions(task: str, rows: Rows, num_wrong: int, seed: int = 0) -> np
 def make_run(
     folder: Path,
     data_dir: Path,
-    num_wrong: dict[str, int],
+    num_wrong: dict,
     seed: int = 0,
     style: str = "starter",
     pretrained: str = "tiny",
@@ -86,13 +86,11 @@ def make_table(folder: Path, data_dir: Path, rows: dict[str, dict], num_resample
         rows: row -> seed -> `num_wrong` of each task.
     """
     dev_data = DevData(str(data_dir))
-    runs = {
-        row: {
-            seed: read_finished_run(
-                make_run(folder / f"{row}-seed{seed}", data_dir, num_wrong, seed, **changes), dev_data
-            )
+    runs = {}
+    for row, seeds in rows.items():
+        folders = {
+            seed: make_run(folder / f"{row}-seed{seed}", data_dir, num_wrong, seed, **changes)
             for seed, num_wrong in seeds.items()
         }
-        for row, seeds in rows.items()
-    }
+        runs[row] = {seed: read_finished_run(run, dev_data) for seed, run in folders.items()}
     return Table(runs, dev_data, num_resamples)

@@ -127,7 +127,10 @@ def add_training_flags(parser: RunParser) -> None:
         "number format of matrix products, not of the weights; auto: bf16 where the processor is fast at it"
     )
     add("--precision", "machine", choices=PRECISIONS, default="auto", help=text)
-    text = "use torch.compile; auto: on a CPU with a C++ compiler, if the run is long enough to gain from it"
+    text = (
+        "on a CPU, torch.compile for what goes over memory; on a GPU, steps captured as CUDA graphs; auto: on"
+        " a GPU with Triton, and on a CPU with a C++ compiler if the run is long enough to gain from it"
+    )
     add("--compile", "result", choices=COMPILE, default="auto", help=text)
     text = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     add("--device", "machine", type=DEVICE, default="auto", help=text)

@@ -4,9 +4,9 @@ A command leaves a line in `marks` each time it is started. What has to happen a
 files, so nothing here depends on how fast the machine is.
 """
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,28 +19,7 @@ from support.files import ROOT
 
 PATIENCE = 120  # seconds until something is taken to have failed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-# A runner in a process of its own: FOLDER AT_ONCE SCRIPT NAME...
-RUNNER = f"""
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from reporting import jobs as jobs_module
-from reporting.jobs import Job, Stage, run_jobs
-
-jobs_module.POLL_SECONDS = 0.02
-folder, at_once, script, *names = sys.argv[1:]
-folder = Path(folder)
-command = lambda name, script: ["sh", "-c", 'mkdir -p "$0"; cd "$0"; ' + script, str(folder / name)]
-is_finished = lambda folder: (folder / "done").exists()
-resume = "echo again >> marks; touch done"
-jobs = [
-    Job(name, [Stage(folder / name, command(name, script), is_finished, command(name, resume))]) for name in
-    names
-]
-(folder / f"up-{{os.getpid()}}").touch()
-sys.exit(len(run_jobs(jobs, int(at_once))))
-"""
+ONCE = "echo start >> marks; touch done"
 # Waits until the test lets it end or it is told to stop; saves only when the test lets it.
 LONG = """
 trap 'echo INT >> signals' INT
@@ -69,31 +48,6 @@ def folder(tmp_path):
         (tmp_path / name).touch()
 
 
-@pytest.fixture
-def start_runner(folder):
-    """Starts a runner in a process group of its own, as a terminal does."""
-    runners = []
-
-    def start(script, *names, at_once=2):
-        command = [sys.executable, "-c", RUNNER, str(folder), str(at_once), script, *names]
-        runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        runners.append(runner)
-        return runner
-
-    yield start
-    for runner in runners:
-        runner.kill()
-        runner.wait()
-        runner.stdout.close()
-
-
-def wait_for(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def is_finished(folder):
     return (folder / "done").exists()
 
@@ -108,8 +62,9 @@ def make_job(folder, script, **options):
     return Job(folder.name, [make_stage(folder, script, **options)])
 
 
-def read_lines(path):
-    return path.read_text().splitlines() if path.exists() else []
+def marks_of(folder, names, file="marks"):
+    paths = [folder / name / file for name in names]
+    return [path.read_text().split() if path.exists() else [] for path in paths]
 
 
 def fill(folder, *names):
@@ -131,7 +86,7 @@ def test_all_jobs_run_at_most_so_many_at_a_time(folder):
         until [ -e ../{other}/here ]; do sleep 0.02; done
         sleep 0.2
         for name in a b c d; do
-            if [ -e ../$name/here ] && ! [ -e ../$name/done ]; then echo $name >> beside; fi
+            if [ -e ../$name/here ] && ! [ -e ../$name/done ]; then echo $name >> marks; fi
         done
         touch done
     """
@@ -139,60 +94,46 @@ def test_all_jobs_run_at_most_so_many_at_a_time(folder):
     before = [signal.getsignal(number) for number in SIGNALS]
     assert run_jobs(jobs, at_once=2) == []
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    for name in other:
-        assert is_finished(folder / name)
-        assert name in read_lines(folder / name / "beside") and len(read_lines(folder / name / "beside")) <= 2
+    for name, beside in zip(other, marks_of(folder, other), strict=True):
+        assert is_finished(folder / name) and name in beside and len(beside) <= 2
 
 
 def test_finished_jobs_are_not_run(folder):
     fill(folder, "a/done", "a/last/state", "b/last/state")
-    jobs = [make_job(folder / name, "echo start >> marks; touch done", discard="last") for name in "ab"]
-    assert run_jobs(jobs, at_once=1) == []
-    assert not (folder / "a" / "marks").exists() and not (folder / "a.log").exists()
-    assert read_lines(folder / "b" / "marks") == ["start"]
+    assert run_jobs([make_job(folder / name, ONCE, discard="last") for name in "ab"], at_once=1) == []
+    assert marks_of(folder, "ab") == [[], ["start"]] and not (folder / "a.log").exists()
     # A runner that was killed before it could tidy up leaves that to the next.
     assert not (folder / "a" / "last").exists() and not (folder / "b" / "last").exists()
 
 
-@pytest.mark.parametrize("finished", [(), ("first/done",)])
-def test_stages_run_in_order_from_the_first_unfinished_one(folder, finished):
-    fill(folder, *finished)
+def test_stages_run_in_order_from_the_first_unfinished_one(folder):
     first = make_stage(folder / "first", "echo first >> ../marks; touch done")
     second = make_stage(folder / "second", "[ -e ../first/done ] && echo second >> ../marks; touch done")
     assert run_jobs([Job("second", [first, second])], at_once=1) == []
-    assert read_lines(folder / "marks") == (["second"] if finished else ["first", "second"])
+    (folder / "second" / "done").unlink()
+    assert run_jobs([Job("second", [first, second])], at_once=1) == []
+    assert marks_of(folder, ["."]) == [["first", "second", "second"]]
 
 
-def test_failed_job_is_named_and_the_others_go_on(folder):
-    stages = [
-        make_stage(folder / "first", "mkdir last; echo one; echo two >&2; exit 3", discard="last"),
-        make_stage(folder / "bad", "echo start >> marks; touch done"),
-    ]
-    good = make_job(folder / "good", "mkdir last; touch done", discard="last")
-    bad = Job("bad", stages)
+FAILURES = {  # script: what it printed last, and the reason
+    "mkdir last; echo one; echo two >&2; exit 3": "two (exit code 3; ",
+    "echo before; kill -9 $$": "before (exit code -9; ",
+    "echo before; touch done; exit 3": "before (exit code 3; ",
+    "mkdir last; exit 143": " (exit code 143; ",
+    "echo start >> marks": " (ended without its results; ",  # and is not run for ever
+}
+
+
+@pytest.mark.parametrize("script", FAILURES)
+def test_failed_job_is_named_and_the_others_go_on(folder, script):
+    bad = Job("bad", [make_stage(folder / "first", script, discard="last"), make_stage(folder / "bad", ONCE)])
+    good = make_job(folder / "good", f"mkdir last; {ONCE}", discard="last")
     assert run_jobs([bad, good], at_once=1) == [bad]
-    assert bad.failure == f"two (exit code 3; {folder / 'bad.log'})"
-    assert read_lines(folder / "bad.log")[0].startswith("$ sh -c ")
-    assert not (folder / "bad").exists()
-    assert (folder / "first" / "last").exists()  # to go on from
+    assert bad.failure.endswith(FAILURES[script] + f"{folder / 'bad.log'})")
+    assert (folder / "bad.log").read_text().startswith("$ sh -c ") and not (folder / "bad").exists()
+    assert (folder / "first" / "last").exists() == ("last" in script)  # to go on from
     assert is_finished(folder / "good") and not (folder / "good" / "last").exists()
-
-
-@pytest.mark.parametrize(
-    ("script", "code"), [("kill -9 $$", -9), ("touch done; exit 3", 3), ("mkdir last; exit 143", 143)]
-)
-def test_any_exit_code_is_a_failure(folder, script, code):
-    job = make_job(folder / "a", "echo before; " + script)
-    assert run_jobs([job], at_once=1) == [job]
-    assert job.failure == f"before (exit code {code}; {folder / 'a.log'})"
-
-
-def test_command_that_succeeds_without_its_results_is_a_failure_and_not_run_for_ever(folder):
-    stages = [make_stage(folder / "a", "echo start >> marks"), make_stage(folder / "b", "touch done")]
-    job = Job("b", stages)
-    assert run_jobs([job], at_once=1) == [job]
-    assert "without its results" in job.failure
-    assert read_lines(folder / "a" / "marks") == ["start"] and not (folder / "b").exists()
+    assert marks_of(folder, ["first", "good"]) == [["start"] if "marks" in script else [], ["start"]]
 
 
 def test_command_that_cannot_be_started_leaves_nothing_behind(folder):
@@ -208,122 +149,127 @@ def test_command_that_cannot_be_started_leaves_nothing_behind(folder):
     again.give_back_lock()
 
 
-@pytest.mark.parametrize("present", [None, "args.json", "best/", "metrics.jsonl"])
-def test_resume_is_for_runs_that_were_started(folder, present):
-    fill(folder, *([f"a/{present}"] if present else []))
-    start, resume = (
-        make_stage(folder / "a", f"echo {name} >> marks; touch done") for name in ("start", "resume")
-    )
-    for stage in (replace(start, resume=resume.command), start):  # the second continues by itself
-        (folder / "a" / "done").unlink(missing_ok=True)
-        assert run_jobs([Job("a", [stage])], at_once=1) == []
-    assert read_lines(folder / "a" / "marks") == ["resume" if present == "args.json" else "start", "start"]
+def test_resume_is_for_runs_that_were_started(folder):
+    for number, present in enumerate([None, "args.json", "best/", "metrics.jsonl"]):
+        path = folder / str(number)
+        fill(path, *filter(None, [present]))
+        start, resume = (make_stage(path, f"echo {name} >> marks; touch done") for name in ("new", "on"))
+        for stage in (replace(start, resume=resume.command), start):  # the second continues by itself
+            assert run_jobs([Job("a", [stage])], at_once=1) == []
+            (path / "done").unlink()
+        assert marks_of(folder, [path.name]) == [["on" if present == "args.json" else "new", "new"]]
 
 
-@pytest.mark.parametrize("num_threads", [None, 3])
-def test_environment_of_the_commands(folder, monkeypatch, num_threads):
+def test_environment_of_the_commands(folder, monkeypatch):
     """Modules of the project are found from any folder, and relative paths still start from there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.chdir(folder)
-    code = "import support.files, sys; print(support.files.ROOT, sys.path[1:3])"
-    script = f"echo $OMP_NUM_THREADS >> marks; '{sys.executable}' -c '{code}' >> marks; touch done"
-    stage = Stage(folder / "a", ["sh", "-c", f"mkdir a; cd a; {script}"], is_finished)
-    assert run_jobs([Job("a", [stage])], at_once=1, num_threads=num_threads) == []
-    assert read_lines(folder / "a" / "marks") == [
-        str(num_threads or 7),
-        f"{ROOT} {[str(ROOT), '/elsewhere']}",
-    ]
+    code = "import support.files, sys; print(support.files.ROOT, *sys.path[1:3])"
+    for name, num_threads, script in (("a", None, ""), ("b", 3, f"'{sys.executable}' -c '{code}' >> marks")):
+        script = f"mkdir {name}; cd {name}; echo $OMP_NUM_THREADS >> marks; {script or ':'}; touch done"
+        stage = Stage(folder / name, ["sh", "-c", script], is_finished)
+        assert run_jobs([Job(name, [stage])], at_once=1, num_threads=num_threads) == []
+    assert marks_of(folder, "ab") == [["7"], ["3", str(ROOT), str(ROOT), "/elsewhere"]]
     assert os.environ["OMP_NUM_THREADS"] == "7" and os.environ["PYTHONPATH"] == "/elsewhere"
 
 
-@pytest.mark.parametrize(
-    ("log", "steps"),
-    [
-        (b'{"step": 2}\n{"step": 4, "loss": 1}\n', 4),
-        (b'{"step": 99}\n', 10),
-        (b'{"step": 4}\n{"st', 0),
-        (b"", 0),
-        (b"\n\n", 0),
-        (b"\xff\xfe\n", 0),
-        (b"[1, 2]\n", 0),
-        (b"7\n", 0),
-        (b'{"step": null}\n', 0),
-        (b'{"loss": 1}\n', 0),
-    ],
-)
-def test_steps_done_takes_any_log(folder, log, steps):
+def test_steps_done_takes_any_log(folder):
     fill(folder, "a/metrics.jsonl")
-    (folder / "a" / "metrics.jsonl").write_bytes(log)
-    job = make_job(folder / "a", "touch done", num_steps=10)
-    assert job.steps_done() == steps
-    assert run_jobs([job], at_once=1) == []
-    assert job.steps_done() == 10
+    job = make_job(folder / "a", ONCE, num_steps=10)
+    for log, steps in {b'{"step": 2}\n{"step": 4, "loss": 1}\n': 4, b'{"step": 99}\n': 10}.items():
+        (folder / "a" / "metrics.jsonl").write_bytes(log)
+        assert job.steps_done() == steps
+    for log in (b'{"step": 4}\n{"st', b"", b"\n\n", b"\xff\n", b"[1, 2]\n", b"7\n", b'{"step": null}\n'):
+        (folder / "a" / "metrics.jsonl").write_bytes(log)
+        assert job.steps_done() == 0, log
+    assert run_jobs([job], at_once=1) == [] and job.steps_done() == 10
 
 
 # --- stopped, killed, and several runners -----------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_second_signal_does_not_wait_for_what_is_saved(folder, start_runner):
-    runner = start_runner(LONG, *"ab")
-    started = [folder / "a", folder / "b"]
-    wait_for(lambda: all((path / "marks").exists() for path in started))
+def run_alone(folder, script, names, at_once):
+    """The work of a runner's process, in a process group of its own, as a terminal makes it."""
+    os.setsid()
+    resume = make_stage(folder, "").command[:2] + ['cd "$0"; echo again >> marks; touch done']
+    jobs = [make_job(folder / name, script, resume=[*resume, str(folder / name)]) for name in names]
+    (folder / f"up-{os.getpid()}").touch()
+    with open(folder / "output", "a", buffering=1) as sys.stdout:
+        sys.exit(len(run_jobs(jobs, at_once)))
+
+
+def start_runner(folder, script, names, at_once=2):
+    """Starts a runner in another process: a fork, which need not import anything."""
+    arguments = (folder, script, names, at_once)
+    runner = multiprocessing.get_context("fork").Process(target=run_alone, args=arguments, daemon=True)
+    runner.start()
+    return runner
+
+
+def wait_for(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def wait_for_all(folder, names, file="marks"):
+    wait_for(lambda: all((folder / name / file).exists() for name in names))
+
+
+def end_of(runner):
+    runner.join(PATIENCE)
+    return runner.exitcode
+
+
+def test_second_signal_does_not_wait_for_what_is_saved(folder):
+    runner = start_runner(folder, LONG, "ab")
+    wait_for_all(folder, "ab")
     os.kill(runner.pid, signal.SIGTERM)
-    wait_for(lambda: all((path / "signals").exists() for path in started))
+    wait_for_all(folder, "ab", "signals")
     os.kill(runner.pid, signal.SIGINT)  # nothing lets them save
-    runner.communicate(timeout=PATIENCE)
-    assert runner.returncode == 128 + signal.SIGTERM
-    assert not any((path / "last").exists() for path in started)
+    assert end_of(runner) == 128 + signal.SIGTERM
+    assert not any((folder / name / "last").exists() for name in "ab")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder, start_runner, number):
+def test_signal_lets_each_command_save_and_the_next_start_repeats_nothing(folder, number):
     fill(folder, "a/done")
-    runner = start_runner(LONG, *"abcd")
-    started = [folder / "b", folder / "c"]
-    wait_for(lambda: all((path / "marks").exists() for path in started))
+    runner = start_runner(folder, LONG, "abcd")
+    wait_for_all(folder, "bc")
     # Ctrl-C reaches the whole process group.
     send = os.killpg if number == signal.SIGINT else os.kill
     send(runner.pid, number)
-    wait_for(lambda: all((path / "signals").exists() for path in started))
-    assert runner.poll() is None  # it waits until they are saved
+    wait_for_all(folder, "bc", "signals")
+    assert runner.is_alive()  # it waits until they are saved
     (folder / "save").touch()
-    output, _ = runner.communicate(timeout=PATIENCE)
-    assert runner.returncode == 128 + number
-    assert "2 runs were stopped" in output
-    assert [read_lines(path / "signals") for path in started] == [["TERM"], ["TERM"]]
-    assert all((path / "last").is_dir() and not is_finished(path) for path in started)
+    assert end_of(runner) == 128 + number
+    assert "2 runs were stopped" in (folder / "output").read_text()
+    assert marks_of(folder, "bc", "signals") == [["TERM"], ["TERM"]]
+    assert all((folder / name / "last").is_dir() and not is_finished(folder / name) for name in "bc")
     assert not (folder / "d").exists()
 
     (folder / "go").touch()
-    runner = start_runner(LONG, *"abcd")
-    runner.communicate(timeout=PATIENCE)
-    assert runner.returncode == 0
-    marks = [read_lines(folder / name / "marks") for name in "abcd"]
-    assert marks == [[], ["start", "again"], ["start", "again"], ["start"]]
+    assert end_of(start_runner(folder, LONG, "abcd")) == 0
+    assert marks_of(folder, "abcd") == [[], ["start", "again"], ["start", "again"], ["start"]]
 
 
-@pytest.mark.slow
-def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder, start_runner):
-    first = start_runner(LONG, "a", at_once=1)
-    wait_for((folder / "a" / "marks").exists)
+def test_command_of_a_killed_runner_goes_on_and_is_waited_for(folder):
+    first = start_runner(folder, LONG, "a", at_once=1)
+    wait_for_all(folder, "a")
     first.kill()
-    first.wait()
+    first.join()
 
-    second = start_runner(f'case "$0" in */a) {LONG};; *) echo start >> marks; touch done;; esac', "a", "b")
-    wait_for(lambda: is_finished(folder / "b"))  # what is free need not wait for the other
-    assert second.poll() is None and not is_finished(folder / "a")
+    second = start_runner(folder, f'case "$0" in */a) {LONG};; *) {ONCE};; esac', "ab")
+    wait_for_all(folder, "b", "done")  # what is free need not wait for the other
+    assert second.is_alive() and not is_finished(folder / "a")
     (folder / "go").touch()
-    second.communicate(timeout=PATIENCE)
-    assert second.returncode == 0
-    assert [read_lines(folder / name / "marks") for name in "ab"] == [["start"], ["start"]]
-    assert not (folder / "a" / "signals").exists()
+    assert end_of(second) == 0
+    assert marks_of(folder, "ab") == [["start"], ["start"]] and not (folder / "a" / "signals").exists()
 
 
-@pytest.mark.slow
-def test_two_runners_share_the_work(folder, start_runner):
+def test_two_runners_share_the_work(folder):
     # No command ends before both are at work.
     script = """
         echo start >> marks
@@ -331,10 +277,7 @@ def test_two_runners_share_the_work(folder, start_runner):
         sleep 0.1
         touch done
     """
-    names = "abcdef"
-    runners = [start_runner(script, *names) for _ in range(2)]
-    for runner in runners:
-        runner.communicate(timeout=PATIENCE)
-        assert runner.returncode == 0
-    assert [read_lines(folder / name / "marks") for name in names] == [["start"]] * len(names)
-    assert all(is_finished(folder / name) for name in names)
+    runners = [start_runner(folder, script, "abcdef") for _ in range(2)]
+    assert [end_of(runner) for runner in runners] == [0, 0]
+    assert marks_of(folder, "abcdef") == [["start"]] * 6
+    assert all(is_finished(folder / name) for name in "abcdef")

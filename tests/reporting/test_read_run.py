@@ -9,13 +9,11 @@ from evaluation import OVERALLS
 from reporting.read_run import Facts, LogLine, Scores, Summary, check, read_facts, read_metrics, read_scores
 from support.errors import UserError
 from tests.fake_runs import all_tasks, make_run
-from tests.tiny import make_data
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run_files")
-    return make_run(folder / "run", make_data(folder / "data"), all_tasks(1, 2, 3))
+def run(tmp_path_factory, data_dir):
+    return make_run(tmp_path_factory.mktemp("run_files") / "run", data_dir, all_tasks(1, 2, 3))
 
 
 def places(value, path=()):
@@ -53,41 +51,33 @@ def test_every_value_of_log_and_scores_is_checked(run):
     check({"step": 1, "new_in_another_version": [None]}, LogLine)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["args", "data", "versions", "args pretrained", "args prediction_style", "args extra_data", "data dev"],
-)
-@pytest.mark.parametrize("new", [..., None, [1]])
-def test_settings_that_are_read_are_checked(run, path, new):
-    with pytest.raises(UserError):
-        check(changed(read_facts(run), path.split(), new), Facts)
+def test_settings_that_are_read_are_checked(run):
+    paths = "args, data, versions, args pretrained, args prediction_style, args extra_data, data dev"
+    for path in paths.split(", "):
+        for new in (..., None, [1]):
+            with pytest.raises(UserError):
+                check(changed(read_facts(run), path.split(), new), Facts)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"step": 1}\n{"step": "2"}\n', r"metrics\.jsonl:2: .*step is '2'; expected a whole number"),
-        ('{"loss": {"sst": 1}}\n', r"jsonl:1: .*lacks step"),
-        ('{"step": 1, "cosine": {"sst": 0.5}}\n', "'sst', which is not known"),
-        (
-            '{"step": 1, "layer_cosine": {"layer.0": {"sst-para": "x"}}}\n',
-            "sst-para is 'x'; expected a number",
-        ),
-        (
-            '{"step": 1, "dev": {"tasks": {"sts": {"spearman": 1}}, "mean": 1, "mean_2024": 1}}\n',
-            "sts lacks pearson",
-        ),
-        ('{"step": 1, "dev": {"tasks": {}, "mean": 1, "mean_2024": 1}}\n', "lacks score"),
-        ("[" * 100_000 + "\n", "not a line"),
-        ("7\n", "it is '7'; expected names and values"),
-        ("\ufffd\n", "not a line"),
-    ],
-)
-def test_bad_line_is_named(tmp_path, text, message):
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message) as caught:
-        read_metrics(tmp_path)
-    assert len(str(caught.value)) < 400 + len(str(tmp_path)) and "\n" not in str(caught.value)
+BAD_LINES = {
+    '{"step": 1}\n{"step": "2"}': r"metrics\.jsonl:2: .*step is '2'; expected a whole number",
+    '{"loss": {"sst": 1}}': r"jsonl:1: .*lacks step",
+    '{"step": 1, "cosine": {"sst": 0.5}}': "'sst', which is not known",
+    '{"step": 1, "layer_cosine": {"layer.0": {"sst-para": "x"}}}': "sst-para is 'x'; expected a number",
+    '{"step": 1, "dev": {"tasks": {"sts": {"spearman": 1}}, "mean": 1, "mean_2024": 1}}': "sts lacks pearson",
+    '{"step": 1, "dev": {"tasks": {}, "mean": 1, "mean_2024": 1}}': "lacks score",
+    "[" * 100_000: "not a line",
+    "7": "it is '7'; expected names and values",
+    "\ufffd": "not a line",
+}
+
+
+def test_bad_line_is_named(tmp_path):
+    for text, message in BAD_LINES.items():
+        (tmp_path / "metrics.jsonl").write_text(text + "\n", encoding="utf-8")
+        with pytest.raises(UserError, match=message) as caught:
+            read_metrics(tmp_path)
+        assert len(str(caught.value)) < 400 + len(str(tmp_path)) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("end", ['{"step": 2, "lo', '{"step": 2, "dev": ', '{"step": 2, "dev": 1'])

@@ -1,8 +1,10 @@
 """The page of a run, held against what its folder says: complete in both formats, whatever is in the data."""
 
+import base64
 import csv
 import json
 import re
+import shutil
 
 import pytest
 from matplotlib import image
@@ -17,14 +19,14 @@ from tests.reporting.read_pages import NASTY, HtmlPage, markdown_rows
 from tests.tiny import make_data
 from training.flags import get_args
 
-PNG = b"\x89PNG Software Matplotlib"
-
 
 @pytest.fixture(autouse=True)
 def no_drawing(request, monkeypatch):
     """Pictures take most of a page's time; only tests that are about them wait for it."""
     if "picture" not in request.node.name and "plot" not in request.node.name:
-        monkeypatch.setattr(Figure, "savefig", lambda figure, buffer, **settings: buffer.write(PNG))
+        monkeypatch.setattr(
+            Figure, "savefig", lambda figure, buffer, **settings: buffer.write(b"\x89PNG Matplotlib")
+        )
 
 
 def change_json(path, change):
@@ -37,10 +39,11 @@ def read_dev_rows(run_dir, task):
     return read_rows(run_dir.parent / "data" / TASKS[task].files["dev"], TASKS[task], "dev")
 
 
-@pytest.fixture
-def run_dir(tmp_path):
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
     """A finished run; the first dev row of every task is nasty, and its prediction is wrong."""
-    data = make_data(tmp_path / "data")
+    place = tmp_path_factory.mktemp("finished")
+    data = make_data(place / "data")
     for task in DEFAULT_TASKS:
         path = data / TASKS[task].files["dev"]
         with open(path, encoding="utf-8", newline="") as file:
@@ -48,11 +51,20 @@ def run_dir(tmp_path):
         first[header.index(TASKS[task].text_columns[0])] = NASTY
         with open(path, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, first, *rows])
-    folder = make_run(tmp_path / "run & <more>", data, all_tasks(1, 1, 4))
-    args = vars(get_args(["--data_dir", str(data), "--output_dir", "elsewhere/since/moved"]))
+    folder = make_run(place / "run & <more>", data, all_tasks(1, 1, 4))
+    args = vars(get_args(["--output_dir", "elsewhere/since/moved"]))
     args |= {"lr": 1e-4, "head_lr": 1e-3, "warmup_steps": 2, "max_steps": 30}
     facts = {"commands": [[SCRIPT, "--data_dir", "my data"]], "encoder": "103 of 103 weights loaded"}
     change_json(folder / "args.json", lambda stored: stored.update(args=args, **facts))
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished_run, tmp_path):
+    """A copy of it, and of its data."""
+    shutil.copytree(finished_run.parent, tmp_path, dirs_exist_ok=True)
+    folder, data = tmp_path / finished_run.name, str(tmp_path / "data")
+    change_json(folder / "args.json", lambda stored: stored["args"].update(data_dir=data))
     return folder
 
 
@@ -82,8 +94,8 @@ def test_scores_of_part_of_dev(run_dir):
     assert row[-1] == "3"
 
 
-def test_scores_and_baselines(run_dir):
-    _, page = make_page(run_dir)
+def test_settings_scores_baselines_and_conflict(run_dir):
+    text, page = make_page(run_dir)
     summary = json.loads((run_dir / "scores.json").read_text())["dev"]
     for task in DEFAULT_TASKS:
         kind, scores = TASK_KINDS[TASKS[task].kind], summary["tasks"][task]
@@ -94,28 +106,20 @@ def test_scores_and_baselines(run_dir):
         assert [overall.title, "", f"{summary[name]:.4f}", "", ""] in page.rows
     assert "best checkpoint by mean, from step 20." in page.text
 
-
-def test_what_was_run(run_dir):
-    text, page = make_page(run_dir)
     assert "    python multitask_classifier.py --data_dir 'my data'\n" in text
     assert "python multitask_classifier.py --data_dir 'my data'" in page.text
     facts = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert facts["seed"] == "11711" and facts["steps"] == "20 of 30"
+    assert facts["heads"] == "sst single, para diff, sts diff; pooling mean"
     assert facts["training time"].startswith("0.1 minutes")
     assert "103 of 103" in facts["encoder"] and "04bf902f" in facts["data"] and "2.13.0" in facts["versions"]
     assert "a | b, cores 2" in facts["machine"]
     assert "loss weights" not in facts  # all are 1
 
-
-def test_conflict_in_words_and_numbers(run_dir):
-    _, page = make_page(run_dir)
-    assert ["sst and para", "-0.1250", "75 %"] in page.rows
-    assert ["sts", "1.250", "2.50"] in page.rows
+    assert ["sst and para", "-0.1250", "75 %"] in page.rows and ["sts", "1.250", "2.50"] in page.rows
     assert "sst and para, in 75 % of the steps." in page.text
-    assert (
-        "most often in layer.0 (sst and para, 88 %), least often in embeddings (sst and para, 12 %)"
-        in page.text
-    )
+    layers = "most often in layer.0 (sst and para, 88 %), least often in embeddings (sst and para, 12 %)"
+    assert layers in page.text
 
 
 @pytest.mark.slow
@@ -127,6 +131,8 @@ def test_pictures_lie_beside_the_markdown_and_inside_the_html(run_dir):
     assert all(image.imread(run_dir / path)[..., :3].std() > 0.02 for path in paths)  # not blank
     assert len(page.links) == len(paths)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert plot_run(run_dir) == run_dir / "curves.png"  # as training does
+    assert (run_dir / "curves.png").read_bytes() == base64.b64decode(page.links[0].partition(",")[2])
     assert "@import" not in (run_dir / "report.html").read_text() and not {"script", "link"} & set(page.tags)
 
 
@@ -141,29 +147,31 @@ def test_mistakes_are_shown_as_they_are(run_dir):
     assert errors == sorted(errors, reverse=True)
 
 
-def test_a_page_can_be_made_twice_and_nothing_else_changes(run_dir):
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    make_page(run_dir)
-    first = (run_dir / "report.html").read_bytes()
-    make_page(run_dir)
-    assert (run_dir / "report.html").read_bytes() == first
-    assert all(path.read_bytes() == content for path, content in before.items())
-    assert not list(run_dir.rglob("*.tmp"))
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["report.md", "report.html", "report/conflict.png", "curves.png"])
-def test_files_of_the_same_name_that_are_not_ours_are_kept(run_dir, name, capsys):
-    path = run_dir / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("my own notes on this run")
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    assert main([str(run_dir)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{path}: exists and is no " in error
-    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
-    path.unlink()
-    path.symlink_to("args.json" if path.parent == run_dir else "../args.json")
-    assert main([str(run_dir)]) == 2
+def test_a_page_can_be_made_twice_and_only_our_own_files_are_replaced(run_dir, one_line):
+    before = files_in(run_dir)
+    make_page(run_dir)
+    first = files_in(run_dir)
+    make_page(run_dir)
+    assert files_in(run_dir) == first and before.items() <= first.items()
+    assert not any(path.suffix == ".tmp" for path in first)
+    for name, target in (
+        ("report.md", None),
+        ("report.html", "args.json"),
+        ("report/conflict.png", "../args.json"),
+        ("curves.png", None),
+    ):
+        path = run_dir / name
+        path.unlink()
+        path.symlink_to(target) if target else path.write_text("my own notes on this run")
+        before = files_in(run_dir)
+        assert main([str(run_dir)]) == 2
+        assert f"{path}: exists and is no " in one_line() and files_in(run_dir) == before
+        path.unlink()
+        path.write_bytes(first[path])
 
 
 # --- runs with something missing --------------------------------------------------------------------------
@@ -183,6 +191,8 @@ def test_unfinished_run(run_dir):
     _, page = make_page(run_dir)
     for text in ("Nothing was evaluated yet.", "Nothing was logged yet.", "No two tasks' gradients"):
         assert text in page.text
+    (run_dir / "metrics.jsonl").write_text("")
+    assert plot_run(run_dir) is None
 
 
 def test_data_and_predictions_that_are_not_the_runs(run_dir):
@@ -209,60 +219,39 @@ def test_old_run_has_no_layers_and_not_all_flags(run_dir):
     assert "report/conflict.png" in text and "layer_conflict" not in text and "layer.0" not in page.text
 
 
-@pytest.mark.parametrize("score", [0.0, float("nan")])
-def test_model_that_learned_nothing(run_dir, score):
+def test_model_that_learned_nothing(run_dir):
     """Predictions that are all alike; nan is no better than the baseline either."""
     ids = read_dev_rows(run_dir, "sts").ids
     path = run_dir / "predictions" / "sts-dev-output.csv"
     path.write_text(format_predictions(TASKS["sts"], ids, [2.5] * len(ids), "starter"))
-    change_json(run_dir / "scores.json", lambda scores: scores["dev"]["tasks"]["sts"].update(pearson=score))
+    scores = run_dir / "scores.json"
+    change_json(scores, lambda scores: scores["dev"]["tasks"]["sts"].update(pearson=0.0))
     _, page = make_page(run_dir)
-    if score == 0:
-        assert (
-            "Warning: sts is no better than the constant baseline." in page.text and "collapsed" in page.text
-        )
-    else:  # the file does not give this score: neither it nor a baseline is shown
-        assert "the run had nan" in page.text and "baseline." not in page.text
+    assert "Warning: sts is no better than the constant baseline." in page.text and "collapsed" in page.text
+    change_json(scores, lambda scores: scores["dev"]["tasks"]["sts"].update(pearson=float("nan")))
+    _, page = make_page(run_dir)  # the file does not give this score: neither it nor a baseline is shown
+    assert "the run had nan" in page.text and "baseline." not in page.text
 
 
-NOT_RESOLVED = '{"args": {"given": {}}, "commands": [], "data": {}}'
-UNKNOWN_TASK = '{"args": {"tasks": ["nli"], "given": {}}, "commands": [], "data": {}}'
+STORED = '{"args": {%s}, "commands": [], "data": {}}'
+DAMAGE = [
+    ("args.json", None, "no run there"),
+    ("args.json", STORED % '"tasks": ["nli"], "given": {}', "damaged; tasks is ('nli',)"),
+    ("args.json", STORED % '"given": {}', "damaged (lr was never resolved)"),
+    ("metrics.jsonl", '{"step": 1}\n{\n', "metrics.jsonl:2"),
+    ("scores.json", '{"step": 1, "dev": {"tasks": {"sst": {}}}}', "scores.json: damaged"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("args.json", None, "no run there"),
-        ("args.json", "{", "args.json: not a JSON file"),
-        ("args.json", "{}", "args.json: damaged"),
-        ("args.json", UNKNOWN_TASK, "args.json: damaged; tasks is ('nli',)"),
-        ("args.json", NOT_RESOLVED, "damaged (lr was never resolved)"),
-        ("metrics.jsonl", '{"step": 1, "loss": {"nli": 1.0}}\n', "'nli', which is not known"),
-        ("metrics.jsonl", '{"step": 1}\n{\n', "metrics.jsonl:2"),
-        ("scores.json", '{"step": 1, "dev": {"tasks": {"sst": {}}}}', "scores.json: damaged"),
-        ("scores.json", "[]", "scores.json: expected a JSON object"),
-    ],
-)
-def test_damage_ends_in_one_line(run_dir, name, text, message, capsys):
-    (run_dir / name).unlink()
-    if text is not None:
-        (run_dir / name).write_text(text)
-    assert main([str(run_dir)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+def test_damage_ends_in_one_line(run_dir, one_line):
+    for name, text, message in DAMAGE:
+        whole = (run_dir / name).read_bytes()
+        (run_dir / name).unlink()
+        if text is not None:
+            (run_dir / name).write_text(text)
+        assert main([str(run_dir)]) == 2 and message in one_line()
+        (run_dir / name).write_bytes(whole)
     assert not (run_dir / "report.md").exists() and not (run_dir / "report.html").exists()
-
-
-# --- what training uses -----------------------------------------------------------------------------------
-
-
-def test_plot_run(run_dir):
-    assert plot_run(run_dir) == run_dir / "curves.png"
-    picture = image.imread(run_dir / "curves.png")
-    assert picture.shape[0] > 300 and picture.shape[1] > 500
-    assert picture[..., :3].std() > 0.02  # not blank
-    (run_dir / "metrics.jsonl").write_text("")
-    assert plot_run(run_dir) is None
 
 
 def test_training_seconds_by_hand():

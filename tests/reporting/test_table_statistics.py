@@ -6,29 +6,16 @@ import numpy as np
 import pytest
 
 from config import DEFAULT_TASKS, TASKS
-from datasets import read_rows
-from evaluation import prediction_name
 from reporting.significance import Interval, mean_and_sd, resampled_means, to_interval
 from reporting.table_statistics import DevData, Table, read_finished_run
 from support.errors import UserError
 from tests.fake_runs import all_tasks, make_predictions, make_run, make_table
-from tests.tiny import SIZES, make_data
-
-N = SIZES["dev"]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("tiny") / "data")
+from tests.tiny import make_data
 
 
 @pytest.fixture
 def dev_data(data_dir):
     return DevData(str(data_dir))
-
-
-def dev_rows(data_dir, task):
-    return read_rows(data_dir / TASKS[task].files["dev"], TASKS[task], "dev")
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -46,15 +33,9 @@ def test_a_run_is_read_in_the_order_of_the_dev_files(tmp_path, data_dir, dev_dat
     assert run.scores == pytest.approx(expected, abs=1e-9)
     assert [line["step"] for line in run.metrics] == [10, 10, 20, 20]
     assert run.facts["versions"] == {"torch": "2.13.0"} and run.folder == tmp_path / "run"
-    assert {path.name for path in run.folder.rglob("*.csv")} == (
-        {prediction_name(task, "dev", style) for task in DEFAULT_TASKS}
-    )
-
-
-def test_a_run_of_one_task_has_no_overall(tmp_path, data_dir, dev_data):
-    run = read_finished_run(make_run(tmp_path / "run", data_dir, {"sst": 1}), dev_data)
+    # A run of one task has no overall.
+    run = read_finished_run(make_run(tmp_path / "one", data_dir, {"sst": 1}, style=style), dev_data)
     assert run.scores == {"sst": pytest.approx(10 / 11)} and list(run.predictions) == ["sst"]
-    assert list(dev_data.rows) == ["sst"]  # nothing else was read
 
 
 def edit(name, change):
@@ -84,33 +65,25 @@ def other_class(lines):
     return [*lines[:-1], f"{row_id} , {(int(value) + 1) % 5} \n"]
 
 
+def score(task, name, value):
+    return edit("scores.json", lambda scores: scores["dev"]["tasks"][task].update({name: value}))
+
+
+def without(name):
+    return lambda run: (run / name).unlink()
+
+
+IDS = r"sst-dev-output\.csv: its ids are not those of"
 # What is done to a run, what the error says; test_read_run.py has the values inside each file.
 DAMAGE = {
-    "one prediction changed": (
-        edit_lines(other_class),
-        r"sst-dev-output\.csv: gives sst 0\.818182 on .*sst-dev",
-    ),
-    "a prediction left out": (edit_lines(lambda lines: lines[1:]), r"sst-dev-output\.csv: its ids are not"),
-    "another order": (
-        edit_lines(lambda lines: lines[::-1]),
-        r"sst-dev-output\.csv: its ids are not those of",
-    ),
-    "a row twice": (edit_lines(lambda lines: lines + lines[:1]), r"sst-dev-output\.csv:13: id"),
-    "no predictions": (
-        lambda run: (run / "predictions" / "para-dev-output.csv").unlink(),
-        r"para-dev-output\.csv: no such file",
-    ),
-    "another score": (
-        edit("scores.json", lambda scores: scores["dev"]["tasks"]["sts"].update(pearson=0.5)),
-        r"sts-dev-output\.csv: gives sts .* scores\.json says 0\.500000",
-    ),
-    "score nan": (
-        edit("scores.json", lambda scores: scores["dev"]["tasks"]["sst"].update(accuracy=float("nan"))),
-        r"sst-dev-output\.csv: gives sst .* scores\.json says nan",
-    ),
-    "scores missing": (lambda run: (run / "scores.json").unlink(), r"run.scores\.json: cannot be read"),
-    "settings missing": (lambda run: (run / "args.json").unlink(), r"run: no run there \(no args\.json\)"),
-    "log missing": (lambda run: (run / "metrics.jsonl").unlink(), r"run.metrics\.jsonl: cannot be read"),
+    "one prediction changed": (edit_lines(other_class), r"sst-dev-output\.csv: gives sst 0\.818182 on .*sst"),
+    "one left out": (edit_lines(lambda lines: lines[1:]), IDS),
+    "another order": (edit_lines(lambda lines: lines[::-1]), IDS),
+    "no predictions": (without("predictions/para-dev-output.csv"), r"para-dev-output\.csv: no such file"),
+    "another score": (score("sts", "pearson", 0.5), r"output\.csv: gives sts .* scores\.json says 0\.500000"),
+    "score nan": (score("sst", "accuracy", float("nan")), r"output\.csv: gives sst .* scores\.json says nan"),
+    "no scores": (without("scores.json"), r"run.scores\.json: cannot be read"),
+    "no log": (without("metrics.jsonl"), r"run.metrics\.jsonl: cannot be read"),
 }
 
 
@@ -118,7 +91,9 @@ DAMAGE = {
 def test_what_does_not_belong_together_is_refused_in_one_line(tmp_path, data_dir, dev_data, case):
     damage, message = DAMAGE[case]
     run = make_run(tmp_path / "run", data_dir, all_tasks(1, 2, 3))
-    read_finished_run(run, dev_data)
+    # An overall is computed from the scores: it is not read, so it cannot disagree.
+    edit("scores.json", lambda scores: scores["dev"].update(mean=0.1, mean_2024=0.2))(run)
+    assert read_finished_run(run, dev_data).scores["mean"] > 0.1
     damage(run)
     with pytest.raises(UserError, match=message) as caught:
         read_finished_run(run, dev_data)
@@ -136,13 +111,6 @@ def test_other_dev_data_are_refused(tmp_path, data_dir, dev_data):
         read_finished_run(run, dev_data)
 
 
-def test_an_overall_is_computed_from_the_scores(tmp_path, data_dir, dev_data):
-    """It is not read, so it cannot disagree."""
-    run = make_run(tmp_path / "run", data_dir, all_tasks())
-    edit("scores.json", lambda scores: scores["dev"].update(mean=0.1, mean_2024=0.2))(run)
-    assert read_finished_run(run, dev_data).scores["mean"] == pytest.approx(1)
-
-
 # --- a table's rows ---------------------------------------------------------------------------------------
 
 
@@ -157,24 +125,18 @@ def table(tmp_path_factory, data_dir):
     return make_table(tmp_path_factory.mktemp("runs"), data_dir, rows)
 
 
-def stack(table, row, seeds):
-    return {
+def resamples_of(table, row, seeds):
+    predictions = {
         task: np.stack([table.runs[row][seed].predictions[task] for seed in seeds]) for task in DEFAULT_TASKS
     }
-
-
-def labels_of(table):
-    return {task: table.dev_data[task].labels for task in DEFAULT_TASKS}
-
-
-def test_values(table):
-    assert table.values("diff", "sst") == pytest.approx([10 / 11, 9 / 11, 8 / 11])
-    assert table.values("baseline", "para") == pytest.approx([6 / 11, 8 / 11, 1 / 11])  # as the runs stand
-    assert table.values("cosine", "sst") == []  # no run of it
+    labels = {task: table.dev_data[task].labels for task in DEFAULT_TASKS}
+    return resampled_means(predictions, labels, TASKS, 40)
 
 
 def test_intervals_are_those_of_significance(table, monkeypatch):
-    expected = resampled_means(stack(table, "diff", (0, 1, 2)), labels_of(table), TASKS, 40)
+    assert table.values("diff", "sst") == pytest.approx([10 / 11, 9 / 11, 8 / 11])
+    assert table.values("baseline", "para") == pytest.approx([6 / 11, 8 / 11, 1 / 11])  # as the runs stand
+    expected = resamples_of(table, "diff", (0, 1, 2))
     assert set(expected) == {*DEFAULT_TASKS, "mean", "mean_2024"}
     for score, resamples in expected.items():
         assert table.interval("diff", score) == to_interval(resamples)
@@ -188,10 +150,7 @@ def test_intervals_are_those_of_significance(table, monkeypatch):
 
 def test_difference_is_that_of_significance_over_the_shared_seeds(table):
     assert table.shared_seeds(("diff", "baseline")) == (0, 2)
-    diff, baseline = (
-        resampled_means(stack(table, row, (0, 2)), labels_of(table), TASKS, 40)
-        for row in ("diff", "baseline")
-    )
+    diff, baseline = (resamples_of(table, row, (0, 2)) for row in ("diff", "baseline"))
     for score in diff:
         expected = to_interval(diff[score] - baseline[score])
         assert table.combine(((1.0, "diff", score), (-1.0, "baseline", score))) == expected
@@ -199,28 +158,25 @@ def test_difference_is_that_of_significance_over_the_shared_seeds(table):
 
 def test_combination_by_hand(table):
     """Seeds 0 and 2: of 11, diff has 10 and 8 right in sst, 9 and 10 in para, baseline 7 and 5, 8 and 6."""
-    terms = [
-        (sign / 2, row, task) for sign, row in ((1, "diff"), (-1, "baseline")) for task in ("sst", "para")
-    ]
+    signs = ((0.5, "diff"), (-0.5, "baseline"))
+    terms = [(sign, row, task) for sign, row in signs for task in ("sst", "para")]
     assert table.combine(terms).estimate == pytest.approx((9 + 9.5 - 6 - 7) / 2 / 11)
     terms = [(2.0, "diff", "sst"), (-3.0, "baseline", "para")]
     assert table.combine(terms).estimate == pytest.approx((2 * 9 - 3 * 7) / 11)
     assert table.combine([(1.0, "diff", "sst"), (-1.0, "diff", "sst")]) == Interval(0, 0, 0)
-
-
-def test_order_of_seeds_rows_and_terms_does_not_matter(table):
+    # The order of seeds, rows and terms does not matter.
     runs = {row: dict(reversed(seeds.items())) for row, seeds in reversed(table.runs.items())}
     turned = Table(runs, table.dev_data, table.num_resamples)
     terms = [(1.0, "diff", "mean"), (-1.0, "baseline", "mean")]
     found, expected = turned.combine(terms[::-1]), table.combine(terms)
-    assert [found.estimate, found.low, found.high] == pytest.approx(
-        [expected.estimate, expected.low, expected.high], abs=1e-12
-    )
+    for name in ("estimate", "low", "high"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-12)
     assert turned.interval("diff", "sst") == table.interval("diff", "sst")
     assert turned.best_run == table.best_run
 
 
-def test_seeds_that_rows_share(table):
+def test_seeds_and_tasks_that_rows_do_not_share(table):
+    """Seed 0 is the only one that minbert, which has sentiment alone, and baseline share: 11 and 7 of 11."""
     runs = {"baseline": {5: table.runs["baseline"][5]}, "diff": table.runs["diff"]}
     apart = Table(runs, table.dev_data, 40)
     assert apart.shared_seeds(("baseline", "diff")) == ()
@@ -230,21 +186,14 @@ def test_seeds_that_rows_share(table):
     runs = {"diff": {1: None, 8: None, 3: None}, "baseline": {8: None, 1: None}}
     assert Table(runs, None).shared_seeds(("diff", "baseline")) == (1, 8)
 
-
-def test_row_without_a_task(table):
     assert table.interval("minbert", "sst").estimate == pytest.approx(10.5 / 11)
-    for score in ("para", "sts", "mean", "mean_2024"):
-        assert table.values("minbert", score) == []
-        assert table.interval("minbert", score) is None
-        assert table.combine([(1.0, "diff", score), (-1.0, "minbert", score)]) is None
-    # Seed 0 is the only one that minbert and baseline share: 11 and 7 of 11.
     difference = table.combine([(1.0, "minbert", "sst"), (-1.0, "baseline", "sst")])
     assert difference.estimate == pytest.approx(4 / 11)
-
-
-def test_row_that_was_not_run(table):
-    assert table.interval("cosine", "sst") is None and table.shared_seeds(("cosine", "diff")) == ()
-    assert table.combine([(1.0, "cosine", "sst"), (-1.0, "diff", "sst")]) is None
+    absent = [("minbert", score) for score in ("para", "sts", "mean", "mean_2024")]
+    for row, score in [*absent, ("cosine", "sst")]:  # no run of the last
+        assert table.values(row, score) == [] and table.interval(row, score) is None
+        assert table.combine([(1.0, "diff", score), (-1.0, row, score)]) is None
+    assert table.shared_seeds(("cosine", "diff")) == ()
 
 
 # --- the best run -----------------------------------------------------------------------------------------
@@ -257,8 +206,5 @@ def test_best_run_is_the_best_seed_of_the_row_that_is_best_on_average(tmp_path, 
         "cosine": {0: all_tasks(0, 0, 0), 1: all_tasks(9, 9, 0)},
         "diff": {0: all_tasks(3, 3, 0), 4: all_tasks(1, 1, 0), 7: all_tasks(2, 2, 0)},
     }
-    assert make_table(tmp_path, data_dir, rows).best_run == ("diff", 4)
-
-
-def test_no_best_run_without_an_overall(tmp_path, data_dir):
-    assert make_table(tmp_path, data_dir, {"minbert": {0: {"sst": 0}}}).best_run is None
+    assert make_table(tmp_path / "a", data_dir, rows).best_run == ("diff", 4)
+    assert make_table(tmp_path / "b", data_dir, {"minbert": rows["minbert"]}).best_run is None

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,39 +16,39 @@ import prepare_submit
 import results_table
 from benchmarks import speed
 from reporting import report
-from support.command_line import OneLineParser, Stopped, catch_signals, printable, run_script
+from support.command_line import OneLineParser, Stopped, catch_signals, run_script
 from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
 from support.errors import UserError
 from support.files import ROOT
 from training import pretrain_mlm
 
-CODE = """
-import resource, sys
+# Page faults of five blocks of 64 MiB, each freed at once, before and after freed memory is kept.
+FAULTS = """
 import numpy as np
-from support.command_line import Stopped, catch_signals, printable, run_script
-from support.device import out_of_memory_hint, is_out_of_memory, keep_freed_memory
-from config import UserError
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-np.ones(2**23)  # 64 MiB, freed at once
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+from resource import RUSAGE_SELF, getrusage
+from support.device import keep_freed_memory
+
+def faults():
     np.ones(2**23)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        np.ones(2**23)
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+print(before, faults())
 """
 
 
-def page_faults(mode):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, mode], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
-    return int(done.stdout)
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="asks glibc")
 def test_freed_memory_is_kept():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
     # 5 x 64 MiB are 81,920 pages, or 160 large ones; kept memory needs none of them again.
-    default, kept = page_faults("default"), page_faults("keep")
+    default, kept = map(int, done.stdout.split())
     assert default >= 150 and kept < default / 5
 
 
@@ -63,36 +64,26 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
 # --- names that are nearly right ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("argv", "meant"),
-    [
-        ("--max_step 5", "--max_steps"),
-        ("--max-steps 5", "--max_steps"),
-        ("--MaxSteps 5", "--max_steps"),
-        ("-max_steps 5", "--max_steps"),
-        ("\u2014max_steps 5", "--max_steps"),
-        ("--max_setps=5", "--max_steps"),
-        ("--max", "--max_steps"),
-        ("folder --fine_tune_mode full", "--fine-tune-mode"),
-        ("--seed 3", None),
-        ("stray", None),
-        ("--" + "max_steps" * 10_000, None),
-        ("--sampler Round-Robin", "round_robin"),
-        ("--sampler sqroot", "sqrt"),
-        ("--sampler \x1b[31m", None),
-        ("--sampler nothing_like_it", None),
-    ],
-)
-def test_a_nearly_right_name_is_recognised(argv, meant, capsys):
+NEARLY_RIGHT = {
+    "--max_steps": "--max_step, --max-steps, --MaxSteps, -max_steps, \u2014max_steps, --max_setps=5, --max",
+    "--fine-tune-mode": "folder --fine_tune_mode full",
+    "round_robin": "--sampler Round-Robin",
+    "sqrt": "--sampler sqroot",
+    None: f"--seed 3, stray, --{'max_steps' * 10_000}, --sampler \x1b[31m, --sampler nothing_like_it",
+}
+
+
+def test_a_nearly_right_name_is_recognised(capsys):
     parser = OneLineParser(prog="x", allow_abbrev=False)
     parser.add_argument("--max_steps", type=int)
     parser.add_argument("--fine-tune-mode")
     parser.add_argument("--sampler", choices={"round_robin": 1, "sqrt": 2})
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(argv.split())
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1
-    assert error.endswith(f"; did you mean {meant}?\n") if meant else "did you mean" not in error
+    for meant, argv in ((meant, argv) for meant, line in NEARLY_RIGHT.items() for argv in line.split(", ")):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(argv.split())
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1
+        assert error.endswith(f"; did you mean {meant}?\n") if meant else "did you mean" not in error
 
 
 def test_every_script_knows_nearly_right_names(capsys):
@@ -106,24 +97,26 @@ def test_every_script_knows_nearly_right_names(capsys):
 # --- signals and errors ---------------------------------------------------------------------------
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+LIBRARYS_OWN = RuntimeError("what a library has made of our exception")
+
+
+def stopped_by(number, made_of_it, handlers):
+    """Work that gets a signal, in a library that turns our exception into another one; notes the handlers."""
+    try:
+        signal.raise_signal(number)
+    except Stopped:
+        handlers += [signal.getsignal(each) for each in NUMBERS]
+        raise made_of_it or Stopped from None
+    pytest.fail("it should have stopped here")
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("made_of_it", [None, RuntimeError("a library's own words"), UserError("damaged")])
+@pytest.mark.parametrize("made_of_it", [None, LIBRARYS_OWN, UserError("damaged")])
 def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
-    """Also when a library turns our exception into another one."""
     before = [signal.getsignal(each) for each in NUMBERS]
-
-    def work():
-        try:
-            signal.raise_signal(number)
-        except Stopped:
-            assert [signal.getsignal(each) for each in NUMBERS][:2] == [
-                signal.SIG_DFL
-            ] * 2  # a second one kills
-            raise made_of_it or Stopped from None
-
-    assert run_script("x", work) == 128 + number
+    handlers = []
+    assert run_script("x", partial(stopped_by, number, made_of_it, handlers)) == 128 + number
+    assert handlers[:2] == [signal.SIG_DFL] * 2  # a second one kills
     assert capsys.readouterr().err == "x: interrupted\n"
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
@@ -131,66 +124,41 @@ def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
 def test_caught_signal_waits_but_for_work_that_is_interruptible():
     with catch_signals() as stop:
         assert stop.interruptible(lambda: 5) == 5 and not stop.requested
+        with pytest.raises(ZeroDivisionError):
+            stop.interruptible(lambda: 1 / 0)
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested and stop.exit_code == 143
         assert stop.interruptible(lambda: pytest.fail("it had come before")) is None
+    for made_of_it in (None, LIBRARYS_OWN):
+        with catch_signals() as stop:
+            assert stop.interruptible(partial(stopped_by, signal.SIGINT, made_of_it, [])) is None
+            assert stop.requested
+    # A hang-up that is ignored stays so, as under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("made_of_it", [None, RuntimeError("a library's own words")])
-def test_interruptible_work_is_given_up(made_of_it):
-    def work():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except Stopped:
-            raise made_of_it or Stopped from None
-        pytest.fail("it should have stopped here")
-
-    with catch_signals() as stop:
-        assert stop.interruptible(work) is None and stop.requested
+NOT_MEMORY = [RuntimeError("shapes cannot be multiplied"), ValueError("can't allocate memory")]
 
 
-def test_errors_of_interruptible_work_are_its_own():
-    with catch_signals() as stop, pytest.raises(ZeroDivisionError):
-        stop.interruptible(lambda: 1 / 0)
-
-
-def test_error_is_one_line_whatever_it_holds(capsys):
-    def work():
-        raise UserError("bad\nfile \x1b[2Jname \ud800 \u00fc")
-
-    assert run_script("x", work) == 2
-    assert capsys.readouterr().err == "x: error: bad\\nfile \\x1b[2Jname \\ud800 \u00fc\n"
-    assert printable("plain") == "plain"
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory."), True),
-        (MemoryError(), True),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
-            True,
-        ),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("can't allocate memory"), False),
-    ],
-)
-def test_lack_of_memory_is_told_from_other_errors(error, expected):
-    assert is_out_of_memory(error) == expected
-    with (
-        pytest.raises(UserError if expected else type(error)) as raised,
-        out_of_memory_hint(lambda: "in a batch"),
-    ):
-        raise error
-    assert (str(raised.value) == "out of memory in a batch") == expected
-
-
-def test_torch_says_so_when_memory_runs_out():
+def test_lack_of_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.int8)
-    assert is_out_of_memory(raised.value)
+    c_plus_plus = RuntimeError("std::bad_alloc")
+    for error in (raised.value, torch.OutOfMemoryError("CUDA"), MemoryError(), c_plus_plus, *NOT_MEMORY):
+        expected = error not in NOT_MEMORY
+        assert is_out_of_memory(error) == expected
+        with (
+            pytest.raises(UserError if expected else type(error)) as caught,
+            out_of_memory_hint(lambda: "in a batch"),
+        ):
+            raise error
+        assert (str(caught.value) == "out of memory in a batch") == expected
 
 
 PRINT = """
@@ -206,14 +174,12 @@ sys.exit(run_script("x", work))
 """
 
 
-@pytest.mark.parametrize(
-    ("redirection", "encoding"), [("", "ascii"), (">&-", "utf-8"), (">&- 2>&-", "utf-8")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("redirection", "encoding"), [("", "ascii"), (">&- 2>&-", "utf-8")])
 def test_any_text_can_be_printed_to_any_stream(tmp_path, redirection, encoding):
     """Streams that are ASCII only or closed: no traceback, and no text in files that are opened later."""
-    command = f'"$0" -c "$1" "$2" {redirection}'
     done = subprocess.run(
-        ["sh", "-c", command, sys.executable, PRINT, str(tmp_path / "file")],
+        ["sh", "-c", f'"$0" -c "$1" "$2" {redirection}', sys.executable, PRINT, str(tmp_path / "file")],
         cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": encoding},
         capture_output=True,
@@ -226,21 +192,10 @@ def test_any_text_can_be_printed_to_any_stream(tmp_path, redirection, encoding):
     assert (tmp_path / "file").read_text() == "written"
 
 
-def test_hang_up_that_is_ignored_stays_ignored():
-    """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with catch_signals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop.requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (UserError("mend it"), 2, "x: error: mend it\n"),
+        (UserError("bad\nfile \x1b[2Jname \ud800 ü"), 2, "x: error: bad\\nfile \\x1b[2Jname \\ud800 ü\n"),
         (OSError(28, "No space left on device", "a/b"), 2, "x: error: a/b: No space left on device\n"),
         (SafetensorError("I/O error"), 2, "x: error: a checkpoint could not be written (I/O error)\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "--batch_size"),
@@ -254,8 +209,5 @@ def test_what_a_user_can_mend_ends_in_one_line(error, code, message, capsys):
     assert run_script("x", work) == code
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
-
-
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         run_script("x", lambda: 1 / 0)

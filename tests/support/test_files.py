@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,33 @@ from support.errors import UserError
 from support.files import ROOT, check_replaceable, lock_folder, read_bytes, read_head, read_json, write_text
 from support.text_files import read_data_file
 
-NO_FILES = {
-    "absent": (lambda path: None, "No such file or directory"),
-    "folder": (Path.mkdir, "not a regular file"),
-    "pipe": (os.mkfifo, "not a regular file"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-    "link to itself": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-}
+
+def link_to(target):
+    return lambda path: path.symlink_to(target)
 
 
-@pytest.mark.parametrize("case", NO_FILES)
-def test_what_is_no_file_is_refused_at_once(tmp_path, case):
-    make, reason = NO_FILES[case]
+def message_of(function, *args):
+    """What a function tells the user is wrong."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (Path.mkdir, "not a regular file"),
+        (os.mkfifo, "not a regular file"),
+        (link_to("/dev/zero"), "not a regular file"),
+        (link_to("file.json"), "Too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, make, reason):
     path = tmp_path / "file.json"
     make(path)
     for read in (read_json, read_bytes):
-        with pytest.raises(UserError) as caught:
-            read(path)
-        assert str(caught.value) == f"{path}: cannot be read ({reason})"
+        assert message_of(read, path) == f"{path}: cannot be read ({reason})"
 
 
 BAD_JSON = {
@@ -50,23 +60,18 @@ BAD_JSON = {
 
 @pytest.mark.parametrize("case", BAD_JSON)
 def test_bad_json(tmp_path, case):
-    contents, message = BAD_JSON[case]
+    contents, expected = BAD_JSON[case]
     path = tmp_path / "file.json"
     path.write_bytes(contents)
-    with pytest.raises(UserError) as caught:
-        read_json(path)
-    assert str(caught.value).startswith(f"{path}: {message}")
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+    message = message_of(read_json, path)
+    assert message.startswith(f"{path}: {expected}") and message.isprintable() and len(message) < 400
 
 
-@pytest.mark.parametrize("read", [read_bytes, read_json, read_data_file])
-def test_git_lfs_pointer_is_called_one(tmp_path, read):
+def test_git_lfs_pointer_is_called_one(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4f\nsize 438\n")
-    with pytest.raises(UserError) as caught:
-        read(path)
-    message = "a Git LFS pointer, not yet the file itself; fetch that with 'git lfs pull', or download it"
-    assert str(caught.value) == f"{path}: {message} by hand"
+    for read in (read_bytes, read_json, read_data_file):
+        assert f"{path}: a Git LFS pointer, not yet the file itself; fetch that" in message_of(read, path)
 
 
 def test_write_text_makes_folders_and_keeps_line_ends(tmp_path):
@@ -76,65 +81,45 @@ def test_write_text_makes_folders_and_keeps_line_ends(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["file.csv"]
 
 
-def test_write_text_leaves_the_old_file_when_writing_fails(tmp_path):
+def test_write_text_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "file.csv"
     write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half of the text \ud800")  # a lone surrogate: no UTF-8 can hold it
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_write_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypatch, function):
-    path = tmp_path / "file.csv"
-    write_text(path, "old")
-
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, function, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "next")
-    assert path.read_text() == "old"
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(os, function, fail)
+            write_text(path, "next")
+        assert path.read_text() == "old"
 
 
-def link_to(target):
-    return lambda path: path.symlink_to(target)
+TAKEN = [
+    (lambda path: path.write_text("id\tsentence\n"), "exists and is no page; expected"),
+    (Path.mkdir, "is a folder; expected a file"),
+    (os.mkfifo, "exists and is no page; expected a new name, or an earlier page to replace"),
+    (link_to("data.csv"), "exists and is no page; expected"),
+    (link_to("/dev/null"), "exists and is no page; expected"),
+    (link_to("absent"), "is a link to absent, which does not exist"),
+]
+FREE = [lambda path: None, Path.touch, lambda path: path.write_text("# Page\n"), link_to("page.md")]
 
 
-TAKEN = {
-    "a data file": (lambda path: path.write_text("id\tsentence\n"), "exists and is no page; expected"),
-    "a folder": (Path.mkdir, "is a folder; expected a file"),
-    "a pipe": (os.mkfifo, "exists and is no page; expected a new name, or an earlier page to replace"),
-    "a link to a data file": (link_to("data.csv"), "exists and is no page; expected"),
-    "a link to a device": (link_to("/dev/null"), "exists and is no page; expected"),
-    "a link to nothing": (link_to("absent"), "is a link to absent, which does not exist"),
-}
-FREE = {
-    "nothing": lambda path: None,
-    "an empty file": Path.touch,
-    "an earlier page": lambda path: path.write_text("# Page\n"),
-    "a link to an earlier page": link_to("page.md"),
-}
-
-
-def is_page(path):
-    return read_head(path).startswith(b"# Page")
-
-
-@pytest.mark.parametrize("case", [*TAKEN, *FREE])
-def test_only_our_own_files_are_replaced(tmp_path, case):
+@pytest.mark.parametrize(("make", "message"), [*TAKEN, *((make, None) for make in FREE)])
+def test_only_our_own_files_are_replaced(tmp_path, make, message):
     (tmp_path / "data.csv").write_text("id\tsentence\n")
     (tmp_path / "page.md").write_text("# Page\n")
     path = tmp_path / "output"
-    make, message = TAKEN.get(case) or (FREE[case], None)
     make(path)
+    check = partial(check_replaceable, path, "page", lambda path: read_head(path).startswith(b"# Page"))
     if message is None:
-        check_replaceable(path, "page", is_page)
-        return
-    with pytest.raises(UserError) as caught:
-        check_replaceable(path, "page", is_page, "--output")
-    assert str(caught.value).startswith(f"--output {path}: {message}")
+        check()
+    else:
+        assert message_of(check, "--output").startswith(f"--output {path}: {message}")
 
 
 # --- the lock -------------------------------------------------------------------------------------
@@ -151,22 +136,15 @@ with lock_folder(Path(sys.argv[1])):
 """
 
 
-def hold(folder, mode="alone"):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), mode],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        text=True,
-        start_new_session=True,
-    )
-    holder.stdout.readline()
-    return holder
-
-
 @pytest.mark.parametrize("mode", ["alone", "fork"])
 def test_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path, mode):
     folder = tmp_path / "run"
-    holder = hold(folder, mode)
+    command, options = (
+        [sys.executable, "-c", HOLD, str(folder), mode],
+        {"cwd": ROOT, "start_new_session": True},
+    )
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
+    holder.stdout.readline()
     try:
         with (
             pytest.raises(UserError, match=f"in use by another run .'process {holder.pid} on "),
@@ -183,13 +161,10 @@ def test_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path, mode):
         os.killpg(holder.pid, 9) if mode == "fork" else None
 
 
-def test_lock_leaves_no_empty_folder(tmp_path):
+def test_lock_of_a_folder_without_files_and_of_a_file(tmp_path):
     with lock_folder(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").exists()
     assert not (tmp_path / "run").exists()
-
-
-def test_lock_of_a_file(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="is a file; expected a folder"), lock_folder(tmp_path / "run"):
         pass

@@ -94,11 +94,13 @@ class Pair:
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("method", ["sum", "mean", "pcgrad", "gradvac"])
-@pytest.mark.parametrize("head", PAIR_HEADS)
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [*(("pcgrad", head) for head in PAIR_HEADS), ("sum", "diff"), ("mean", "diff"), ("gradvac", "diff")],
+)
 def test_steps_equal_plain_ones(method, head):
     pair = Pair(head, grad_method=method, clip_norm=1.0)
-    pair.steps(4)
+    pair.steps(3)
     pair.compare_parameters()
 
 
@@ -134,7 +136,7 @@ def test_every_kind_of_step_equals_a_plain_one(case):
 def test_results_do_not_depend_on_spare_rows(monkeypatch):
     """Bit for bit: spare rows have zero gradients, and sums over tasks do not see them."""
     found = []
-    for multiple in (256, 512, 2048):
+    for multiple in (256, 1024):
         monkeypatch.setattr(static, "ROW_MULTIPLE", multiple)
         pair = Pair()
         result = pair.captured(pair.examples(0), 0)()
