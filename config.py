@@ -5,7 +5,7 @@ prediction files all follow from them. BERT: https://arxiv.org/abs/1810.04805.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from support.errors import UserError, quote
@@ -126,6 +126,12 @@ class TaskSpec:
     handout_column: str  # as the course's handout spells it
     default_head: str = "single"  # row of heads.HEADS
     class_names: tuple[str, ...] = ()  # of discrete labels, in order
+    label_texts: tuple[
+        str, ...
+    ] = ()  # what stands for the classes in the label's column; empty: their numbers
+    id_column: str | None = "id"  # None: rows are numbered
+    other_files: dict[str, str] = field(default_factory=dict)  # split -> name in another course
+    form: str | None = "tsv"  # row of datasets.FORMS; None: what the ending of a file's name says
 
     @property
     def is_pair(self) -> bool:
@@ -133,15 +139,17 @@ class TaskSpec:
 
 
 def course_files(stem: str) -> dict[str, str]:
-    """File names of the three splits as the course ships them."""
+    """File names of the three splits as the course ships them; Goettingen's course differs in the stems."""
     return {"train": f"{stem}-train.csv", "dev": f"{stem}-dev.csv", "test": f"{stem}-test-student.csv"}
 
 
+# Beside these rows stand those of --task_file, see training.task_file.
 TASKS = {
     "sst": TaskSpec(
         title="sentiment (SST-5)",
         kind="classification",
         files=course_files("ids-sst"),
+        other_files=course_files("sst-sentiment"),
         text_columns=("sentence",),
         label_column="sentiment",
         label_range=(0, 4),
@@ -153,6 +161,7 @@ TASKS = {
         title="paraphrase (Quora)",
         kind="binary",
         files=course_files("quora"),
+        other_files=course_files("quora-paraphrase"),
         text_columns=("sentence1", "sentence2"),
         label_column="is_duplicate",
         label_range=(0, 1),
@@ -165,6 +174,7 @@ TASKS = {
         title="similarity (SemEval STS)",
         kind="regression",
         files=course_files("sts"),
+        other_files=course_files("sts-similarity"),
         text_columns=("sentence1", "sentence2"),
         label_column="similarity",
         label_range=(0, 5),

@@ -15,9 +15,11 @@ Shapes: N examples of a task, U distinct sequences among them, B examples in a b
 import csv
 import hashlib
 import io
+import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,9 +120,24 @@ WARNINGS = {
     "too few fields, kept": "{rows} with fewer fields than the header has columns, kept",
     "label in a test file": "{rows} with a label, which is not read in a test file",
 }
-DELIMITERS = {",": "commas", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
+DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
 # What an id must not contain, since a line of a prediction file is an id, a comma, a number.
 BAD_ID = re.compile('[,"\x00-\x1f\x7f-\x9f\u2028\u2029]')
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a data file is written."""
+
+    expected: str  # what its columns are called in messages
+    delimiter: str | None  # None: each line is a JSON object
+
+
+FORMS = {  # the names are also the endings that --task_file knows them by
+    "tsv": Form("the tab-separated columns", "\t"),
+    "csv": Form("the comma-separated columns", ","),
+    "jsonl": Form("a JSON object in each line with the keys", None),
+}
 QUOTES = 'write a quotation mark inside a quoted field as "", or quote no field'
 
 
@@ -214,27 +231,76 @@ def read_text(path: Path) -> tuple[str, str, dict[str, list[int]]]:
     return decode(raw, path), hashlib.sha256(raw).hexdigest(), warnings
 
 
-def expected(columns: list[str]) -> str:
-    return f"expected the tab-separated columns {', '.join(columns)}"
+def json_rows(text: str, path: Path, columns: Collection[str]) -> Iterator[tuple[int, list[str]]]:
+    """What `table_rows` gives, from a JSON object in each line; the keys of the first one are the header.
+
+    Args:
+        columns: whose values are needed; others are left empty.
+
+    Raises:
+        UserError: for a line that is no JSON object, or a value that is neither text nor a number.
+    """
+    header = None
+    for at, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}:{at}: line is {quote(line)}; expected a JSON object")
+        if header is None:
+            header = list(values)
+            yield at, header
+        cells = [values.get(column) if column in columns else None for column in header]
+        for column, cell in zip(header, cells, strict=True):
+            if isinstance(cell, list | dict) or len(str(cell)) > MAX_FIELD_SIZE:
+                raise UserError(f"{path}:{at}: {column} is {quote(str(cell))}; expected text or a number")
+        yield (
+            at,
+            ["" if cell is None else cell if isinstance(cell, str) else json.dumps(cell) for cell in cells],
+        )
 
 
-def check_delimiter(text: str, columns: list[str], path: Path) -> None:
-    """Raise a UserError if something other than tabs seems to separate the columns."""
+def data_file(data_dir: str | Path, spec: TaskSpec, split: str) -> Path:
+    """Where a task's file is: under its name or, where only that is there, its other name."""
+    paths = [Path(data_dir) / names[split] for names in (spec.files, spec.other_files) if names]
+    return next((path for path in paths if os.path.lexists(path)), paths[0])
+
+
+def find_form(path: Path, spec: TaskSpec) -> Form:
+    """How a data file of a task is written.
+
+    Raises:
+        UserError: if that is for the file's name to say, and it does not.
+    """
+    name = spec.form or path.suffix.lower().lstrip(".")
+    if name not in FORMS:
+        endings = ", ".join(f".{ending}" for ending in FORMS)
+        raise UserError(f"{path}: of no known format; expected a name that ends in one of {endings}")
+    return FORMS[name]
+
+
+def check_delimiter(text: str, columns: list[str], path: Path, form: Form) -> None:
+    """Raise a UserError if something else than the form's delimiter seems to separate the columns."""
     first_line = re.match("[^\r\n]*", text)[0][:2000]
     for delimiter, name in DELIMITERS.items():
         names = [part.strip() for part in first_line.replace('"', "").strip().split(delimiter)]
-        if "\t" not in first_line and len(names) > 1 and set(columns) & set(names):
-            raise UserError(f"{path}:1: separated by {name}, it seems; {expected(columns)}")
+        if form.delimiter not in first_line and len(names) > 1 and set(columns) & set(names):
+            raise UserError(
+                f"{path}:1: separated by {name}, it seems; expected {form.expected} {', '.join(columns)}"
+            )
 
 
-def check_header(header: list[str], columns: list[str], place: str) -> None:
+def check_header(header: list[str], columns: list[str], place: str, form: Form) -> None:
     """Raise a UserError unless each of `columns` is there exactly once."""
     for column in columns:
         if header.count(column) != 1:
             found = [one_line(name, 60) or "(unnamed)" for name in header[:8]] + header[8:]
             raise UserError(
                 f"{place}: {'two columns' if column in header else 'no column'} {column!r};"
-                f" {expected(columns)}, found {name_some(found, 8)}"
+                f" expected {form.expected} {', '.join(columns)}, found {name_some(found, 8)}"
             )
 
 
@@ -252,10 +318,13 @@ class RowReader:
     ):
         self.path, self.spec, self.is_test, self.warnings = path, spec, split == "test", warnings
         self.num_columns = len(header)
-        self.id_at, *self.text_at = (header.index(column) for column in ("id", *spec.text_columns))
+        self.separator = "comma" if find_form(path, spec).delimiter == "," else "tab"
+        self.id_at = header.index(spec.id_column) if spec.id_column else None
+        self.text_at = [header.index(column) for column in spec.text_columns]
         self.label_at = header.index(spec.label_column) if spec.label_column in header else None
-        needed = [self.id_at, *self.text_at] + ([] if self.is_test else [self.label_at])
-        self.num_needed = 1 + max(needed)
+        needed = [*self.text_at] + ([] if self.is_test else [self.label_at])
+        self.num_needed = 1 + max(needed if self.id_at is None else [self.id_at, *needed])
+        self.num_rows = 0
         self.first_lines: dict[str, int] = {}  # id -> line
         self.known_labels: dict[str, float] = {}  # cell -> number; few cells differ
 
@@ -268,14 +337,15 @@ class RowReader:
         Raises:
             UserError: for a bad row, naming file:line.
         """
+        self.num_rows += 1
         num_fields = len(fields)
         if num_fields > self.num_columns:
             raise UserError(
                 f"{self.path}:{line}: {num_fields} fields, more fields than the header has columns"
-                f" ({self.num_columns}); put a sentence that holds a tab in quotation marks"
+                f" ({self.num_columns}); put a sentence that holds a {self.separator} in quotation marks"
             )
         fields += [""] * (self.num_columns - num_fields)
-        row_id = self.read_id(line, fields[self.id_at])
+        row_id = str(self.num_rows) if self.id_at is None else self.read_id(line, fields[self.id_at])
         texts = tuple([clean_text(fields[n]) for n in self.text_at])
         cell = fields[self.label_at].strip() if self.label_at is not None else ""
         if self.is_test:
@@ -327,18 +397,23 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
             prediction file; a label that is not a number or out of range.
     """
     path = Path(path)
-    columns = ["id", *spec.text_columns] + ([] if split == "test" else [spec.label_column])
+    form = find_form(path, spec)
+    columns = [*filter(None, [spec.id_column]), *spec.text_columns]
+    columns += [] if split == "test" else [spec.label_column]
     text, sha256, warnings = read_text(path)
-    check_delimiter(text, columns, path)
-    table = table_rows(io.StringIO(text, newline=""), path)
+    if form.delimiter is None:
+        table = json_rows(text, path, {*columns, spec.label_column})
+    else:
+        check_delimiter(text, columns, path, form)
+        table = table_rows(io.StringIO(text, newline=""), path, form.delimiter)
     line, header = next(table, (1, None))
     if header is None:
-        raise UserError(f"{path}: the file is empty; {expected(columns)}")
+        raise UserError(f"{path}: the file is empty; expected {form.expected} {', '.join(columns)}")
     names = [name.strip() for name in header]
     if any(name != given and name in columns for name, given in zip(names, header, strict=True)):
         warnings["blanks in the header"] = [line]
     header = names
-    check_header(header, columns, f"{path}:{line}")
+    check_header(header, columns, f"{path}:{line}", form)
 
     reader = RowReader(path, header, spec, split, warnings)
     rows, errors, num_rows = [], [], 0
@@ -359,7 +434,8 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
         errors.insert(0, str(error))
     if errors:
         hint = f"; 'python -m training.check_data {path.parent}' lists them"
-        raise DataError(errors, hint if path.name == spec.files[split] else "")
+        is_found = path.name in (spec.files[split], spec.other_files.get(split))
+        raise DataError(errors, hint if is_found else "")
     if not rows:
         reasons = "; ".join(warning_text(kind, lines) for kind, lines in warnings.items())
         raise UserError(
@@ -371,8 +447,13 @@ def read_rows(path: str | Path, spec: TaskSpec, split: str) -> Rows:
 
 
 def parse_label(text: str, spec: TaskSpec, place: str) -> float:
-    """The number in a label's cell; `place` is the file:line that a UserError names."""
+    """The number that a label's cell stands for; `place` is the file:line that a UserError names."""
     low, high = spec.label_range
+    if spec.label_texts:
+        if text not in spec.label_texts:
+            names = name_some(spec.label_texts, 20)
+            raise UserError(f"{place}: {spec.label_column} is {quote(text)}; expected one of {names}")
+        return float(spec.label_texts.index(text))
     try:
         label = math.nan if "_" in text else float(text)  # float() takes 0_1 for 1
     except ValueError:

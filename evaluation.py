@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import TaskSpec
+from config import DEFAULT_TASKS, TaskSpec
 from support.bars import Bar
 from support.device import to_device
 from support.errors import UserError, one_line, quote
@@ -187,6 +187,19 @@ OVERALLS = {
     "mean": Overall(mean_score, "overall, plain mean (poster, class of 2023)"),
     "mean_2024": Overall(mean_2024_score, "overall, similarity as (r + 1) / 2 (class of 2024)"),
 }
+
+
+def overall_titles(tasks: Mapping[str, TaskSpec]) -> dict[str, str]:
+    """What the overalls of these tasks are called: by the class for its own tasks, else what they are."""
+    if set(tasks) == set(DEFAULT_TASKS):
+        return {name: overall.title for name, overall in OVERALLS.items()}
+    if len(tasks) < 2:
+        return {}
+    scores = [f"{task} {TASK_KINDS[spec.kind].main_score}" for task, spec in tasks.items()]
+    titles = {"mean": f"plain mean of {', '.join(scores)}"}
+    if any(spec.kind == "regression" for spec in tasks.values()):
+        titles["mean_2024"] = "the same with each correlation as (r + 1) / 2"
+    return titles
 
 
 def summarise(task_scores: dict[str, dict[str, float]], tasks: dict[str, TaskSpec]) -> dict:
@@ -381,6 +394,11 @@ PREDICTION_STYLES = {"starter": "output", "handout": "out"}  # style -> how its 
 def prediction_name(task: str, split: str, style: str) -> str:
     """The name of a prediction file."""
     return f"{task}-{split}-{PREDICTION_STYLES[style]}.csv"
+
+
+def part1_name(mode: str, task: str, split: str) -> str:
+    """The name of a prediction file of the class's Part 1, single tasks; `mode` is a --fine-tune-mode."""
+    return f"{mode}-{task}-{split}-out.csv"
 
 
 def format_predictions(spec: TaskSpec, ids: Sequence[str], predictions: Sequence[float], style: str) -> str:

@@ -43,13 +43,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base_bert import resolve_pretrained, weights_digest
-from config import TASKS
+from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import BatchOrder, Rows, TaskData, plan_tasks
 from evaluation import (
-    OVERALLS,
     TASK_KINDS,
     evaluate,
     format_predictions,
+    overall_titles,
     predict,
     score_warnings,
     select_score,
@@ -61,15 +61,17 @@ from kernels.loss_weightings import loss_factors
 from optimizer import lr_factor, set_lr
 from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
+from reporting.submission import FORBIDDEN
 from support.command_line import StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
 from support.errors import UserError
 from support.files import lock_folder, write_text
 from support.seeds import make_seed, seed_of
 from tokenizer import BertTokenizer
+from training.args_file import comes_from
 from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
-from training.flags import RESUME_MAY_CHANGE, get_args
+from training.flags import get_args, may_change
 from training.loss_scale import scale_of
 from training.metrics import average, step_record
 from training.progress import (
@@ -662,8 +664,8 @@ def print_scores(summary: dict, dev_data: dict[str, TaskData], predictions: dict
         print(f"  {task:6s} {named}  ({baseline}; {len(labels)} examples; {spec.title})")
         for warning in score_warnings(task, spec, scores, predictions[task], labels):
             print(f"         warning: {warning}")
-    for name, overall in OVERALLS.items():
-        print(f"  {overall.title}: {summary[name]:.4f}")
+    for name, title in overall_titles({task: TASKS[task] for task in summary["tasks"]}).items():
+        print(f"  {title}: {summary[name]:.4f}")
 
 
 # --- a run from the command line ------------------------------------------------------------------
@@ -701,7 +703,7 @@ def start(args: Namespace) -> None:
     }
     stored = None
     if args.resume:
-        stored = check_same_run(settings, last, facts, RESUME_MAY_CHANGE)
+        stored = check_same_run(settings, last, facts, may_change())
         facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
     run = Run(settings, make_model(settings.model, bert).to(settings.device), tokenizer)
     if last:
@@ -796,6 +798,8 @@ def run(argv: list[str] | None) -> None:
             evaluate_again(args)
         else:
             start(args)
+    if set(args.tasks) == set(DEFAULT_TASKS) and comes_from(args.pretrained, OFFLINE_ENCODER):
+        print(f"note: {FORBIDDEN}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from support.files import sync
 from training.checkpoint import load_model, need_checkpoint, remove
 from training.resolve import fit_to_encoder, head_name
 from training.run_data import load_encoder
-from training.run_parser import task_list
+from training.run_parser import run_tasks
 
 MARK = "export.json"  # a folder that holds it is an export, and may be replaced by another
 
@@ -181,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--to", choices=FORMATS, required=True, help="what should be able to open it")
     text = "tasks to export (default: all that the run has)"
-    parser.add_argument("--task", type=task_list, help=text)
+    parser.add_argument("--task", type=run_tasks, help=text)
     text = "also upload to this repository of the Hugging Face hub (for several tasks, REPO-TASK of each)"
     parser.add_argument("--push_to_hub", metavar="REPO", help=text)
     return parser

@@ -163,7 +163,7 @@ def make_parser() -> OneLineParser:
     )
     parser.add_argument("run", help="run folder, or one of its checkpoints")
     parser.add_argument("sentences", nargs="*", help="for a task of pairs, every two of them are one pair")
-    parser.add_argument("--task", choices=tuple(TASKS), help="may be left out if the run has only one")
+    parser.add_argument("--task", help="a task of the run; may be left out if there is only one")
     parser.add_argument("--file", metavar="FILE", help="file with sentences; - for standard input")
     parser.add_argument(
         "--columns", metavar="NAME[,NAME]", help="text columns, if the task's have other names"

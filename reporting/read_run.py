@@ -4,11 +4,13 @@ Only what is read here is declared; other keys are left alone, since a newer ver
 """
 
 import json
+from collections.abc import Collection
 from functools import cache
 from itertools import permutations
 from pathlib import Path
 from typing import (
     Literal,
+    NewType,
     NotRequired,
     Required,
     TypedDict,
@@ -25,8 +27,7 @@ from support.files import read_bytes, read_json
 from training.flags import read_run
 from training.run_folder import ARGS_FILE, MAX_LOG_BYTES, read_args_file
 
-Task = Literal[tuple(TASKS)]
-Pair = Literal[tuple("-".join(pair) for pair in permutations(TASKS, 2))]
+Task, Pair = NewType("Task", str), NewType("Pair", str)  # of the tasks known now, a run's own included
 ByTask, ByPair = dict[Task, float], dict[Pair, float]
 Summary = TypedDict("Summary", {"tasks": dict[Task, dict[str, float]]} | dict.fromkeys(OVERALLS, float))
 
@@ -80,14 +81,20 @@ EXPECTED = {int: "a whole number", float: "a number", str: "text", dict: "names 
 hints_of = cache(get_type_hints)
 
 
+def known_names(kind) -> Collection[str]:
+    if kind is Pair:
+        return {"-".join(pair) for pair in permutations(TASKS, 2)}
+    return TASKS if kind is Task else get_args(kind)
+
+
 def check(value, kind, name: str = "it") -> None:
     """Check a value from a JSON file against a type; a whole number passes for a float.
 
     Raises:
         UserError: saying what is wrong with which part of it.
     """
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+    if get_origin(kind) is Literal or kind in (Task, Pair):
+        if value not in known_names(kind):
             raise UserError(f"{one_line(name, 60)} has {quote(value)}, which is not known")
         return
     plain = kind if kind in EXPECTED else dict

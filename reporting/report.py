@@ -20,7 +20,7 @@ import numpy as np
 
 from config import TASKS
 from datasets import Rows, read_rows
-from evaluation import OVERALLS, TASK_KINDS, check_predictions, read_predictions
+from evaluation import TASK_KINDS, check_predictions, overall_titles, read_predictions
 from reporting.pages import Table, command_line, percent, render_html, render_markdown
 from reporting.read_run import read_metrics, read_settings, read_summary, training_seconds
 from reporting.run_list import find_runs, is_run, write_run_list
@@ -185,7 +185,8 @@ def scores_section(
                 if not value > baseline:  # in this form nan is warned about, too
                     warnings.append(f"Warning: {task} is no better than the {kind.baseline_name}.")
             rows.append(row)
-    rows += [[overall.title, "", f"{summary[name]:.4f}", "", ""] for name, overall in OVERALLS.items()]
+    titles = overall_titles({task: TASKS[task] for task in summary["tasks"]})
+    rows += [[title, "", f"{summary[name]:.4f}", "", ""] for name, title in titles.items()]
     limit = f", on at most {most} examples per task" if most else ""
     if summary["finished"]:
         text = f"Scores of the best checkpoint by {select_by}, from step {summary['step']}{limit}."

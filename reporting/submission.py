@@ -7,17 +7,22 @@ The zip holds the prediction files and all of the project's code, as the course 
 
 import sys
 import zipfile
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from config import DEFAULT_TASKS, TASKS
-from datasets import read_rows
-from evaluation import PREDICTION_STYLES, check_predictions, prediction_name
+from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
+from datasets import data_file, read_rows
+from evaluation import PREDICTION_STYLES, check_predictions, part1_name, prediction_name
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import ROOT, check_replaceable, whole_file
-from training.flags import task_list
+from training.args_file import ARGS_FILE, comes_from, read_args_file
+from training.flags import FINE_TUNE_MODES
+from training.run_parser import task_list
 
+PART1_TASKS = ("sst", "cfimdb")
+FORBIDDEN = "the class's leaderboard forbids MiniLM; hand in a run with --pretrained bert-base-uncased"
 ZIP_NAME = "cs224n_default_final_project_submission.zip"
 
 
@@ -47,20 +52,50 @@ def check_folder(
     Returns:
         the files, the errors and the warnings found, one line each.
     """
+    wanted = [
+        (task, split, partial(find_prediction_file, folder, task, split))
+        for task in tasks
+        for split in ("dev", "test")
+    ]
+    return check_files(wanted, data_dir)
+
+
+def check_part1(folder: Path, data_dir: Path) -> tuple[list[Path], list[str], list[str]]:
+    """Check the eight prediction files of Part 1; arguments and results as for `check_folder`."""
+    wanted = [
+        (task, split, partial(folder.joinpath, part1_name(mode, task, split)))
+        for mode in FINE_TUNE_MODES
+        for task in PART1_TASKS
+        for split in ("dev", "test")
+    ]
+    return check_files(wanted, data_dir)
+
+
+def check_files(
+    wanted: Iterable[tuple[str, str, Callable[[], Path]]], data_dir: Path
+) -> tuple[list[Path], list[str], list[str]]:
+    """Check prediction files, each given by its task, its split and how it is found."""
     files, errors, warnings = [], [], []
-    for task in tasks:
-        for split in ("dev", "test"):
-            try:
-                path = find_prediction_file(folder, task, split)
-                rows = read_rows(data_dir / TASKS[task].files[split], TASKS[task], split)
-                warning = check_predictions(path, TASKS[task], rows.ids)
-            except UserError as error:
-                errors.append(str(error))
-                continue
-            files.append(path)
-            if warning:
-                warnings.append(f"{path}: {warning}")
+    for task, split, find in wanted:
+        try:
+            path = find()
+            rows = read_rows(data_file(data_dir, TASKS[task], split), TASKS[task], split)
+            warning = check_predictions(path, TASKS[task], rows.ids)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        files.append(path)
+        if warning:
+            warnings.append(f"{path}: {warning}")
     return files, errors, warnings
+
+
+def forbidden_encoder(run_dir: Path) -> list[str]:
+    """A warning if a run, of which this is the folder or that of its predictions, started from MiniLM."""
+    run = next((folder for folder in (run_dir, run_dir.parent) if (folder / ARGS_FILE).exists()), None)
+    if run is None or not comes_from(str(read_args_file(run)["args"].get("pretrained")), OFFLINE_ENCODER):
+        return []
+    return [f"{run}: {FORBIDDEN}"]
 
 
 def find_code() -> list[Path]:
@@ -100,8 +135,10 @@ def submit(argv: list[str] | None) -> None:
         "--data_dir", type=Path, default=Path("data"), help="folder with the data files (default: data)"
     )
     parser.add_argument(
-        "--tasks", type=task_list, default=DEFAULT_TASKS, help="tasks to hand in (default: sst,para,sts)"
+        "--tasks", type=task_list(), default=DEFAULT_TASKS, help="tasks to hand in (default: sst,para,sts)"
     )
+    text = "also hand in Part 1: the folder with the eight files that reporting.part1 wrote"
+    parser.add_argument("--part1", type=Path, metavar="DIR", help=text)
     parser.add_argument("--output", type=Path, default=Path(ZIP_NAME), help=f"the zip (default: {ZIP_NAME})")
     parser.add_argument("--check_only", action="store_true", help="check, write no zip")
     args = parser.parse_args(argv)
@@ -109,6 +146,12 @@ def submit(argv: list[str] | None) -> None:
         check_replaceable(args.output, "submission", is_submission, "--output")
     folder = args.run_dir / "predictions" if (args.run_dir / "predictions").is_dir() else args.run_dir
     files, errors, warnings = check_folder(folder, args.data_dir, args.tasks)
+    warnings += forbidden_encoder(args.run_dir)
+    if args.part1:
+        for found, more in zip(
+            (files, errors, warnings), check_part1(args.part1, args.data_dir), strict=True
+        ):
+            found += more
     for warning in warnings:
         print(f"warning: {warning}")
     for error in errors[:-1]:

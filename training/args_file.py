@@ -8,6 +8,20 @@ from support.files import read_json
 ARGS_FILE = "args.json"
 
 
+def comes_from(pretrained: str, encoder: str) -> bool:
+    """Whether --pretrained is this encoder, or a folder of ours whose training started from it."""
+    seen = set()
+    while pretrained != encoder:
+        if pretrained in seen or not (Path(pretrained) / ARGS_FILE).exists():
+            return False
+        seen.add(pretrained)
+        try:
+            pretrained = str(read_args_file(Path(pretrained))["args"].get("pretrained"))
+        except UserError:
+            return False
+    return True
+
+
 def read_args_file(folder: Path) -> dict:
     """A run's `args.json`, as `run_folder.write_args` wrote it.
 

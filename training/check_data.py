@@ -16,11 +16,23 @@ from pathlib import Path
 import numpy as np
 
 from config import SPLITS, TASKS
-from datasets import NUM_NAMED, DataError, Rows, count_of, name_some, read_rows, warning_lines, warning_text
+from datasets import (
+    NUM_NAMED,
+    DataError,
+    Rows,
+    count_of,
+    data_file,
+    name_some,
+    read_rows,
+    warning_lines,
+    warning_text,
+)
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
-from training.flags import COUNT, make_parser, task_list
+from training.flags import COUNT, make_parser
+from training.run_parser import find_task_files, task_files, task_list
 from training.sources import EXTRA_SOURCES, read_source
+from training.task_file import set_own_tasks
 
 MAX_SHOWN = 20  # errors of one file that the command lists
 
@@ -164,7 +176,7 @@ def check_task(data_dir: Path, task: str, batch_size: int | None, findings: Find
     """Read the three files of a task, and compare them."""
     splits: dict = {split: {} for split in SPLITS}
     for split in SPLITS:
-        path = data_dir / TASKS[task].files[split]
+        path = data_file(data_dir, TASKS[task], split)
         try:
             rows = splits[split][task] = read_rows(path, TASKS[task], split)
         except UserError as error:
@@ -228,14 +240,16 @@ def check_folder(
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder; expected one with data files, such as data/sample")
     for task in tasks or TASKS:
-        names = TASKS[task].files.values()
-        if any(os.path.lexists(data_dir / name) for name in names):
+        paths = [data_file(data_dir, TASKS[task], split) for split in SPLITS]
+        if any(map(os.path.lexists, paths)):
             num_present += 1
             check_task(data_dir, task, batch_size, findings)
         else:
             findings.lines.append(f"{task:6s} absent")
             if tasks:
-                findings.error(UserError(f"{data_dir}: none of {', '.join(names)} is there"))
+                findings.error(
+                    UserError(f"{data_dir}: none of {', '.join(path.name for path in paths)} is there")
+                )
     if not num_present and not tasks:
         findings.error(UserError(f"{data_dir}: no data file of any task is there"))
     for name, source in EXTRA_SOURCES.items():
@@ -246,6 +260,7 @@ def check_folder(
 
 
 def check(argv: list[str] | None) -> None:
+    set_own_tasks(find_task_files(argv))
     parser = OneLineParser(
         prog="training.check_data",
         description="Check data files without training on them; exit code 2 if there is an error.",
@@ -253,7 +268,7 @@ def check(argv: list[str] | None) -> None:
     )
     parser.add_argument("data_dir", metavar="DIR", help="folder with the data files")
     parser.add_argument(
-        "--tasks", type=task_list, metavar="TASK,...", help="tasks to check (default: those that are there)"
+        "--tasks", type=task_list(), metavar="TASK,...", help="tasks to check (default: those that are there)"
     )
     parser.add_argument(
         "--batch_size",
@@ -261,6 +276,8 @@ def check(argv: list[str] | None) -> None:
         default=make_parser().get_default("batch_size"),
         help="warn if a task has fewer training examples than this (default: %(default)s, as in training)",
     )
+    text = "also check tasks of your own, a TOML file each"
+    parser.add_argument("--task_file", type=task_files, metavar=task_files.metavar, help=text)
     args = parser.parse_args(argv)
     lines, num_errors, num_warnings = check_folder(args.data_dir, args.tasks, args.batch_size)
     for line in lines:

@@ -14,7 +14,7 @@ from heads import PAIR_HEADS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
 from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
 from optimizer import SCHEDULES
-from support.command_line import FlagType, number
+from support.command_line import FlagType, OneLineParser, number
 from support.errors import UserError
 from support.specs import describe_specs, spec_type
 from training.args_file import ARGS_FILE, read_args_file
@@ -37,19 +37,24 @@ from training.run_parser import (
     SEED,
     RunParser,
     check_sources,
+    find_task_files,
     is_valid_value,
     name_list,
     source_list,
+    task_files,
     task_list,
 )
 from training.settings import HEAD_DROPOUT_PROB
 from training.sources import EXTRA_SOURCES
+from training.task_file import set_own_tasks
 from training.trackers import TRACKERS
 
+PROG = "multitask_classifier.py"
 COMPILE = ("auto", "on", "off")
 FINAL_EVALS = ("full", "part", "none")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
 SURGERY_SCOPES = ("model", "layer")
+COURSE_TASKS = {"sst": ("sst",), "qqp": ("para",), "sts": ("sts",), "multitask": DEFAULT_TASKS}
 OPTIONS = {"pretrain": True, "finetune": False}
 
 
@@ -91,8 +96,10 @@ def add_data_flags(parser: RunParser) -> None:
     add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
     text = "where the tokens of large files are kept between runs; '': nowhere (default: the user's cache)"
     add("--cache_dir", "place", type=DIR, help=text)
-    text = f"tasks to train, out of {', '.join(TASKS)}"
-    add("--tasks", "result", type=task_list, default=",".join(DEFAULT_TASKS), help=text)
+    text = f"tasks to train, out of {', '.join(TASKS)}; with --task_file, its tasks alone if not given"
+    add("--tasks", "result", type=task_list(), default=",".join(DEFAULT_TASKS), help=text)
+    text = "tasks of your own, a TOML file each (docs/data.md), with the same flags as other tasks"
+    add("--task_file", "result", type=task_files, default={}, help=text)
     text = "longest sequence, in word pieces; at most what the encoder can take"
     add("--max_length", "text", type=number(int, 3), default=512, help=text)
     text = "more training examples, out of {}; COUNT: only as many, drawn at random (default: none)"
@@ -141,7 +148,8 @@ def add_training_flags(parser: RunParser) -> None:
 def add_optimizer_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("optimizer"))
     text = (
-        "learning rate of the encoder (default: the course's at bert-base's width, higher for narrower ones)"
+        "learning rate of the encoder or, where that is frozen and --head_lr not given, of the heads"
+        " (default: the course's at bert-base's width, higher for narrower ones)"
     )
     add("--lr", "result", type=POSITIVE, help=text)
     text = "learning rate of the heads, which start from random weights (default: larger than the encoder's)"
@@ -166,7 +174,7 @@ def add_multitask_flags(parser: RunParser) -> None:
     text = f"how the gradients of the tasks are combined: {describe_specs(GRAD_METHODS)}"
     add("--grad_method", "result", type=spec_type(GRAD_METHODS), default="pcgrad", help=text)
     text = "tasks whose gradients pcgrad or gradvac may change; the others keep theirs (default: all)"
-    add("--surgery_tasks", "result", type=task_list, help=text)
+    add("--surgery_tasks", "result", type=task_list(), help=text)
     text = "what --grad_method is applied to: the whole encoder, or each layer of it by itself"
     add("--surgery_scope", "result", choices=SURGERY_SCOPES, default="model", help=text)
     text = "sum or mean over the task batches of a step (default: that of --grad_method)"
@@ -202,7 +210,7 @@ def add_output_flags(parser: RunParser) -> None:
     text = "splits to write prediction files for at the end, or none"
     add("--predict_splits", "predictions", type=split_list, default="dev,test", help=text)
     text = "tasks to write prediction files for (default: all of the run)"
-    add("--predict_tasks", "predictions", type=task_list, help=text)
+    add("--predict_tasks", "predictions", type=task_list(), help=text)
     text = "whose form prediction files have: that of the course's starter or of its handout"
     add("--prediction_style", "predictions", choices=PREDICTION_STYLES, default="starter", help=text)
 
@@ -227,6 +235,10 @@ def add_course_flags(parser: RunParser) -> None:
     text = "last-linear-layer: --freeze_encoder; full-model: without it"
     add("--fine-tune-mode", "result", choices=FINE_TUNE_MODES, help=text)
     add("--use_gpu", "machine", action="store_true", help="--device cuda")
+    text = "--tasks as Goettingen's course has it: " + ", ".join(
+        f"{name} is {','.join(tasks)}" for name, tasks in COURSE_TASKS.items()
+    )
+    add("--task", "result", choices=COURSE_TASKS, help=text)
 
 
 def add_file_flags(parser: RunParser) -> None:
@@ -241,7 +253,7 @@ def add_file_flags(parser: RunParser) -> None:
 
 def make_parser() -> RunParser:
     parser = RunParser(
-        prog="multitask_classifier.py",
+        prog=PROG,
         usage="python multitask_classifier.py [--FLAG [VALUE]] ...",  # all flags would be a page of their own
         description="Train one BERT on several tasks at once, evaluate it, and write prediction files.",
         epilog="To continue a run that was stopped: --output_dir RUN --resume."
@@ -263,8 +275,9 @@ def flags_marked(*marks: str) -> frozenset[str]:
     return make_parser().marked(*marks)
 
 
-RESUME_MAY_CHANGE = flags_marked(*RESUME_MARKS)
-READING_MAY_CHANGE = flags_marked(*READING_MARKS)
+def may_change(reading: bool = False) -> frozenset[str]:
+    """The flags that may have another value when a run is resumed, or when its best checkpoint is read."""
+    return flags_marked(*(READING_MARKS if reading else RESUME_MARKS))
 
 
 # --- reading a command line ---------------------------------------------------------------------------------
@@ -280,11 +293,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: if a run is to be read and there is none, or a resumed run would become another one.
     """
+    find_own_tasks(argv)
     parser = make_parser()
     args = parser.parse_args(argv)
     args.given = given_flags(argv)
     if args.resume or args.eval_only or args.predict_only:
         restore_settings(parser, args)
+    elif args.task:
+        if {"tasks", "task_file"} & set(args.given):
+            parser.error("--task contradicts --tasks and --task_file; give one of them")
+        args.tasks = COURSE_TASKS[args.task]
+    elif args.task_file and "tasks" not in args.given:
+        args.tasks = tuple(args.task_file)
     freezing = [
         args.freeze_encoder or None,
         OPTIONS.get(args.option),
@@ -297,6 +317,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.freeze_encoder = True in freezing
     check_flags(parser, args)
     return args
+
+
+def find_own_tasks(argv: list[str] | None) -> None:
+    """Make the tasks of --task_file, or of the run that is taken up again, known: they have flags, too."""
+    contents = find_task_files(argv)
+    parser = OneLineParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir")
+    for flag in ("--resume", "--eval_only", "--predict_only"):
+        parser.add_argument(flag, action="append_const", const=True, dest="takes_up")
+    args, _ = parser.parse_known_args(argv)
+    if not contents and args.takes_up and args.output_dir and (Path(args.output_dir) / ARGS_FILE).exists():
+        read_run(args.output_dir)
+    else:
+        set_own_tasks(contents)
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -367,17 +401,17 @@ def restore_settings(parser: RunParser, args: argparse.Namespace) -> None:
         parser.error("--resume, --overwrite and --eval_only or --predict_only contradict each other")
     stored, first_given = read_run(args.output_dir)
     defaults = vars(parser.parse_args([]))
-    may_change = RESUME_MAY_CHANGE if args.resume else READING_MAY_CHANGE
+    changeable = may_change(reading)
     # The command that started the run may be repeated word for word, "auto" and the like included.
     contradictions = [
         f"--{name} {given[name]} (the run has {stored[name]})"
-        for name in sorted(set(given) - may_change)
+        for name in sorted(set(given) - changeable)
         if given[name] not in (stored[name], first_given.get(name, defaults[name]))
     ]
     if contradictions:
         parser.error(f"{mode} goes on with the run's own settings, other than {', '.join(contradictions)}")
     modes = parser.marked("mode")
-    changed = {name: value for name, value in given.items() if name in may_change - modes}
+    changed = {name: value for name, value in given.items() if name in changeable - modes}
     # A run may be read on another machine, so --device is not taken over.
     elsewhere = {"device", "use_gpu"} if reading else set()
     vars(args).update({name: stored[name] for name in set(stored) - modes - elsewhere - set(changed)})
@@ -387,13 +421,16 @@ def restore_settings(parser: RunParser, args: argparse.Namespace) -> None:
 def read_run(output_dir: str | Path) -> tuple[dict, dict]:
     """A run's settings from its `args.json`: all of them, every default resolved, and those that were given.
 
-    Flags that did not exist yet when the run was made are at their defaults.
+    Flags that did not exist yet when the run was made are at their defaults. The run's own tasks, kept there
+    by content, take the place of others in `config.TASKS`.
 
     Raises:
         UserError: if there is no run, or a value could not have come from its flag.
     """
     folder = Path(output_dir)
-    parser, stored = make_parser(), read_args_file(folder)["args"]
+    stored = read_args_file(folder)["args"]
+    set_own_tasks(stored.get("task_file", {}), str(folder / ARGS_FILE))
+    parser = make_parser()
     given = stored.get("given")
     if not isinstance(given, dict):
         raise UserError(

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from config import TASKS
 from datasets import Rows, clean_text, tokenize
 from evaluation import TASK_KINDS, predict_logits
 from heads import MultitaskBERT
@@ -110,7 +109,8 @@ class Predictor:
         joint, max_length = self.tokens.joint[task], self.tokens.max_length
         data = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
         logits = predict_logits(self.model, task, data, self.tokenizer.pad_token_id, self.autocast)  # (N, C)
-        kind, names = TASK_KINDS[TASKS[task].kind], TASKS[task].class_names
+        spec = self.model.tasks[task]
+        kind, names = TASK_KINDS[spec.kind], spec.class_names
         values = kind.decode(logits).tolist()
         if kind.probabilities is None:
             return [Prediction(value) for value in values]
@@ -121,7 +121,7 @@ class Predictor:
 
     def _example(self, task: str, text: str | tuple[str, str]) -> tuple[str, ...]:
         """One example as `datasets.Rows` has it: one clean sentence, or two."""
-        columns = TASKS[task].text_columns
+        columns = self.model.tasks[task].text_columns
         sentences = (text,) if isinstance(text, str) else tuple(text)
         if len(sentences) != len(columns) or not all(isinstance(sentence, str) for sentence in sentences):
             expected = "a pair of sentences" if len(columns) == 2 else "a sentence"

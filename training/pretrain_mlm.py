@@ -37,7 +37,7 @@ from base_bert import (
 )
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
-from datasets import BatchOrder, Rows, read_rows, warning_lines
+from datasets import BatchOrder, Rows, data_file, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.bars import Bar
 from support.command_line import StopRequest, catch_signals, number, run_script
@@ -196,7 +196,7 @@ def make_parser() -> RunParser:
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
     text = f"tasks whose sentences to train on, out of {', '.join(TASKS)}"
-    add("--tasks", "result", type=task_list, default=",".join(DEFAULT_TASKS), help=text)
+    add("--tasks", "result", type=task_list(), default=",".join(DEFAULT_TASKS), help=text)
     text = f"more text, out of {', '.join(EXTRA_SOURCES)} (default: none)"
     add("--extra_data", "result", type=source_list, default={}, help=text)
     text = "longest sentence, in word pieces; at most what the encoder can take"
@@ -318,7 +318,7 @@ def find_run(folder: Path, pretrained: str, overwrite: bool) -> dict | None:
 
 
 def read_rows_of_split(data_dir: Path, tasks: Iterable[str], split: str) -> dict[str, Rows]:
-    found = {task: read_rows(data_dir / TASKS[task].files[split], TASKS[task], split) for task in tasks}
+    found = {task: read_rows(data_file(data_dir, TASKS[task], split), TASKS[task], split) for task in tasks}
     for rows in found.values():
         for line in warning_lines(rows):
             print(f"warning: {line}")
@@ -344,7 +344,7 @@ def read_sentences(
     held_out = set()  # sentences of any dev or test file that is there, of whatever task
     for spec in TASKS.values():
         for split in ("dev", "test"):
-            path = data_dir / spec.files[split]
+            path = data_file(data_dir, spec, split)
             for texts in read_rows(path, spec, split).texts if path.exists() else ():
                 held_out |= {text_key((sentence,)) for sentence in texts}
     for task in tasks:

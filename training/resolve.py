@@ -6,6 +6,8 @@ objects of `training.settings`.
 """
 
 import argparse
+import hashlib
+import json
 import math
 from dataclasses import fields
 from importlib.util import find_spec
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 
 from config import TASKS, BertConfig
-from datasets import Rows
+from datasets import Rows, data_file
 from evaluation import prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
@@ -29,6 +31,7 @@ from support.device import (
 )
 from support.errors import UserError
 from support.files import check_replaceable, read_head
+from training.flags import flags_marked
 from training.settings import (
     HEAD_DROPOUT_PROB,
     DataSettings,
@@ -42,6 +45,18 @@ from training.settings import (
 )
 from training.token_cache import default_cache_dir
 
+# Flags that a run's default name speaks of where they are given, each after a word.
+NAMED_FLAGS = {
+    "lr": "lr",
+    "head_lr": "headlr",
+    "batch_size": "batch",
+    "epochs": "epochs",
+    "max_steps": "steps",
+}
+NAMED_FLAGS |= {"sampler": ""}
+NAME_MARKS = ("result", "length", "text")  # what changes weights or scores; --precision does, too
+# What follows a task's name in the flags that it has for itself.
+TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "dev_out", "test_out")
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
 
 
@@ -53,13 +68,39 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def default_output_dir(args: argparse.Namespace) -> str:
+    """A name that tells runs apart: what every run has, what was given in words, the rest of it as a hash."""
     encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
-    heads = "-".join(head_name(args, task) for task in args.tasks if TASKS[task].is_pair)
-    method = args.grad_method.replace(":", "-")  # some file systems take no colon
-    method += "-by-layer" if args.surgery_scope == "layer" else ""
-    weighting = "" if args.loss_weighting == "fixed" else args.loss_weighting.replace(":", "-")
-    name = "-".join(filter(None, [encoder, *args.tasks, method, weighting, heads, f"seed{args.seed}"]))
-    return str(Path("runs") / name)
+    words = [encoder, *args.tasks, args.grad_method.replace(":", "-")]  # some file systems take no colon
+    words += ["by-layer"] if args.surgery_scope == "layer" else []
+    words += [] if args.loss_weighting == "fixed" else [args.loss_weighting.replace(":", "-")]
+    words += [head_name(args, task) for task in args.tasks if TASKS[task].is_pair]
+    words += ["frozen"] if args.freeze_encoder else []
+    for flag, word in NAMED_FLAGS.items():
+        value = args.given.get(flag)
+        if value is not None:
+            words.append(word + (value.replace(":", "-") if isinstance(value, str) else f"{value:g}"))
+    told = {
+        *NAMED_FLAGS,
+        "tasks",
+        "task",
+        "grad_method",
+        "surgery_scope",
+        "loss_weighting",
+        "seed",
+        "freeze_encoder",
+        "option",
+        "fine_tune_mode",
+    }
+    told |= {f"{task}_head" for task in args.tasks} | (
+        {"pretrained"} if args.pretrained == encoder else set()
+    )
+    rest = {
+        name: args.given[name]
+        for name in sorted(({"precision"} | flags_marked(*NAME_MARKS)) & set(args.given) - told)
+    }
+    if rest:
+        words.append(hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:6])
+    return str(Path("runs") / "-".join([*words, f"seed{args.seed}"]))
 
 
 def head_name(args: argparse.Namespace, task: str) -> str:
@@ -69,9 +110,9 @@ def head_name(args: argparse.Namespace, task: str) -> str:
 def data_settings(args: argparse.Namespace) -> DataSettings:
     """Known before anything is resolved, since the defaults of other flags depend on the data."""
     files = {
-        (task, split): Path(getattr(args, f"{task}_{split}") or Path(args.data_dir) / name)
+        (task, split): Path(getattr(args, f"{task}_{split}") or data_file(args.data_dir, spec, split))
         for task, spec in TASKS.items()
-        for split, name in spec.files.items()
+        for split in spec.files
     }
     return DataSettings(
         tasks=args.tasks,
@@ -225,6 +266,8 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
 
     small = bert_config.hidden_size < 768
     choose("lr", 1e-4 if small else 1e-5, f"encoder with hidden_size {bert_config.hidden_size}")
+    if args.freeze_encoder and "lr" in args.given:
+        choose("head_lr", args.lr, "--lr, since the encoder is frozen")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
     choose("grad_reduction", find_method(args.grad_method)[0].reduction, f"grad_method {args.grad_method}")
     for task, batch_size in batch_sizes(args).items():
@@ -310,13 +353,13 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if args.freeze_encoder:
         for name in surgery:
             reasons[name] = "with a frozen encoder the tasks share no gradient"
-        reasons["lr"] = "the encoder is frozen; --head_lr trains the heads"
+        if "head_lr" in args.given:
+            reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
     for task in set(TASKS) - set(args.tasks):
-        for name in args.given:
-            if name.startswith(f"{task}_"):
-                reasons[name] = f"{task} is not among --tasks"
+        for flag in TASK_FLAGS:
+            reasons[f"{task}_{flag}"] = f"{task} is not among --tasks"
     return [
         f"--{name} {args.given[name]}: {reason}" for name, reason in reasons.items() if name in args.given
     ]

@@ -48,12 +48,6 @@ from training.trackers import Trackers
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
 RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json"]
 RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png", "tensorboard/events.out.tfevents.*"]
-RUN_FILES += [
-    f"predictions/{prediction_name(task, split, style)}"
-    for task in TASKS
-    for split in ("dev", "test")
-    for style in PREDICTION_STYLES
-]
 JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.json knows by another name
 MAX_LOG_BYTES = 2**30
 
@@ -170,10 +164,19 @@ def begin_run(settings: RunSettings, facts: Mapping) -> str:
     if had_run:
         for name in ("last", "best"):
             remove_checkpoints(folder / name)
-        for pattern in RUN_FILES:
+        for pattern in [*RUN_FILES, *own_prediction_files()]:
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
     return text
+
+
+def own_prediction_files() -> list[str]:
+    return [
+        f"predictions/{prediction_name(task, split, style)}"
+        for task in TASKS
+        for split in ("dev", "test")
+        for style in PREDICTION_STYLES
+    ]
 
 
 def find_last(folder: Path, eval_every: int | None) -> Path | None:

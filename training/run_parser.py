@@ -10,6 +10,7 @@ from config import TASKS
 from support.command_line import FlagType, OneLineParser, number
 from support.device import PRECISIONS
 from training.sources import EXTRA_SOURCES
+from training.task_file import read_task_files
 
 PRECISION_NAMES = ("auto", *PRECISIONS)
 PRECISION_HELP = (
@@ -57,18 +58,41 @@ OUTPUT_DIR = FlagType(str, lambda value: isinstance(value, str) and value != "",
 def name_list(names: tuple[str, ...], expected: str, metavar: str) -> FlagType:
     """Some of `names`, each once, separated by commas; a tuple."""
 
-    def convert(text: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-
-    def is_valid(value) -> bool:
-        if not isinstance(value, tuple) or not all(name in names for name in value):
-            return False
-        return 0 < len(value) == len(set(value))
-
-    return FlagType(convert, is_valid, expected, metavar)
+    return FlagType(
+        split_names, lambda value: are_names(value) and set(value) <= set(names), expected, metavar
+    )
 
 
-task_list = name_list(tuple(TASKS), f"some of {','.join(TASKS)}, each once", "TASK,...")
+def task_list() -> FlagType:
+    """Some of the tasks that there are now, those of --task_file included."""
+    return name_list(tuple(TASKS), f"some of {','.join(TASKS)}, each once", "TASK,...")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def are_names(value) -> bool:
+    is_tuple = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+    return is_tuple and 0 < len(value) == len(set(value))
+
+
+# Where it turns out later, when the run is read, which tasks it has.
+run_tasks = FlagType(split_names, are_names, "tasks of the run, each once", "TASK,...")
+task_files = FlagType(
+    read_task_files,
+    lambda value: isinstance(value, dict),  # what is in it was checked by set_own_tasks
+    "TOML files, separated by commas",
+    "FILE,...",
+)
+
+
+def find_task_files(argv: list[str] | None) -> dict[str, dict]:
+    """The tasks of --task_file on a command line; to be known before the parser of all flags is made."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task_file")
+    text = parser.parse_known_args(argv)[0].task_file
+    return {} if text is None else read_task_files(text)
 
 
 def parse_sources(text: str) -> dict[str, int | None]:

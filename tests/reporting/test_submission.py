@@ -1,5 +1,6 @@
 """Each fault of the prediction files is found; the zip holds them, all of the code and nothing else."""
 
+import json
 import os
 import re
 import shutil
@@ -90,6 +91,25 @@ multitask_classifier.main(['--help'])
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(folder)) and "--para_head" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["run", "run/predictions"])
+def test_minilm_is_forbidden_also_at_second_hand(place, folder, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def said(pretrained):
+        args = {"args": {"pretrained": pretrained}, "commands": [], "data": {}}
+        (place / "run" / "args.json").write_text(json.dumps(args))
+        assert main([folder, "--data_dir", "data", "--check_only"]) == 0
+        return "forbids MiniLM" in capsys.readouterr().out
+
+    assert said("minilm") and not said("bert-base-uncased") and not said("further")
+    (place / "further").mkdir()
+    args = {"args": {"pretrained": "minilm"}, "commands": [], "data": {}}
+    (place / "further" / "args.json").write_text(json.dumps(args))
+    assert said("further")  # an encoder that was trained further
+    (place / "further" / "args.json").write_text("{")
+    assert not said("further") and not said("run")  # nothing is known; a run that names itself
 
 
 def test_handout_style_and_check_only(place):

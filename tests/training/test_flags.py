@@ -19,7 +19,7 @@ from kernels.fused import find_compiler
 from support.errors import UserError
 from tests.tiny import make_data, make_encoder
 from training import token_cache
-from training.flags import READING_MAY_CHANGE, RESUME_MAY_CHANGE, get_args, given_flags, make_parser, read_run
+from training.flags import get_args, given_flags, make_parser, may_change, read_run
 from training.run_parser import MARKS
 
 BASE = "--max_steps 3 --batch_size 4 --eval_every 3 --log_every 1 --precision fp32 --device cpu"
@@ -190,7 +190,7 @@ OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train"
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last", "report_to"}
 OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
-OTHERS |= {"resume", "overwrite", "eval_only", "predict_only"}
+OTHERS |= {"task", "task_file", "resume", "overwrite", "eval_only", "predict_only"}
 
 
 def test_every_flag_has_a_test():
@@ -398,13 +398,13 @@ MARKED["place"][0].update(FILE_FLAGS, (f"{name}_out" for name in FILE_FLAGS))
 
 
 def test_marks_say_what_may_change():
-    parser = make_parser()
+    parser, resuming, evaluating = make_parser(), may_change(), may_change(reading=True)
     assert parser.marks.keys() == parser.flags.keys() and set(MARKS) == {*MARKED, "result"}
     for mark, (flags, resume, reading) in MARKED.items():
         assert parser.marked(mark) == flags, mark
-        for may_change, expected in ((RESUME_MAY_CHANGE, resume), (READING_MAY_CHANGE, reading)):
-            assert flags <= may_change if expected else not flags & may_change, mark
-    assert not parser.marked("result") & (RESUME_MAY_CHANGE | READING_MAY_CHANGE)
+        for changeable, expected in ((resuming, resume), (evaluating, reading)):
+            assert flags <= changeable if expected else not flags & changeable, mark
+    assert not parser.marked("result") & (resuming | evaluating)
 
 
 @pytest.mark.parametrize(
@@ -431,6 +431,8 @@ def test_marks_say_what_may_change():
         ("--predict_splits dev,dev", "--predict_splits"),
         ("--option pretrain --fine-tune-mode full-model", "contradict"),
         ("--option finetune --freeze_encoder", "contradict"),
+        ("--task sst --tasks para", "--task contradicts"),
+        ("--task etpc", "--task"),
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
         ("--grad_method mgad", "--grad_method: value is 'mgad'; expected one of sum, mean, pcgrad"),

@@ -12,6 +12,8 @@ from tests.tiny import make_data, make_encoder
 from training import resolve
 from training.flags import get_args
 from training.resolve import (
+    data_settings,
+    default_output_dir,
     flags_without_effect,
     make_settings,
     resolve_args,
@@ -114,6 +116,43 @@ def test_output_dir_default_names_the_settings():
     assert folder == "runs/minilm-sst-sts-cagrad-c=0.4-by-layer-diff-seed11711"
 
 
+def test_default_output_dirs_of_different_runs_differ():
+    def name(flags):
+        return default_output_dir(get_args(flags.split()))
+
+    assert name("") == "runs/minilm-sst-para-sts-pcgrad-diff-diff-seed11711"
+    assert name("--option finetune --seed 11711 --tasks sst,para,sts --device cpu") == name("")
+    course = [name("--option pretrain --lr 1e-3"), name("--option finetune --lr 1e-5")]
+    assert course[0] == "runs/minilm-sst-para-sts-pcgrad-diff-diff-frozen-lr0.001-seed11711"
+    assert course[1] == "runs/minilm-sst-para-sts-pcgrad-diff-diff-lr1e-05-seed11711"
+    flags = "--batch_size 4 --epochs 2 --max_steps 9 --sampler sqrt"
+    assert name(flags).endswith("-batch4-epochs2-steps9-sqrt-seed11711")
+    others = ["", "--head_lr 1", "--rectify", "--pooling cls", "--max_length 9", "--precision fp32", *course]
+    others += ["--pretrained a/best", "--pretrained b/best", "--grad_accum 2", "--task_weights sst=2", flags]
+    others += ["--para_head cross", "--sts_head cross", "--extra_data sick", "--task sst", "--task qqp"]
+    assert len({name(flags) if flags[:2] in ("", "--") else flags for flags in others}) == len(others)
+
+
+def test_lr_is_the_heads_where_the_encoder_is_frozen():
+    assert resolved("--device cpu --option pretrain --lr 0.5").head_lr == 0.5
+    assert resolved("--device cpu --option pretrain --lr 0.5 --head_lr 2").head_lr == 2
+    assert resolved("--device cpu --option finetune --lr 0.5").head_lr == 1e-3
+    assert resolved("--device cpu --option pretrain").head_lr == 1e-3
+
+
+def test_files_are_found_under_either_courses_names(tmp_path):
+    args = get_args(["--data_dir", str(tmp_path)])
+    assert data_settings(args).files["para", "dev"] == tmp_path / "quora-dev.csv"
+    names = {"sst": "sst-sentiment-train", "para": "quora-paraphrase-train", "sts": "sts-similarity-train"}
+    for task, name in names.items():
+        (tmp_path / f"{name}.csv").touch()
+        assert data_settings(args).files[task, "train"] == tmp_path / f"{name}.csv"
+    (tmp_path / "sst-sentiment-test-student.csv").touch()
+    assert data_settings(args).files["sst", "test"] == tmp_path / "sst-sentiment-test-student.csv"
+    (tmp_path / "quora-train.csv").touch()  # where both are there, it is Stanford's
+    assert data_settings(args).files["para", "train"] == tmp_path / "quora-train.csv"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 @pytest.mark.parametrize("flags", ["--use_gpu", "--device cuda", "--device nonsense"])
 def test_device_that_is_not_there(flags):
@@ -130,7 +169,8 @@ def test_device_that_is_not_there(flags):
         ("--warmup_ratio 0.2 --warmup_steps 9", ["warmup_ratio"]),
         ("--tasks sst --grad_method pcgrad --sampler sqrt", ["grad_method", "sampler"]),
         ("--tasks sst --sts_head cosine --sts_train x", ["sts_head", "sts_train"]),
-        ("--freeze_encoder --grad_method sum --lr 1", ["grad_method", "lr"]),
+        ("--freeze_encoder --grad_method sum --lr 1", ["grad_method"]),
+        ("--freeze_encoder --lr 1 --head_lr 1", ["lr"]),
         ("--head_layers 2 --tasks sts --sts_head cosine", ["head_layers"]),
         ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
     ],
