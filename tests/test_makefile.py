@@ -45,7 +45,7 @@ def make(tmp_path):
 def test_the_registry_is_asked_once(make):
     code, out, asked = make("train")
     assert code == 0 and len(asked) == 2 and asked[0].endswith("-r requirements.txt")
-    assert "to download: some GB (5 on disk)" in out
+    assert "to download: some GB where torch comes with CUDA" in out
     assert make("train")[2] == make("setup")[2] == []
     assert len(make("test")[2]) == 1 and make("quick")[2] == []
     # A file with a new time, as after a change of branch; then one with other content.
