@@ -27,7 +27,7 @@ def test_rows_come_from_both_and_are_compared_with_the_first(tmp_path):
 
 
 def test_flags_for_all_runs_are_those_in_which_rows_do_not_differ(capsys):
-    assert get_args([*MGDA, "--", "--sts_head", "cosine"]).run_flags == ["--sts_head", "cosine"]
+    assert get_args([*MGDA, "--", "--sts_head", "cosine"]).shared.run_flags == ["--sts_head", "cosine"]
     for argv, message in (
         ([*MGDA, "--", "--para_head", "cosine"], "rows of the table differ in it"),
         ([*MGDA, "--rows", "diff", "--", "--sts_head", "cosine"], "rows of the table differ in it"),
