@@ -2,8 +2,8 @@
 
 import os
 
-# MiniLM on two cores, float32, tokens a second (they vary by 8 %): with 1,000 937 alone, and 535 each for two at
-# once; by default 971 alone; two at once have 288 each with 10,000, and 160 with 30,000.
+# MiniLM on two cores, float32, tokens a second (they vary by 8 %): with 1,000 937 alone, and 535 each for two
+# at once; by default 971 alone; two at once have 288 each with 10,000, and 160 with 30,000.
 SPIN_COUNT = 1000
 
 
