@@ -15,6 +15,7 @@ from config import DEFAULT_TASKS
 from evaluation import Objective
 from heads import PAIR_HEADS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, combination_weights
+from kernels.packing import make_paddings
 from multitask_classifier import TaskBatch, train_step
 from optimizer import AdamW
 from pcgrad import TaskFacts, cosine_matrix, draw_step_orders
@@ -362,7 +363,9 @@ def test_learning_rates_fall_by_layer():
         moves.append({name: param.detach() - before[name] for name, param in model.named_parameters()})
     for name, move in moves[0].items():
         factor = 0.25 if "embeddings" in name else 0.5 if "layer.0" in name else 1.0
-        torch.testing.assert_close(moves[1][name], factor * move, rtol=0, atol=2e-7)  # float32
+        torch.testing.assert_close(
+            moves[1][name], factor * move, rtol=0, atol=1e-6
+        )  # float32, of weights up to 1
 
 
 def test_both_passes_of_r_drop_without_dropout_are_one():
@@ -370,7 +373,7 @@ def test_both_passes_of_r_drop_without_dropout_are_one():
     outcomes = []
     for weight in (0.0, 3.0):
         objective = Objective(rdrop=dict.fromkeys(DEFAULT_TASKS, weight))
-        model = make_model(dropout=False, objective=objective).train()
+        model = make_model("cross", dropout=False, objective=objective).train()
         training = (model, *make_training(model))
         batches = make_task_batches(head="cross")  # rows are examples
         if weight:
@@ -396,8 +399,9 @@ def test_fast_gradient_method_equals_the_textbook():
         hook = norm.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         clean = plain.loss(batch.task, piece)
         hook.remove()
-        (grad,) = torch.autograd.grad(clean, seen, retain_graph=True)  # (M, H), and some padding
-        sentence = piece["attention_mask"].nonzero()[:, 0]
+        (grad,) = torch.autograd.grad(clean, seen, retain_graph=True)  # (M, H)
+        (padding,) = make_paddings([piece["attention_mask"]])  # some of it is among the tokens
+        sentence = padding.positions // padding.mask.shape[1]
         noise = torch.zeros_like(grad)
         for n in sentence.unique():
             tokens = [m for m, other in enumerate(sentence) if other == n]
@@ -408,9 +412,8 @@ def test_fast_gradient_method_equals_the_textbook():
         params = [param for param in plain.bert.parameters() if param.requires_grad]
         grads = torch.autograd.grad(total, params, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([each.flatten() for each in grads]))
-        assert float(result.losses[len(rows) - 1]) == pytest.approx(
-            clean.item(), rel=1e-5
-        )  # of the clean pass
+        # The loss is that of the clean pass.
+        assert float(result.losses[len(rows) - 1]) == pytest.approx(clean.item(), rel=1e-5)
     rows = torch.stack(rows)
     torch.testing.assert_close(result.gram, rows @ rows.T, rtol=1e-4, atol=1e-5)  # float32
 
