@@ -88,13 +88,13 @@ class OptimizerSettings:
 
     lr: float
     head_lr: float
-    layer_lr_decay: float  # factor of the learning rate for each layer further down; 1: the same in all
     weight_decay: float
     rectify: bool
-    ema: float  # decay of the moving average of the weights; 0: none
     precision: str  # a key of support.device.PRECISIONS
     accumulates: bool  # several gradients of a task are added up in a step
     compiled: bool  # passes over flat memory, on the CPU
+    layer_lr_decay: float = 1.0  # factor of the learning rate for each layer further down
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
 
 
 @dataclass(frozen=True)
