@@ -114,7 +114,8 @@ def number(
 
 
 # Ctrl-C, the system's and Slurm's request to end, and the end of the terminal or ssh session.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Clusters send the last two before a job's time is over (Slurm's `sbatch --signal`).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(KeyboardInterrupt):
