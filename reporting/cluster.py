@@ -7,9 +7,9 @@ command finds them in the queue and waits for them instead of handing them in ag
 
     python results_table.py --cluster slurm --slurm_partition gpu --slurm_option gres=gpu:1
 
-Before Slurm ends a job for its time limit, or preempts it where the cluster is set up to say so first
-(`PreemptParameters=send_user_signal`), it sends SIGUSR2: the run saves, and submitit puts the job back into
-the queue. A job that is preempted, or whose node fails, without that goes on from its last checkpoint.
+Before Slurm ends a job for its time limit, it sends SIGUSR2; to one that it preempts, SIGUSR2 or SIGTERM. The
+run saves, and submitit puts the job back into the queue. A job that is killed without that, or whose node
+fails, goes on from its last checkpoint.
 """
 
 import getpass
@@ -120,7 +120,7 @@ class OnNode:
         self.job = job
 
     def __call__(self) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: self.stop())  # of scancel, or without a warning
+        signal.signal(signal.SIGTERM, self.receive_end)
         while not self.job.take_lock():  # someone else works on it, and may leave the rest to us
             time.sleep(JOB_POLL_SECONDS)
         try:
@@ -131,6 +131,12 @@ class OnNode:
             self.job.give_back_lock()
         if self.job.failure:
             raise RuntimeError(self.job.failure)
+
+    def receive_end(self, number, frame) -> None:
+        """SIGTERM is all that some clusters send before they preempt a job; or it is scancel's."""
+        self.stop()
+        if is_preempted():
+            signal.raise_signal(signal.SIGUSR2)  # submitit's own: back into the queue
 
     def stop(self) -> None:
         """Let the command that runs save and end."""
@@ -145,6 +151,15 @@ class OnNode:
 
         self.stop()
         return DelayedSubmission(OnNode(Job(self.job.name, self.job.stages)))
+
+
+def is_preempted() -> bool:
+    """Whether Slurm is about to take this job's place for another one."""
+    with suppress(OSError):
+        command = ["scontrol", "show", "job", "--oneliner", os.environ.get("SLURM_JOB_ID", "")]
+        found = subprocess.run(command, check=False, capture_output=True, text=True)
+        return re.search(r" PreemptTime=\d", found.stdout) is not None
+    return False
 
 
 def allotted_threads() -> int | None:

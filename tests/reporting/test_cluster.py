@@ -6,6 +6,7 @@ A real Slurm of one node is started by tests/cluster/one_node_slurm.sh.
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -14,6 +15,8 @@ from reporting.cluster import Cluster, OnNode, parse_minutes, parse_option, run_
 from reporting.jobs import Job, Stage
 from reporting.table import get_args
 from support.errors import UserError
+
+REAL_SLEEP = time.sleep
 
 
 def is_finished(folder):
@@ -120,30 +123,39 @@ def test_a_second_call_waits_for_what_the_first_handed_in(tmp_path, queue, monke
     assert [job.name for job in failed] == ["b"] and "node_fail" in failed[0].failure
 
 
-def test_on_a_node_a_job_saves_before_it_goes_back(tmp_path):
+@pytest.mark.parametrize("preempted", [True, False])
+def test_on_a_node_a_job_saves_and_goes_back_if_it_is_preempted(tmp_path, queue, monkeypatch, preempted):
     pytest.importorskip("submitit")
+
+    def sleep(seconds):
+        signal.raise_signal(signal.SIGTERM) if (tmp_path / "run" / "up").exists() else REAL_SLEEP(0.02)
+
+    monkeypatch.setattr(cluster.time, "sleep", sleep)
+    script = queue / "scontrol"
+    script.write_text(
+        f"#!/bin/sh\necho JobId=6 PreemptTime={'2026-11-28T02:50:34' if preempted else 'None'} x\n"
+    )
+    script.chmod(0o755)
     job = make_job(
         tmp_path / "run", "trap 'touch saved; exit 143' TERM; touch up; while :; do sleep 0.02; done"
     )
     on_node = OnNode(job)
 
-    def preempt(number, frame):
-        again = on_node.checkpoint()
-        raise InterruptedError(again)
+    def go_back(number, frame):  # as submitit does
+        raise InterruptedError(on_node.checkpoint())
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)}
-    signal.signal(signal.SIGALRM, preempt)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, go_back)
     try:
-        with pytest.raises(InterruptedError) as stopped:
+        with pytest.raises(InterruptedError if preempted else RuntimeError) as stopped:
             on_node()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert (tmp_path / "run" / "saved").exists() or not (tmp_path / "run" / "up").exists()
-    again = stopped.value.args[0].function
-    assert again.job.stages == job.stages and again.job.process is None
-    assert job.lock is None  # so that it can start
+    assert (tmp_path / "run" / "saved").exists() and job.lock is None
+    if preempted:
+        again = stopped.value.args[0].function
+        assert again.job.stages == job.stages and again.job.process is None  # it can be pickled
 
 
 @pytest.mark.parametrize(
