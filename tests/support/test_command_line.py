@@ -90,7 +90,7 @@ def test_every_script_knows_nearly_right_names(capsys):
     scripts = (multitask_classifier, prepare_submit, results_table, report, predict, export)
     for script in (*scripts, pretrain_mlm, check_data, download, speed):
         with pytest.raises(SystemExit):
-            script.main(["step", "--hlep", "--output_dir", "x"])
+            script.main(["step", "--hlep", "--output_dir", "x", "--to", "hf"])
         error = capsys.readouterr().err
         assert error.endswith("; did you mean --help?\n") and error.count("\n") == 1
 
