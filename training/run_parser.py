@@ -141,7 +141,7 @@ def are_sources(value) -> bool:
 source_list = FlagType(
     parse_sources,
     are_sources,
-    f"NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once",
+    f"NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once, or none",
     metavar="NAME[=COUNT],...",
 )
 
