@@ -172,10 +172,10 @@ def test_autocast_is_only_made_for_bf16():
 # --- stopped and resumed ------------------------------------------------------------------------------------
 
 
-INGREDIENTS = (
-    "--ema 0.7 --layer_lr_decay 0.5 --rdrop 1,sts=0.1 --fgm 0.1 --label_smoothing 0.1 --grad_accum 2"
+INGREDIENTS = "--ema 0.7 --layer_lr_decay 0.5 --rdrop 1,sts=0.1 --fgm 0.1 --label_smoothing 0.1"
+INGREDIENTS += (
+    " --grad_accum 2 --head_dropout_samples 2 --loss_schedule sst=0.2:1/0.7:0 --draw_schedule sts=0:0.5/0.5:1"
 )
-INGREDIENTS += " --head_dropout_samples 2 --loss_schedule sst=0.2:1/0.7:0 --draw_schedule sts=0:0.5/0.5:1"
 
 
 @slow
