@@ -13,7 +13,8 @@ Shapes: B sentences, T padded length in word pieces, M tokens (the word pieces o
 batches, and a little spare padding), H hidden_size, I intermediate_size, N attention heads, D = H // N.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from base_bert import BertPreTrainedModel
 from config import BertConfig
+from kernels.adversarial import AdversarialNoise
 from kernels.cpu import CpuAttention, compute_dtype, dropout
 from kernels.packing import Packing, Padding, make_paddings
 from kernels.static_packing import StaticPacking
@@ -48,11 +50,18 @@ class BertEmbeddings(nn.Module):
         self.dropout_prob = config.hidden_dropout_prob
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, packing: Packing
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        packing: Packing,
+        add_noise: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         embeddings = embedding(input_ids, packing, self.word_embeddings)  # (M,) -> (M, H)
         embeddings = embeddings + embedding(position_ids, packing, self.position_embeddings)
         embeddings = embeddings + embedding(token_type_ids, packing, self.token_type_embeddings)
+        if add_noise:
+            embeddings = add_noise(embeddings)
         embeddings = layer_norm(embeddings, packing, self.LayerNorm)
         # From here on hidden states are in autocast's type, or every operation would convert them again.
         return dropout(embeddings, self.dropout_prob, self.training).to(compute_dtype(embeddings))
@@ -210,6 +219,7 @@ class BertModel(BertPreTrainedModel):
         batches: Sequence[tuple[Tensor, Tensor, Tensor]],
         task_numbers: Sequence[int] | None = None,
         targets: Mapping[int, GradTarget] | None = None,
+        noise: AdversarialNoise | None = None,
     ) -> list[dict[str, Tensor]]:
         """Encode several batches of different lengths in one pass.
 
@@ -218,6 +228,7 @@ class BertModel(BertPreTrainedModel):
             task_numbers: of each batch the number of its task, to keep the gradients of tasks apart; None for
                 ordinary gradients.
             targets: where gradients by task go, `FlatMemory.targets`; needed with `task_numbers`.
+            noise: added to the embeddings; None for nothing.
 
         Returns:
             for each batch what `forward` returns.
@@ -250,7 +261,8 @@ class BertModel(BertPreTrainedModel):
         position_ids = [torch.arange(ids.shape[1], device=ids.device).expand_as(ids) for ids in input_ids]
 
         # 2. All layers, on tokens.
-        hidden_states = self.embeddings(pack(input_ids), pack(position_ids), pack(token_type_ids), packing)
+        ids = (pack(input_ids), pack(position_ids), pack(token_type_ids))
+        hidden_states = self.embeddings(*ids, packing, noise and partial(noise.add, paddings=paddings))
         rectangles = paddings
         if hidden_states.device.type == "cpu":
             rectangles = [padding.widen(MIN_WIDTH) for padding in paddings]

@@ -195,3 +195,16 @@ TASKS = {
     ),
 }
 DEFAULT_TASKS = ("sst", "para", "sts")
+
+# --recipe: flags of multitask_classifier.py that are the defaults then. What is given besides comes first; of
+# a flag by task, or of additional data, a run takes what belongs to its tasks.
+RECIPES = {
+    "poster": "",  # the defaults themselves: the poster's best row
+    # A first look at data or flags: some minutes on two cores, and scores on part of dev.
+    "fast": "--max_steps 200 --batch_size 16 --eval_max_examples 400 --final_eval part",
+    # Provisional: what has been seen to help with MiniLM, in single runs; docs/recipe_rows.txt has the
+    # comparison that is to settle it. Pairs of paraphrases are read together; many of them in a step, since
+    # that task gains longest; SICK for similarity; phrases for sentiment.
+    "best": "--para_head cross --sts_head diff --extra_data sick,sst_trees=60000 --max_steps 2000"
+    " --sst_batch_size 32 --para_batch_size 64 --sts_batch_size 24",
+}

@@ -652,51 +652,46 @@ class BatchOrder:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# Samplers: (number of examples of each task (K,), progress in [0, 1], rng), and the row's parameters by name
-# -> the tasks of a step's K batches.
+# Samplers: (number of examples of each task (K,), progress in [0, 1]), and the row's parameters by name
+# -> the tasks' chances (K,), up to a factor, of each of a step's K batches.
 
 
-def round_robin(sizes: np.ndarray, progress: float, rng: np.random.Generator | None) -> np.ndarray:
+def round_robin(sizes: np.ndarray, progress: float) -> np.ndarray:
     """Every task once, always in the same order (the poster's)."""
-    return np.arange(len(sizes))
+    return np.ones(len(sizes))
 
 
-def draw_by_size(sizes: np.ndarray, exponent: float, rng: np.random.Generator) -> np.ndarray:
-    weights = np.asarray(sizes, dtype=np.float64) ** exponent
-    return np.sort(rng.choice(len(sizes), size=len(sizes), p=weights / weights.sum()))
-
-
-def proportional(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
+def proportional(sizes: np.ndarray, progress: float) -> np.ndarray:
     """Tasks drawn with probability ~ N: every example is seen equally often."""
-    return draw_by_size(sizes, 1.0, rng)
+    return sizes**1.0
 
 
-def sqrt_sampling(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
+def sqrt_sampling(sizes: np.ndarray, progress: float) -> np.ndarray:
     """Tasks drawn with probability ~ sqrt(N)."""
-    return draw_by_size(sizes, 0.5, rng)
+    return sizes**0.5
 
 
-def annealed(sizes: np.ndarray, progress: float, rng: np.random.Generator) -> np.ndarray:
+def annealed(sizes: np.ndarray, progress: float) -> np.ndarray:
     """Tasks drawn with probability ~ N ** alpha, where alpha falls from 1 to 0.2.
 
     Stickland and Murray 2019, https://arxiv.org/abs/1902.02671.
     """
-    return draw_by_size(sizes, 1.0 - 0.8 * progress, rng)
+    return sizes ** (1.0 - 0.8 * progress)
 
 
-def temperature(sizes: np.ndarray, progress: float, rng: np.random.Generator, t: float) -> np.ndarray:
+def temperature(sizes: np.ndarray, progress: float, t: float) -> np.ndarray:
     """Tasks drawn with probability ~ N ** (1 / t): 1 is proportional, a large t gives all the same chance.
 
     Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019.
     """
-    return draw_by_size(sizes, 1.0 / t, rng)
+    return sizes ** (1.0 / t)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS."""
+    """A row of SAMPLERS; where draws are not random, a step takes each task once."""
 
-    draw: Callable[..., np.ndarray]
+    chances: Callable[..., np.ndarray]
     params: Mapping[str, Param] = field(default_factory=dict)
     is_random: bool = True
 
@@ -710,17 +705,44 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def plan_tasks(sampler: str, sizes: Sequence[int], total_steps: int, seed: int) -> np.ndarray:
+def plan_tasks(
+    sampler: str, sizes: Sequence[int], total_steps: int, seed: int, shares: np.ndarray | None = None
+) -> np.ndarray:
     """The tasks of each step's batches, (total_steps, K); step s depends on (seed, s) and progress only.
 
     Args:
         sampler: a key of SAMPLERS, maybe with parameters, as in `temperature:t=5`.
         sizes: (K,) number of examples of each task.
+        shares: (total_steps, K) in [0, 1], not all 0 in any step: factors of a random sampler's chances; with
+            one that takes each task once, the share of the steps that do, and -1 fills the others' places.
     """
     name, params = parse_spec(sampler, SAMPLERS)
-    row, sizes = SAMPLERS[name], np.asarray(sizes)
+    row, sizes = SAMPLERS[name], np.asarray(sizes, dtype=np.float64)
+    if not row.is_random:
+        return thin_out(np.ones((total_steps, len(sizes))) if shares is None else shares)
     plan = np.empty((total_steps, len(sizes)), dtype=np.int64)
     for step in range(total_steps):
-        rng = np.random.default_rng([seed, step]) if row.is_random else None
-        plan[step] = row.draw(sizes, step / max(1, total_steps - 1), rng, **params)
+        chances = row.chances(sizes, step / max(1, total_steps - 1), **params)
+        if shares is not None:
+            chances = chances * shares[step]
+        rng = np.random.default_rng([seed, step])
+        plan[step] = np.sort(rng.choice(len(sizes), size=len(sizes), p=chances / chances.sum()))
+    return plan
+
+
+def thin_out(shares: np.ndarray) -> np.ndarray:
+    """A plan of draws (S, K) in which task k is drawn in a share shares[:, k] of the steps, evenly spread.
+
+    A task's share adds to what it is owed, and it is drawn when that is a whole draw. Where that would leave
+    a step empty, the task that is owed most comes early.
+    """
+    owed = np.zeros(shares.shape[1])
+    plan = np.full(shares.shape, -1, dtype=np.int64)
+    for step, share in enumerate(shares):
+        owed += share
+        drawn = np.flatnonzero((owed > 1 - 1e-9) & (share > 0))  # ten times 0.1 is not quite 1
+        if not len(drawn):
+            drawn = np.array([np.where(share > 0, owed, -np.inf).argmax()])
+        plan[step, : len(drawn)] = drawn
+        owed[drawn] -= 1
     return plan

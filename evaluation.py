@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -92,6 +92,9 @@ class TaskKind:
         main_score: the name of the score that counts in the overall.
         logit_range: what the logits should span, (least, greatest), so that a new head starts sensibly; None
             if it does not matter.
+        divergence: how far two predictions of the same examples are apart: logits (B, C) twice -> their mean
+            over the batch, symmetric, 0 for equal ones.
+        uniform_loss: mean loss of logits (B, C) if all classes were equally right; None without classes.
     """
 
     num_outputs: Callable[[TaskSpec], int]
@@ -107,6 +110,38 @@ class TaskKind:
     is_discrete: bool
     main_score: str
     logit_range: Callable[[TaskSpec], tuple[float, float] | None]
+    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    uniform_loss: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is added to the losses of tasks in training, by `heads.MultitaskBERT.total_loss`.
+
+    Args:
+        label_smoothing: task -> share of the label that goes to all classes alike, in [0, 1).
+        rdrop: task -> factor of R-Drop's divergence. Its batches hold each example twice: all of them, then
+            all of them again.
+        head_dropout_samples: how often dropout before and in the heads is drawn for each example.
+    """
+
+    label_smoothing: Mapping[str, float] = field(default_factory=dict)
+    rdrop: Mapping[str, float] = field(default_factory=dict)
+    head_dropout_samples: int = 1
+
+
+NOTHING_ADDED = Objective()
+
+
+def class_divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Symmetric Kullback-Leibler divergence of softmax distributions: the mean of both directions."""
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+
+
+def binary_divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same of two classes, of the logit (B, 1) of one of them."""
+    return 0.5 * ((a.sigmoid() - b.sigmoid()) * (a - b)).mean()
 
 
 def is_class(value: float, spec: TaskSpec) -> bool:
@@ -129,6 +164,8 @@ TASK_KINDS = {
         is_discrete=True,
         main_score="accuracy",
         logit_range=lambda spec: None,
+        divergence=class_divergence,
+        uniform_loss=lambda logits: -logits.log_softmax(-1).mean(),
     ),
     "binary": TaskKind(
         num_outputs=lambda spec: 1,
@@ -144,6 +181,8 @@ TASK_KINDS = {
         is_discrete=True,
         main_score="accuracy",
         logit_range=lambda spec: (-5.0, 5.0),
+        divergence=binary_divergence,
+        uniform_loss=lambda logits: 0.5 * (F.softplus(logits) + F.softplus(-logits)).mean(),
     ),
     "regression": TaskKind(
         num_outputs=lambda spec: 1,
@@ -159,6 +198,8 @@ TASK_KINDS = {
         is_discrete=False,
         main_score="pearson",
         logit_range=lambda spec: spec.label_range,
+        divergence=F.mse_loss,
+        uniform_loss=None,
     ),
 }
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import TaskSpec
-from evaluation import TASK_KINDS
+from evaluation import NOTHING_ADDED, TASK_KINDS, Objective
+from kernels.adversarial import AdversarialNoise
 from kernels.cpu import dropout
 from kernels.flat_memory import FlatMemory
 from kernels.fused import PLAIN, Kernels
@@ -128,6 +129,7 @@ class TaskHead(nn.Module):
     ):
         super().__init__()
         self.spec = HEADS[name]
+        self.dropout_samples = 1  # in training; see `MultitaskBERT.total_loss`
         if self.spec.single_number:
             num_layers, dropout_prob = 1, 0.0  # dropping the only number would just be noise
         self.dropout_prob = dropout_prob
@@ -145,8 +147,10 @@ class TaskHead(nn.Module):
                 nn.init.constant_(self.dense[-1].bias, low)
 
     def forward(self, u: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, H) and, for two-vector heads, (B, H) -> logits (B, C)."""
+        """(B, H) and, for two-vector heads, (B, H) -> logits (B, C); with S samples of dropout (S * B, C)."""
         x = u if self.spec.features is None else self.spec.features(u, v)  # (B, width)
+        if self.training and self.dropout_samples > 1:
+            x = x.repeat(self.dropout_samples, 1)  # (S * B, width)
         for layer in self.dense[:-1]:
             x = F.gelu(layer(dropout(x, self.dropout_prob, self.training)))  # (B, H)
         return self.dense[-1](dropout(x, self.dropout_prob, self.training))
@@ -161,6 +165,7 @@ class MultitaskBERT(nn.Module):
         head_names: task -> a key of `heads.HEADS`.
         pooling: a key of `heads.POOLINGS`.
         freeze_encoder: train the heads only.
+        objective: what is added to the losses.
     """
 
     def __init__(
@@ -172,8 +177,10 @@ class MultitaskBERT(nn.Module):
         head_layers: int = 1,
         head_dropout_prob: float = 0.1,
         freeze_encoder: bool = False,
+        objective: Objective = NOTHING_ADDED,
     ):
         super().__init__()
+        self.objective = objective
         self.bert, self.tasks, self.pooling, self.freeze_encoder = bert, tasks, pooling, freeze_encoder
         self.heads = nn.ModuleDict(
             {
@@ -189,6 +196,8 @@ class MultitaskBERT(nn.Module):
                 for task, spec in tasks.items()
             }
         )
+        for head in self.heads.values():
+            head.dropout_samples = 1 if head.spec.single_number else objective.head_dropout_samples
         # Before the flat memory is made, which takes what is trainable.
         bert.requires_grad_(not freeze_encoder)
         if pooling != "pooler":
@@ -251,12 +260,16 @@ class MultitaskBERT(nn.Module):
         return FlatMemory(self.bert, heads, dtype=dtype, grad_dtype=grad_dtype, kernels=kernels)
 
     def losses(
-        self, batches: Sequence[tuple[str, dict[str, torch.Tensor]]], memory: FlatMemory | None = None
+        self,
+        batches: Sequence[tuple[str, dict[str, torch.Tensor]]],
+        memory: FlatMemory | None = None,
+        noise: AdversarialNoise | None = None,
     ) -> list[torch.Tensor]:
         """Mean losses of several batches, each of a task, from one pass through the encoder.
 
         Args:
             memory: keep the encoder's gradients of tasks apart, in this memory; None for ordinary gradients.
+            noise: added to the embeddings; None for nothing.
         """
         task_numbers, targets = None, None
         if memory is not None:  # each batch's gradients go to the row of its task
@@ -265,7 +278,7 @@ class MultitaskBERT(nn.Module):
             (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]) for _, batch in batches
         ]
         with torch.no_grad() if self.freeze_encoder else nullcontext():
-            outputs = self.bert.encode(inputs, task_numbers, targets)
+            outputs = self.bert.encode(inputs, task_numbers, targets, noise)
         # From here on each batch alone: heads are small, and their gradients are of one task anyway.
         return [
             self.head_loss(task, output, batch["attention_mask"].to(batch["labels"].device), batch["labels"])
@@ -294,7 +307,31 @@ class MultitaskBERT(nn.Module):
     ) -> torch.Tensor:
         """Mean loss of one batch from what the encoder gives for it, mask (R, T), labels (B,)."""
         pooled = POOLINGS[self.pooling](outputs, attention_mask)  # (R, H)
-        return TASK_KINDS[self.tasks[task].kind].loss(self.logits(task, pooled), labels)
+        return self.total_loss(task, self.logits(task, pooled), labels)
+
+    def total_loss(self, task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A task's mean loss with all that `Objective` adds to it; the one place where terms are added.
+
+        Label smoothing: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567. Multi-sample dropout: Inoue
+        2019, https://arxiv.org/abs/1905.09788, the mean loss of S samples. R-Drop: Liang et al. 2021,
+        https://arxiv.org/abs/2106.14448, as their code has it: the mean, not the sum, of the two passes'
+        losses, and of the two directions of the divergence.
+
+        Args:
+            logits: (S * B, C), sample by sample.
+            labels: (B,)
+        """
+        kind, objective = TASK_KINDS[self.tasks[task].kind], self.objective
+        num_samples = len(logits) // len(labels)
+        loss = kind.loss(logits, labels.repeat(num_samples) if num_samples > 1 else labels)
+        smoothing = objective.label_smoothing.get(task, 0.0)
+        if smoothing:
+            loss = (1 - smoothing) * loss + smoothing * kind.uniform_loss(logits)
+        rdrop = objective.rdrop.get(task, 0.0)
+        if rdrop and self.training:  # without dropout, both passes are the same
+            first, second = logits.unflatten(0, (num_samples, 2, -1)).unbind(1)  # (S, B / 2, C) each
+            loss = loss + rdrop * kind.divergence(first.flatten(0, 1), second.flatten(0, 1))
+        return loss
 
     def loss(self, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss over a batch with `labels` (B,)."""

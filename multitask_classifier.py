@@ -54,6 +54,7 @@ from evaluation import (
     select_score,
 )
 from heads import MultitaskBERT
+from kernels.adversarial import AdversarialNoise
 from kernels.flat_memory import FlatMemory
 from kernels.grad_methods import weights_by_group
 from kernels.loss_weightings import loss_factors
@@ -85,6 +86,7 @@ from training.resolve import (
     check_outputs,
     check_own_predictions,
     data_settings,
+    describe_recipe,
     fit_to_encoder,
     flags_without_effect,
     make_settings,
@@ -113,6 +115,7 @@ from training.run_folder import (
 from training.settings import LoopSettings, OutputSettings, RunSettings, StepSettings
 from training.skipped_steps import log_skipped_step
 from training.step_result import StepResult
+from training.task_schedule import draw_shares
 from training.trackers import Trackers, check_trackers
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -276,24 +279,26 @@ def backward_all(
     num_examples = Counter()
     for batch in task_batches:
         num_examples[batch.task] += sum(len(piece["labels"]) for piece in batch.micro_batches)
+    noise = AdversarialNoise(settings.fgm) if settings.fgm else None
     # Of each micro-batch; read at the end, so that a GPU need not wait.
     tasks, shares, losses, num_tokens = [], [], [], []
     for micro_step in range(max(len(batch.micro_batches) for batch in task_batches)):
         # All tasks go through the encoder together: large products, and a weight is read once for all.
         chosen = [batch for batch in task_batches if micro_step < len(batch.micro_batches)]
         pieces = [(batch.task, batch.micro_batches[micro_step]) for batch in chosen]
-        torch.manual_seed(make_seed(settings.seed, step, micro_step))
-        with settings.autocast():
-            micro_losses = model.losses(pieces, memory)
         # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
         # often as it was drawn.
         micro_shares = [len(piece["labels"]) / num_examples[task] for task, piece in pieces]
         weights = [
-            settings.task_weights.get(task, 1.0) * (num_draws[task] * share) * settings.loss_scale
+            settings.task_weight(task, step) * (num_draws[task] * share) * settings.loss_scale
             for (task, _), share in zip(pieces, micro_shares, strict=True)
         ]
-        # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
-        sum(loss * weight for loss, weight in zip(micro_losses, weights, strict=True)).backward()
+        seed = make_seed(settings.seed, step, micro_step)
+        micro_losses = backward(model, memory, pieces, weights, settings.autocast, seed, noise)
+        if noise:  # once more, with the same dropout: what the noise was found to be worst for
+            noise.turn_adversarial()
+            backward(model, memory, pieces, weights, settings.autocast, seed, noise)
+            noise.clear()
         tasks += [memory.tasks.index(task) for task, _ in pieces]
         shares += micro_shares
         losses += [loss.detach() for loss in micro_losses]
@@ -304,6 +309,24 @@ def backward_all(
     means.index_add_(0, torch.tensor(tasks), torch.stack(losses).cpu() * torch.tensor(shares))
     means[[task not in num_examples for task in memory.tasks]] = math.nan
     return means, int(torch.stack(num_tokens).sum())
+
+
+def backward(
+    model: MultitaskBERT,
+    memory: FlatMemory,
+    pieces: Sequence[tuple[str, dict[str, Tensor]]],
+    weights: Sequence[float],
+    autocast: Callable,
+    seed: int,
+    noise: AdversarialNoise | None,
+) -> list[Tensor]:
+    """One pass forward and back for a micro-batch of each task; returns their losses."""
+    torch.manual_seed(seed)
+    with autocast():
+        losses = model.losses(pieces, memory, noise)
+    # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
+    sum(loss * weight for loss, weight in zip(losses, weights, strict=True)).backward()
+    return losses
 
 
 def combined_norm(grams: Tensor, weights: Tensor, head_squares: Tensor) -> float:
@@ -347,7 +370,9 @@ def train(
         for task, data in train_data.items()
     }
     dev_part = {task: data.sample(loop.eval_max_examples, loop.seed) for task, data in dev_data.items()}
-    plan = plan_tasks(loop.sampler, [len(data) for data in train_data.values()], loop.max_steps, loop.seed)
+    shares = draw_shares(loop.tasks, loop.loss_schedule, loop.draw_schedule, loop.max_steps)
+    sizes = [len(data) for data in train_data.values()]
+    plan = plan_tasks(loop.sampler, sizes, loop.max_steps, loop.seed, shares)
     print_plan(loop, plan, orders)
 
     steps = Steps(run, train_data)
@@ -358,10 +383,11 @@ def train(
         #    that was stopped in an evaluation starts with it when it goes on.
         is_last = state.step >= loop.max_steps
         if state.step > state.evaluated and (is_last or state.step % loop.eval_every == 0):
-            evaluation = evaluate_run(run, dev_part, stop)
-            if evaluation is None:
-                break
-            log_evaluation(run, dev_part, *evaluation)
+            with run.averaged():
+                evaluation = evaluate_run(run, dev_part, stop)
+                if evaluation is None:
+                    break
+                log_evaluation(run, dev_part, *evaluation)
             run.save_last()
             curves.refresh()
         out_of_patience = loop.patience and state.evals_without_gain >= loop.patience
@@ -398,12 +424,19 @@ def train(
 def draw_examples(
     loop: LoopSettings, tasks: Iterable[int], orders: dict[str, BatchOrder], batches_drawn: dict[str, int]
 ) -> Examples:
-    """For each draw of a step, its task and the examples of its micro-batches; counts in `batches_drawn`."""
+    """For each draw of a step, its task and the examples of its micro-batches; counts in `batches_drawn`.
+
+    Args:
+        tasks: their numbers; -1 is no draw.
+    """
     drawn = []
-    for task in (loop.tasks[k] for k in tasks):
+    for task in (loop.tasks[k] for k in tasks if k >= 0):
         first = batches_drawn[task]
         batches_drawn[task] += loop.grad_accum
-        drawn.append((task, [orders[task][i] for i in range(first, first + loop.grad_accum)]))
+        batches = [orders[task][i] for i in range(first, first + loop.grad_accum)]
+        if loop.rdrop.get(task):  # both passes of R-Drop are rows of one batch, with dropout of their own
+            batches = [np.tile(batch, 2) for batch in batches]
+        drawn.append((task, batches))
     return drawn
 
 
@@ -436,6 +469,7 @@ class Steps:
         else:
             result = self._plain(examples)
         state.step += 1
+        self.run.average_step()
         self.waiting.append((state.step, examples, result))
 
     def _plain(self, examples: Examples) -> Callable[[], StepResult]:
@@ -678,7 +712,7 @@ def start(args: Namespace) -> None:
     check_trackers(args.report_to)
     if not args.resume:
         check_free(folder, args.overwrite, args.pretrained)
-    for line in resolve_machine(args):
+    for line in filter(None, [describe_recipe(args), *resolve_machine(args)]):
         print(f"chosen: {line}")
     last = find_last(folder, args.eval_every) if args.resume else None
     rows, report = read_data(data_settings(args))

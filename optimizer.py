@@ -6,7 +6,7 @@ https://arxiv.org/abs/1908.03265.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -112,6 +112,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            ranges = group.get("lr_ranges")  # of a flat parameter: other factors of `lr` in each
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -125,7 +126,12 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 state["step"] += 1
-                self._update(param, param.grad, state, group)
+                tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+                if ranges is None:
+                    self._update(tensors, state["step"], group, group["lr"])
+                for where, factor in ranges or ():
+                    pieces = tuple(tensor[where] for tensor in tensors)
+                    self._update(pieces, state["step"], group, group["lr"] * factor)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -145,8 +151,9 @@ class AdamW(torch.optim.Optimizer):
         state = {key: take_state(key, each, shapes.get(key)) for key, each in state_dict["state"].items()}
         super().load_state_dict({"state": state, "param_groups": taken})
 
-    def _update(self, param, grad, state, group):
-        (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
+    def _update(self, tensors: tuple[torch.Tensor, ...], step: int, group: dict, lr: float) -> None:
+        """One update of parameter, gradient and both moments; `step` counts from 1."""
+        (beta1, beta2), (param, grad, *moments) = group["betas"], tensors
         step_size, adaptive = lr, True
         if group["correct_bias"]:
             # Both corrections in the step size: two numbers instead of two more passes over the moments.
@@ -159,7 +166,6 @@ class AdamW(torch.optim.Optimizer):
             step_size = step_size * factor if adaptive else lr / (1 - beta1**step)
         decay = lr * group["weight_decay"]
         early_decay, late_decay = (decay, 0.0) if decay < OWN_DECAY else (0.0, decay)
-        moments = state["exp_avg"], state["exp_avg_sq"]
         if adaptive:
             # The order in which `adamw_update` and its twin unpack them.
             hyperparameters = [beta1, beta2, step_size, group["eps"], early_decay, late_decay]
@@ -275,6 +281,23 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def average_weights(average: torch.Tensor, weights: torch.Tensor, decay: float, step: int) -> None:
+    """Take a step's weights into their exponential moving average, in place and in one pass.
+
+    Each step's weights count `decay` times as much as those of the step after it, and all counts add up to 1:
+    the average is Adam's, corrected for its start at zero (https://arxiv.org/abs/1412.6980, section 3), so
+    the first step's average are its weights, whatever `average` held. Averages of weights: Polyak and
+    Juditsky 1992, https://doi.org/10.1137/0330046; as a moving average, Tarvainen and Valpola 2017,
+    https://arxiv.org/abs/1703.01780.
+
+    Args:
+        average, weights: of the same shape.
+        decay: in [0, 1).
+        step: steps so far, this one included.
+    """
+    average.lerp_(weights, (1 - decay) / (1 - decay**step))
+
+
 # --- schedules: factor in [0, 1] as a function of progress, which goes from 0 (warm-up over) to 1 (end) -----
 
 
@@ -326,3 +349,17 @@ def lr_factor(schedule: str, step: int, *, warmup_steps: int, total_steps: int) 
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return SCHEDULES[schedule](min(1.0, progress))
+
+
+def points_factor(points: Sequence[tuple[float, float]], progress: float) -> float:
+    """The factor at some progress, on straight lines between points (progress, factor).
+
+    Before the first point and after the last one it stays what it is there. At a jump, two points with the
+    same progress, the second one counts.
+    """
+    before = [point for point in points if point[0] <= progress]
+    after = points[len(before) :]
+    if not before or not after:
+        return points[0][1] if not before else points[-1][1]
+    (start, low), (stop, high) = before[-1], after[0]
+    return low + (high - low) * (progress - start) / (stop - start)

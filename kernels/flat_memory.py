@@ -193,13 +193,28 @@ class FlatMemory:
         """The flat gradient of one task's head, a view of `grad`."""
         return self.grad[self.layout.blocks[task, True].start : self.layout.blocks[task, False].stop]
 
-    def param_groups(self, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
-        """Groups for AdamW, one flat parameter each."""
+    def param_groups(
+        self, lr: float, head_lr: float, weight_decay: float, layer_decay: float = 1.0
+    ) -> list[dict]:
+        """Groups for AdamW, one flat parameter each.
+
+        Args:
+            layer_decay: the learning rate of a layer of the encoder is this many times that of the layer
+                above; see `layout.layer_factors`.
+        """
         groups = []
         for (owner, decays), param in self.flat_params.items():
             group_lr = lr if owner == SHARED else head_lr
             group = {"params": [param], "lr": group_lr, "initial_lr": group_lr}
-            groups.append(group | {"weight_decay": weight_decay if decays else 0.0})
+            group["weight_decay"] = weight_decay if decays else 0.0
+            if owner == SHARED and layer_decay != 1:
+                block = self.layout.blocks[owner, decays]
+                group["lr_ranges"] = [
+                    (slice(where.start - block.start, where.stop - block.start), factor)
+                    for where, factor in self.layout.layer_factors(layer_decay)
+                    if block.start <= where.start < block.stop
+                ]
+            groups.append(group)
         return groups
 
     # --- a step, in the order of its calls ------------------------------------------------------------------

@@ -104,6 +104,22 @@ class Layout:
                 ranges.append(where)
         return groups
 
+    def layer_factors(self, decay: float) -> list[tuple[slice, float]]:
+        """Ranges of the encoder, each with a factor of its learning rate: `decay` for each layer down.
+
+        The top layer and the pooler keep theirs, the embeddings, below all layers, get the least. So do
+        ELECTRA (https://arxiv.org/abs/2003.10555, whose code starts one layer further down) and XLNet
+        (https://arxiv.org/abs/1906.08237, whose code leaves the embeddings' rate as it is).
+        """
+        depths = {name: int(name[6:]) + 1 for name in self.layer_groups if name.startswith("layer.")}
+        top = max(depths.values(), default=0)
+        depths |= {"embeddings": 0, "pooler": top}
+        return [
+            (where, decay ** (top - depths.get(name, top)))
+            for name, ranges in self.layer_groups.items()
+            for where in ranges
+        ]
+
     def is_matrix(self, where: slice) -> bool:
         """Whether a range is in the linear weights."""
         return self.matrices.start <= where.start < self.matrices.stop

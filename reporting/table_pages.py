@@ -154,8 +154,18 @@ def format_differences(table: Table) -> str:
     return "\n".join(lines)
 
 
+def step_seconds(table: Table, row: str) -> float:
+    """Mean time of a training step of a row's runs; 0 if it was not logged."""
+    totals = [(training_seconds(run.metrics), last_step(run.metrics)) for run in table.runs[row].values()]
+    return sum(seconds / max(1, steps) for seconds, steps in totals) / len(totals)
+
+
+def last_step(metrics: list[dict]) -> int:
+    return max((line["step"] for line in metrics if "loss" in line), default=0)
+
+
 def differences_table(table: Table) -> pages.Table:
-    """Each row against the one that it is a change of."""
+    """Each row against the one that it is a change of; for rows of one's own also in time."""
     lines = []
     for row in table.runs:
         other = table.specs[row].versus
@@ -163,7 +173,11 @@ def differences_table(table: Table) -> pages.Table:
             shown = [format_interval(row_difference(table, row, other, score)) for score in SCORES]
             titles = f"{table.specs[row].title} - {table.specs[other].title}"
             lines.append([titles, *shown, format_seeds(table, {row, other})])
-    return pages.Table(["difference, points (95 % interval)", *SCORES.values(), "seeds"], lines)
+            if not table.has_poster:
+                seconds, before = step_seconds(table, row), step_seconds(table, other)
+                lines[-1].append(f"{seconds / before:.2f} times" if seconds and before else "-")
+    header = ["difference, points (95 % interval)", *SCORES.values(), "seeds"]
+    return pages.Table(header if table.has_poster else [*header, "time a step"], lines)
 
 
 def format_comparison(table: Table, a: str, b: str) -> str:
@@ -188,7 +202,7 @@ def make_caption(table: Table, picture: str) -> str:
     if picture in PREDICTED:
         row, seed = table.best_run
         num_examples = len(table.dev_data[PREDICTED[picture]].labels)
-        return f"{caption} {ROWS[row].title} ({row}), seed {seed}, {num_examples} dev examples."
+        return f"{caption} {table.specs[row].title} ({row}), seed {seed}, {num_examples} dev examples."
     rows = [row for row in table.runs if row in CONFLICT_ROWS or not picture.endswith("conflict.png")]
     seeds = {" ".join(map(str, table.runs[row])) for row in rows}
     caption += f" Seeds {seeds.pop()}." if len(seeds) == 1 else " Seeds as in the table above."

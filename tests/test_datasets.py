@@ -397,16 +397,22 @@ EXPONENTS = {  # sampler -> progress -> exponent
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampler_draws_with_the_stated_probabilities(sampler):
-    """A task for every batch, in order."""
-    rng, num_steps = np.random.default_rng(0), 3000
-    draw, (_, params) = SAMPLERS[sampler].draw, parse_spec(sampler, SAMPLERS)
+    _, params = parse_spec(sampler, SAMPLERS)
     for progress, exponent in EXPONENTS[sampler].items():
-        probabilities = SIZES**exponent / (SIZES**exponent).sum()
-        draws = np.stack([draw(SIZES, progress, rng, **params) for _ in range(num_steps)])
-        assert draws.shape == (num_steps, 3) and (np.diff(draws) >= 0).all()
-        frequencies = np.bincount(draws.ravel(), minlength=3) / draws.size
-        standard_errors = np.sqrt(probabilities * (1 - probabilities) / draws.size)  # binomial
-        assert (np.abs(frequencies - probabilities) < 4 * standard_errors).all()  # fixed seed
+        chances = SAMPLERS[sampler].chances(SIZES.astype(float), progress, **params)
+        assert chances / chances.sum() == pytest.approx(SIZES**exponent / (SIZES**exponent).sum())
+
+
+def test_shares_of_draws_by_hand():
+    def plan(sampler, shares, steps):
+        return plan_tasks(sampler, SIZES[: len(shares)], steps, 0, np.array([shares] * steps)).tolist()
+
+    assert plan("round_robin", [1, 0.5, 0.25], 4) == [[0, -1, -1], [0, 1, -1], [0, -1, -1], [0, 1, 2]]
+    assert plan("round_robin", [0.5, 0.5], 2) == [[0, -1], [1, -1]]  # no step is empty
+    draws = np.array(plan("sqrt", [0.0, 1.0, 0.25], 2000))
+    odds = SIZES[1:] ** 0.5 * [1, 0.25]
+    assert (draws > 0).all() and (np.diff(draws) >= 0).all()
+    assert (draws == 1).mean() == pytest.approx(odds[0] / odds.sum(), abs=0.02)  # standard error below 0.007
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import heads
+from evaluation import Objective
 from heads import HEADS, PAIR_HEADS, POOLINGS, TaskHead
 from kernels.fused import PLAIN, Kernels
 from tests.tiny import make_batch, make_model, shared_grads
@@ -203,6 +204,42 @@ def test_losses_together_are_those_of_each_batch_alone(pooling, freeze_encoder):
     memory.start_step()
     for loss, expected in zip(model.losses(batches, memory), together, strict=True):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_added_to_the_losses_by_hand():
+    """Two samples of dropout of four rows: two examples, twice. The divergence against torch's own."""
+    kl = torch.distributions.kl_divergence
+    torch.manual_seed(0)
+    labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    objective = Objective({"sst": 0.1, "para": 0.2}, {"sst": 2.0, "para": 3.0, "sts": 0.5})
+    model = make_model(objective=objective)
+
+    def divergence(make, logits):
+        """The mean over samples and examples, both directions."""
+        pairs = [(make(logits[a]), make(logits[a + 2])) for a in (0, 1, 4, 5)]
+        return sum(kl(p, q) + kl(q, p) for p, q in pairs) / 8
+
+    for task, width in (("sst", 5), ("para", 1), ("sts", 1)):
+        logits, twice = torch.randn(8, width), labels.repeat(2)
+        first, second = logits[[0, 1, 4, 5]], logits[[2, 3, 6, 7]]
+        if task == "sst":
+            plain = F.cross_entropy(logits, twice.long(), label_smoothing=0.1)
+            added = 2 * divergence(lambda x: torch.distributions.Categorical(logits=x), logits)
+        elif task == "para":
+            plain = F.binary_cross_entropy_with_logits(logits[:, 0], 0.8 * twice + 0.1)
+            added = 3 * divergence(lambda x: torch.distributions.Bernoulli(logits=x[0]), logits)
+        else:
+            plain, added = F.mse_loss(logits[:, 0], twice), 0.5 * (first - second).square().mean()
+        torch.testing.assert_close(model.train().total_loss(task, logits, labels), plain + added)
+        torch.testing.assert_close(model.eval().total_loss(task, logits, labels), plain)
+
+
+def test_samples_of_dropout_are_drawn_for_each_example_and_in_training_only():
+    model = make_model(objective=Objective(head_dropout_samples=3), head_dropout_prob=0.5)
+    pooled = torch.ones(4, 32)
+    logits = model.train().logits("para", pooled)
+    assert logits.shape == (6, 1) and len(logits.unique()) == 6
+    assert model.eval().logits("para", pooled).shape == (2, 1)
 
 
 def test_gradients_by_task_land_in_the_order_of_the_tasks():

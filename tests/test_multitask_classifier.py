@@ -172,6 +172,12 @@ def test_autocast_is_only_made_for_bf16():
 # --- stopped and resumed ------------------------------------------------------------------------------------
 
 
+INGREDIENTS = "--ema 0.7 --layer_lr_decay 0.5 --rdrop 1,sts=0.1 --fgm 0.1 --label_smoothing 0.1"
+INGREDIENTS += (
+    " --grad_accum 2 --head_dropout_samples 2 --loss_schedule sst=0.2:1/0.7:0 --draw_schedule sts=0:0.5/0.5:1"
+)
+
+
 @slow
 @pytest.mark.parametrize(
     "flags",
@@ -181,6 +187,7 @@ def test_autocast_is_only_made_for_bf16():
         "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify",
         "--precision fp16 --sampler sqrt --task_weights sts=5",  # so large that the first steps overflow
         "--grad_method cr_mogm:alpha=0.5 --surgery_scope layer --loss_weighting famo --sampler sqrt",
+        INGREDIENTS,
     ],
 )
 def test_resumed_run_has_the_same_bits(place, whole, monkeypatch, tmp_path, flags, capsys):
@@ -195,6 +202,20 @@ def test_resumed_run_has_the_same_bits(place, whole, monkeypatch, tmp_path, flag
         file.write('{"step": 6, "loss": "written after the checkpoint, to be dropped"}\n{"step": 3, "lo')
     assert again(tmp_path / "run") == 0
     assert read_run(tmp_path / "run") == read_run(whole(flags))
+
+
+@slow
+def test_best_holds_the_average_of_the_weights(whole):
+    """Of three steps, evaluated once: the average that last/ keeps besides the weights."""
+    folder = whole("--ema 0.5 --max_steps 3 --eval_every 3")
+    average = load_file(folder / "last" / "optimizer.safetensors")["average"]
+    names = [name for name in load_file(folder / "best" / "model.safetensors") if ".pooler." not in name]
+    best, last = (
+        torch.cat([load_file(folder / which / "model.safetensors")[name].flatten() for name in names])
+        for which in ("best", "last")
+    )
+    assert torch.equal(best.sort().values, average.sort().values)  # in another order
+    assert not torch.equal(best, last)
 
 
 # What is at work when the signal comes, in which of its calls, and the step that is saved.

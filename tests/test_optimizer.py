@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import BLOCK_SIZE, SCHEDULES, AdamW, adamw_update, lr_factor, rectification, set_lr
+from optimizer import (
+    BLOCK_SIZE,
+    SCHEDULES,
+    AdamW,
+    adamw_update,
+    average_weights,
+    lr_factor,
+    points_factor,
+    rectification,
+    set_lr,
+)
 
 # --- AdamW --------------------------------------------------------------------------------------------------
 
@@ -340,6 +350,22 @@ def test_warmup_rises_evenly_into_a_falling_schedule(schedule):
 def test_unknown_schedule_raises(warmup_steps):
     with pytest.raises(ValueError, match=r"'cosin'.*constant, linear, cosine, inverse_sqrt"):
         lr_factor("cosin", 0, warmup_steps=warmup_steps, total_steps=10)
+
+
+def test_points_factor_by_hand():
+    points = [(0.2, 1.0), (0.6, 0.5), (0.6, 0.0), (0.8, 2.0)]  # a slope, a jump, a slope
+    expected = {0.0: 1.0, 0.2: 1.0, 0.3: 0.875, 0.6: 0.0, 0.7: 1.0, 0.8: 2.0, 1.0: 2.0}
+    for progress, factor in expected.items():
+        assert points_factor(points, progress) == pytest.approx(factor)
+    assert points_factor([(0.5, 0.3)], 0.1) == points_factor([(0.5, 0.3)], 0.9) == 0.3
+
+
+def test_average_weights_by_hand():
+    """Whatever it starts from: 1, then (1 / 2 + 3) / (1 / 2 + 1), then (1 / 4 + 3 / 2 + 5) / (7 / 4)."""
+    average = torch.full((2,), 99.0)
+    for step, (value, expected) in enumerate([(1.0, 1.0), (3.0, 7 / 3), (5.0, 27 / 7)], start=1):
+        average_weights(average, torch.full((2,), value), 0.5, step)
+        assert average.tolist() == pytest.approx([expected] * 2, rel=1e-6)  # float32
 
 
 def test_set_lr_is_a_factor_of_the_base_learning_rates():

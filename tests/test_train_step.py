@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from config import DEFAULT_TASKS
+from evaluation import Objective
 from heads import PAIR_HEADS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, combination_weights
+from kernels.packing import make_paddings
 from multitask_classifier import TaskBatch, train_step
 from optimizer import AdamW
 from pcgrad import TaskFacts, cosine_matrix, draw_step_orders
@@ -347,6 +349,75 @@ def test_surgery_on_chosen_tasks_changes_their_gradients_only():
     assert not alone.diagonal().any()  # its own gradient stays whole; others are taken away from it
 
 
+# --- ingredients --------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_fall_by_layer():
+    """Adam's first update and the decay are as long as the learning rate, whatever the gradient."""
+    moves = []
+    for decay in (1.0, 0.5):
+        model = make_model(dropout=False)
+        training = (model, *make_training(model, layer_decay=decay))
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        take_step(training, make_task_batches())
+        moves.append({name: param.detach() - before[name] for name, param in model.named_parameters()})
+    for name, move in moves[0].items():
+        factor = 0.25 if "embeddings" in name else 0.5 if "layer.0" in name else 1.0
+        torch.testing.assert_close(
+            moves[1][name], factor * move, rtol=0, atol=1e-6
+        )  # float32, of weights up to 1
+
+
+def test_both_passes_of_r_drop_without_dropout_are_one():
+    """Rows twice, and their divergence is 0: losses and gradients are those of a plain step."""
+    outcomes = []
+    for weight in (0.0, 3.0):
+        objective = Objective(rdrop=dict.fromkeys(DEFAULT_TASKS, weight))
+        model = make_model("cross", dropout=False, objective=objective).train()
+        training = (model, *make_training(model))
+        batches = make_task_batches(head="cross")  # rows are examples
+        if weight:
+            for batch in batches:
+                batch.micro_batches[0] = {
+                    name: torch.cat([tensor, tensor]) for name, tensor in batch.micro_batches[0].items()
+                }
+        outcomes.append(take_step(training, batches))
+    assert outcomes[1].losses.tolist() == pytest.approx(outcomes[0].losses.tolist(), rel=1e-5)  # float32
+    torch.testing.assert_close(outcomes[1].gram, outcomes[0].gram, rtol=1e-4, atol=1e-5)
+
+
+def test_fast_gradient_method_equals_the_textbook():
+    """Gradients of L(s) + L(s + r), r as long as asked for in each sentence, along the gradient of L at s."""
+    model, plain = (make_model(tasks=["sst", "para"], dropout=False) for _ in range(2))
+    batches = make_task_batches(["sst", "para"])
+    training = (model, *make_training(model, lr=0.0))
+    result = take_step(training, batches, fgm=0.5, grad_method="sum")
+    rows = []
+    for batch in batches:
+        piece, seen = batch.micro_batches[0], []
+        norm = plain.bert.embeddings.LayerNorm
+        hook = norm.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        clean = plain.loss(batch.task, piece)
+        hook.remove()
+        (grad,) = torch.autograd.grad(clean, seen, retain_graph=True)  # (M, H)
+        (padding,) = make_paddings([piece["attention_mask"]])  # some of it is among the tokens
+        sentence = padding.positions // padding.mask.shape[1]
+        noise = torch.zeros_like(grad)
+        for n in sentence.unique():
+            tokens = [m for m, other in enumerate(sentence) if other == n]
+            noise[tokens] = 0.5 * grad[tokens] / grad[tokens].norm()
+        hook = norm.register_forward_pre_hook(lambda _, inputs, noise=noise: (inputs[0] + noise,))
+        total = clean + plain.loss(batch.task, piece)
+        hook.remove()
+        params = [param for param in plain.bert.parameters() if param.requires_grad]
+        grads = torch.autograd.grad(total, params, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([each.flatten() for each in grads]))
+        # The loss is that of the clean pass.
+        assert float(result.losses[len(rows) - 1]) == pytest.approx(clean.item(), rel=1e-5)
+    rows = torch.stack(rows)
+    torch.testing.assert_close(result.gram, rows @ rows.T, rtol=1e-4, atol=1e-5)  # float32
+
+
 # --- one pass, and its randomness ---------------------------------------------------------------------------
 
 
@@ -355,9 +426,9 @@ def test_all_task_batches_go_through_the_encoder_together(monkeypatch):
     memory, optimizer = make_training(model)
     encode = model.bert.encode
 
-    def recorded(inputs, task_numbers, targets):
+    def recorded(inputs, task_numbers, targets, noise):
         passes.append(task_numbers)
-        return encode(inputs, task_numbers, targets)
+        return encode(inputs, task_numbers, targets, noise)
 
     monkeypatch.setattr(model.bert, "encode", recorded)
     counts = [("sts", 2), ("sst", 1), ("sts", 3)]

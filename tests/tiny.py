@@ -133,9 +133,11 @@ def make_task_batches(tasks: Sequence[str] = DEFAULT_TASKS, head: str = "diff") 
     return [TaskBatch(task, [make_batch(task, head, seed=number)]) for number, task in enumerate(tasks)]
 
 
-def make_training(model: MultitaskBERT, lr: float = 0.01, **options) -> tuple[FlatMemory, AdamW]:
+def make_training(
+    model: MultitaskBERT, lr: float = 0.01, layer_decay: float = 1.0, **options
+) -> tuple[FlatMemory, AdamW]:
     memory = model.move_to_flat_memory()
-    return memory, AdamW(memory.param_groups(lr, lr, 0.01), lr=lr, **options)
+    return memory, AdamW(memory.param_groups(lr, lr, 0.01, layer_decay), lr=lr, **options)
 
 
 def take_step(

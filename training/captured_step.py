@@ -52,13 +52,18 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Block:
-    """A flat parameter as AdamW sees it: which owner's, and the sections of memory its gradient lies in."""
+    """A flat parameter as AdamW sees it: which owner's, and where in memory.
+
+    Args:
+        pieces: ranges that each lie in one section of the gradients, with factors of their learning rate.
+        group: of the optimizer.
+    """
 
     owner: str
     param: torch.nn.Parameter
     where: slice
-    sections: list[slice]
-    group: dict  # of the optimizer
+    pieces: list[tuple[slice, float]]
+    group: dict
 
 
 def check_capturable(settings: StepSettings) -> None:
@@ -73,6 +78,8 @@ def check_capturable(settings: StepSettings) -> None:
         raise ValueError(f"--loss_weighting {settings.loss_weighting} is for plain steps only")
     if settings.surgery_scope != "model":
         raise ValueError(f"--surgery_scope {settings.surgery_scope} is for plain steps only")
+    if settings.fgm:
+        raise ValueError(f"--fgm {settings.fgm:g} is for plain steps only")
 
 
 class CapturedStep:
@@ -127,7 +134,7 @@ class CapturedStep:
         memory, layout = self.memory, self.memory.layout
         groups = {id(group["params"][0]): group for group in self.optimizer.param_groups}
         self.blocks = [
-            Block(owner, param, where, memory.sections_of(owner, where), groups[id(param)])
+            Block(owner, param, where, lr_pieces(memory, owner, where, groups[id(param)]), groups[id(param)])
             for (owner, decays), param in memory.flat_params.items()
             for where in [layout.blocks[owner, decays]]
         ]
@@ -176,7 +183,7 @@ class CapturedStep:
         with self._on_stream():
             self._take_over()
             for micro_step in range(len(examples[0][1])):
-                shape, arrays = self._pack(examples, micro_step)
+                shape, arrays = self._pack(examples, step, micro_step)
                 num_tokens += int(arrays["lengths"].sum())
                 seed = make_seed(self.settings.seed, step, micro_step)
                 arrays["rng"] = np.array([seed, with_dropout], dtype=np.int64)
@@ -189,7 +196,9 @@ class CapturedStep:
             self._run(key, partial(self._update, *key, numbers))
             return self._pending(drawn, num_tokens)
 
-    def _pack(self, examples: Sequence, micro_step: int) -> tuple[StepShape, dict[str, np.ndarray]]:
+    def _pack(
+        self, examples: Sequence, step: int, micro_step: int
+    ) -> tuple[StepShape, dict[str, np.ndarray]]:
         tasks, settings = self.memory.tasks, self.settings
         num_examples = {task: 0 for task, _ in examples}
         for task, batches in examples:
@@ -199,7 +208,7 @@ class CapturedStep:
         chosen = sorted(examples, key=lambda each: tasks.index(each[0]))
         shares = [len(batches[micro_step]) / num_examples[task] for task, batches in chosen]
         num_draws = [sum(task == other for other, _ in examples) for task, _ in chosen]
-        weights = [settings.task_weights.get(task, 1.0) for task, _ in chosen]
+        weights = [settings.task_weight(task, step) for task, _ in chosen]
         shape, arrays = pack_step(
             [
                 self.data[task].packed_batch(batches[micro_step], tasks.index(task))
@@ -444,18 +453,20 @@ class CapturedStep:
             if updated:
                 self.counts[n] += applied
         group = self.blocks[0].group  # what is not a learning rate or decay is the same in all
-        numbers = device_hyperparameters(group, lrs, self.weight_decays, self.counts, applied)  # (B, 8)
+        options = (self.weight_decays, self.counts, applied)
+        factors = sorted({factor for block in self.blocks for _, factor in block.pieces})
+        numbers = {factor: device_hyperparameters(group, lrs * factor, *options) for factor in factors}
         for n, (block, updated) in enumerate(zip(self.blocks, is_updated, strict=True)):
             if not updated:
                 continue
-            for section in block.sections:
+            for section, factor in block.pieces:
                 if block.owner == SHARED:
                     grads, row_weights = self.memory.stored_grads(section), weights
                 else:
                     grads, row_weights = self.memory.grad[section].unsqueeze(0), scale.view(1)
                 own = slice(section.start - block.where.start, section.stop - block.where.start)
                 tensors = (self.memory.data[section], *(moment[own] for moment in self.moments[n]))
-                self.ops.combine_adamw(grads, row_weights, *tensors, numbers[n])
+                self.ops.combine_adamw(grads, row_weights, *tensors, numbers[factor][n])
 
 
 @contextmanager
@@ -471,6 +482,16 @@ def no_autocast_cache():
 
 def clone_tensors(values: dict) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def lr_pieces(memory: FlatMemory, owner: str, where: slice, group: dict) -> list[tuple[slice, float]]:
+    """A block cut into ranges that each lie in one section, with factors of the optimizer's learning rate."""
+    if "lr_ranges" not in group:
+        return [(section, 1.0) for section in memory.sections_of(owner, where)]
+    return [
+        (slice(where.start + piece.start, where.start + piece.stop), factor)
+        for piece, factor in group["lr_ranges"]
+    ]
 
 
 def split_ranges(

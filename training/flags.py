@@ -5,11 +5,12 @@ default depends on other flags, the encoder or the machine is None here; `traini
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
-from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
+from config import DEFAULT_TASKS, OFFLINE_ENCODER, RECIPES, TASKS
 from datasets import SAMPLERS
-from evaluation import OVERALLS, PREDICTION_STYLES
+from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
 from heads import PAIR_HEADS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
 from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
@@ -36,6 +37,7 @@ from training.run_parser import (
     RESUME_MARKS,
     SEED,
     RunParser,
+    by_task,
     check_sources,
     find_task_files,
     is_valid_value,
@@ -47,6 +49,7 @@ from training.run_parser import (
 from training.settings import HEAD_DROPOUT_PROB
 from training.sources import EXTRA_SOURCES
 from training.task_file import set_own_tasks
+from training.task_schedule import DRAW_COURSES, LOSS_COURSES
 from training.trackers import TRACKERS
 
 PROG = "multitask_classifier.py"
@@ -91,6 +94,12 @@ weight_list = FlagType(
 # --- the flags ----------------------------------------------------------------------------------------------
 
 
+def add_recipe_flag(parser: RunParser) -> None:
+    add = parser.adder(parser.add_argument_group("recipe"))
+    text = "flags that are the defaults of this run (config.py has them); flags that are given come first"
+    add("--recipe", "result", choices=RECIPES, default="poster", help=text)
+
+
 def add_data_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
@@ -121,6 +130,8 @@ def add_model_flags(parser: RunParser) -> None:
     text += f" (default: the checkpoint's own in the encoder, {HEAD_DROPOUT_PROB} before the heads)"
     add("--hidden_dropout_prob", "result", type=PROBABILITY, help=text)
     add("--freeze_encoder", "result", action="store_true", help="train the heads only")
+    text = "how often dropout before and in the heads is drawn for each example; the loss is the mean"
+    add("--head_dropout_samples", "result", type=COUNT, default=1, help=text)
 
 
 def add_training_flags(parser: RunParser) -> None:
@@ -137,6 +148,12 @@ def add_training_flags(parser: RunParser) -> None:
     add("--grad_accum", "result", type=COUNT, default=1, help="batches per task and step")
     add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
     add("--precision", "machine", choices=PRECISION_NAMES, default="auto", help=PRECISION_HELP)
+    text = "share of a label that goes to all classes alike, in [0, 1); for tasks with classes"
+    add("--label_smoothing", "result", type=by_task(PROBABILITY), default={}, help=text)
+    text = "R-Drop: factor of the divergence of two passes with other dropout, both in one batch; 0: one pass"
+    add("--rdrop", "result", type=by_task(NOT_NEGATIVE), default={}, help=text)
+    text = "a second pass with embeddings changed for the worse by this length (FGM); 0: none"
+    add("--fgm", "result", type=NOT_NEGATIVE, default=0.0, help=text)
     text = (
         "on a CPU, torch.compile for what goes over memory; on a GPU, steps captured as CUDA graphs; auto: on"
         " a GPU with Triton, and on a CPU with a C++ compiler if the run is long enough to gain from it"
@@ -154,6 +171,10 @@ def add_optimizer_flags(parser: RunParser) -> None:
     add("--lr", "result", type=POSITIVE, help=text)
     text = "learning rate of the heads, which start from random weights (default: larger than the encoder's)"
     add("--head_lr", "result", type=POSITIVE, help=text)
+    text = "factor of the encoder's learning rate for each layer further down, the embeddings last; 1: none"
+    add("--layer_lr_decay", "result", type=number(float, 0, 1, low_open=True), default=1.0, help=text)
+    text = "evaluate and keep a moving average of the weights with this decay, as 0.999; 0: the weights"
+    add("--ema", "result", type=PROBABILITY, default=0.0, help=text)
     text = "share that weight matrices lose in a step, times the learning rate"
     add("--weight_decay", "result", type=NOT_NEGATIVE, default=0.01, help=text)
     text = "course of the learning rate after warm-up"
@@ -185,6 +206,11 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--loss_weighting", "result", type=spec_type(LOSS_WEIGHTINGS), default="fixed", help=text)
     text = "factors of the losses (default: 1 for each task)"
     add("--task_weights", "result", type=weight_list, default={}, help=text)
+    text = "course of a task's factor over the run, progress and factor, straight lines between, as in"
+    text += " sst=0.4:1/0.7:0; a task at 0 is not drawn"
+    add("--loss_schedule", "result", type=LOSS_COURSES, default={}, help=text)
+    text = "the same for the share of its draws that a task keeps, in [0, 1]"
+    add("--draw_schedule", "result", type=DRAW_COURSES, default={}, help=text)
 
 
 def add_output_flags(parser: RunParser) -> None:
@@ -259,6 +285,7 @@ def make_parser() -> RunParser:
         epilog="To continue a run that was stopped: --output_dir RUN --resume."
         " To start from the encoder of a finished one: --pretrained RUN/best.",
     )
+    add_recipe_flag(parser)
     add_data_flags(parser)
     add_model_flags(parser)
     add_training_flags(parser)
@@ -297,7 +324,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.given = given_flags(argv)
-    if args.resume or args.eval_only or args.predict_only:
+    if takes_up(args):
         restore_settings(parser, args)
     elif args.task:
         if {"tasks", "task_file"} & set(args.given):
@@ -305,6 +332,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.tasks = COURSE_TASKS[args.task]
     elif args.task_file and "tasks" not in args.given:
         args.tasks = tuple(args.task_file)
+    if not takes_up(args):
+        apply_recipe(args)
     freezing = [
         args.freeze_encoder or None,
         OPTIONS.get(args.option),
@@ -317,6 +346,30 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.freeze_encoder = True in freezing
     check_flags(parser, args)
     return args
+
+
+def takes_up(args: argparse.Namespace) -> bool:
+    """Whether a run that exists is taken up again."""
+    return args.resume or args.eval_only or args.predict_only
+
+
+def apply_recipe(args: argparse.Namespace) -> None:
+    """Give the flags of --recipe that were not given their values; `args.from_recipe` keeps what it set."""
+    values = given_flags(shlex.split(RECIPES[args.recipe]))
+    given = set(args.given) | ({"max_steps"} if "epochs" in args.given else set())
+    args.from_recipe = {
+        name: {key: each for key, each in value.items() if task_of(key) in ("*", *args.tasks)}
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+        if name not in given
+    }
+    vars(args).update(args.from_recipe)
+
+
+def task_of(key: str) -> str:
+    """The task that a key of a dictionary of flags belongs to: a task's name, or that of additional data."""
+    return EXTRA_SOURCES[key].task if key in EXTRA_SOURCES else key
 
 
 def find_own_tasks(argv: list[str] | None) -> None:
@@ -356,6 +409,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for flag, named in (
         ("select_by", {args.select_by} & set(TASKS)),
         ("task_weights", args.task_weights),
+        ("loss_schedule", args.loss_schedule),
+        ("draw_schedule", args.draw_schedule),
+        ("label_smoothing", set(args.label_smoothing) - {"*"}),
+        ("rdrop", set(args.rdrop) - {"*"}),
         ("surgery_tasks", args.surgery_tasks or ()),
         ("predict_tasks", args.predict_tasks or ()),
     ):
@@ -373,6 +430,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(
             "--predict_only and --predict_splits none contradict each other; give --predict_splits dev,test"
         )
+    for task in sorted(set(args.label_smoothing) & set(args.tasks)):
+        if TASK_KINDS[TASKS[task].kind].uniform_loss is None and args.label_smoothing[task]:
+            parser.error(f"--label_smoothing names {task}, whose labels are no classes")
+    if args.freeze_encoder and args.fgm:
+        parser.error("--fgm changes the embeddings, which --freeze_encoder leaves without gradients")
     check_sources(parser, args)
 
 
@@ -416,6 +478,7 @@ def restore_settings(parser: RunParser, args: argparse.Namespace) -> None:
     elsewhere = {"device", "use_gpu"} if reading else set()
     vars(args).update({name: stored[name] for name in set(stored) - modes - elsewhere - set(changed)})
     args.given = first_given | changed
+    args.from_recipe = read_args_file(Path(args.output_dir))["args"].get("from_recipe", {})
 
 
 def read_run(output_dir: str | Path) -> tuple[dict, dict]:

@@ -14,11 +14,12 @@ from optimizer import lr_factor
 from support.bars import Bar
 from training.run_folder import Run
 from training.settings import LoopSettings
+from training.task_schedule import describe_courses
 
 
 def print_plan(loop: LoopSettings, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
     """Say how long the run is and how often it sees each task."""
-    counts = np.bincount(plan.ravel(), minlength=len(loop.tasks)) * loop.grad_accum
+    counts = np.bincount(plan[plan >= 0], minlength=len(loop.tasks)) * loop.grad_accum
     seen = ", ".join(
         f"{task} {count / orders[task].batches_per_epoch:.2f} times"
         for task, count in zip(loop.tasks, counts, strict=True)
@@ -27,6 +28,9 @@ def print_plan(loop: LoopSettings, plan: np.ndarray, orders: dict[str, BatchOrde
         f"{loop.max_steps} steps with sampler {loop.sampler}; each task's data will be seen: {seen}",
         flush=True,
     )
+    for flag in ("loss_schedule", "draw_schedule"):
+        for line in describe_courses(flag, getattr(loop, flag), loop.max_steps):
+            print(f"  {line}")
 
 
 def warn_of_new_length(run: Run, stored: dict) -> None:

@@ -9,15 +9,16 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from config import TASKS, BertConfig
+from config import RECIPES, TASKS, BertConfig
 from datasets import Rows, data_file
-from evaluation import prediction_name
+from evaluation import TASK_KINDS, Objective, prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
 from kernels.grad_methods import find_method
@@ -31,8 +32,9 @@ from support.device import (
 )
 from support.errors import UserError
 from support.files import check_replaceable, read_head
-from training.flags import flags_marked
+from training.flags import flags_marked, given_flags
 from training.run_folder import is_runs_own
+from training.run_parser import value_of_task
 from training.settings import (
     HEAD_DROPOUT_PROB,
     DataSettings,
@@ -44,6 +46,7 @@ from training.settings import (
     StepSettings,
     TokenSettings,
 )
+from training.task_schedule import draw_shares
 from training.token_cache import default_cache_dir
 
 # Flags that a run's default name speaks of where they are given, each after a word.
@@ -54,7 +57,7 @@ NAMED_FLAGS = {
     "epochs": "epochs",
     "max_steps": "steps",
 }
-NAMED_FLAGS |= {"sampler": ""}
+NAMED_FLAGS |= {"sampler": "", "recipe": ""}
 NAME_MARKS = ("result", "length", "text")  # what changes weights or scores; --precision does, too
 # What follows a task's name in the flags that it has for itself.
 TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "dev_out", "test_out")
@@ -169,6 +172,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             head_layers=args.head_layers,
             head_dropout_prob=HEAD_DROPOUT_PROB if head_dropout_prob is None else head_dropout_prob,
             freeze_encoder=args.freeze_encoder,
+            objective=Objective(args.label_smoothing, args.rdrop, args.head_dropout_samples),
             seed=args.seed,
         ),
         step=StepSettings(
@@ -180,15 +184,20 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             surgery_tasks=args.surgery_tasks,
             surgery_scope=args.surgery_scope,
             loss_weighting=args.loss_weighting,
+            loss_schedule=args.loss_schedule,
+            total_steps=args.max_steps,
+            fgm=args.fgm,
             autocast=make_autocast(args.device, args.precision),
         ),
         optimizer=OptimizerSettings(
             lr=args.lr,
             head_lr=args.head_lr,
+            layer_lr_decay=args.layer_lr_decay,
             weight_decay=args.weight_decay,
             rectify=args.rectify,
+            ema=args.ema,
             precision=args.precision,
-            accumulates=args.grad_accum > 1,
+            accumulates=args.grad_accum > 1 or args.fgm > 0,
             compiled=args.compile == "on" and not is_cuda(args),
         ),
         loop=LoopSettings(
@@ -274,6 +283,10 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     for task, batch_size in batch_sizes(args).items():
         setattr(args, f"{task}_batch_size", batch_size)
     args.task_weights = {task: args.task_weights.get(task, 1.0) for task in args.tasks}
+    has_classes = {task: TASK_KINDS[TASKS[task].kind].uniform_loss is not None for task in args.tasks}
+    for name, tasks in (("rdrop", args.tasks), ("label_smoothing", filter(has_classes.get, args.tasks))):
+        values = {task: value_of_task(getattr(args, name), task) for task in tasks}
+        setattr(args, name, {task: value for task, value in values.items() if value})
     examples_per_step = args.grad_accum * sum(batch_sizes(args).values())
     steps_per_epoch = sum(sizes.values()) / examples_per_step
     choose(
@@ -281,6 +294,9 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
         max(1, math.ceil(args.epochs * steps_per_epoch)),
         f"{args.epochs:g} epochs of {steps_per_epoch:.1f} steps",
     )
+    draw_shares(
+        args.tasks, args.loss_schedule, args.draw_schedule, args.max_steps
+    )  # ends here if one is empty
     resolve_compile(args, bert_config, chosen)
     choose("warmup_steps", int(args.warmup_ratio * args.max_steps), f"warmup_ratio {args.warmup_ratio:g}")
     choose("eval_every", max(1, math.ceil(args.max_steps / 10)), "a tenth of the run")
@@ -338,9 +354,24 @@ def compile_is_idle(args: argparse.Namespace, bert_config: BertConfig) -> str | 
     return None if pays_off(num_params, args.max_steps) else "the run is too short for it to pay"
 
 
+def describe_recipe(args: argparse.Namespace) -> str | None:
+    """A line that says what --recipe set, and what was given instead; None if it sets nothing."""
+    if not RECIPES[args.recipe]:
+        return None
+    text = ", ".join(f"{name} {value}" for name, value in args.from_recipe.items())
+    instead = sorted(set(given_flags(shlex.split(RECIPES[args.recipe]))) & set(args.given))
+    ending = f"; given instead: {', '.join(instead)}" if instead else ""
+    return f"recipe {args.recipe}: {text or 'nothing of it'}{ending}"
+
+
 def flags_without_effect(args: argparse.Namespace) -> list[str]:
     """The flags given on the command line that this run ignores, each with the reason."""
     reasons = {}
+    own_sizes = {f"{task}_batch_size" for task in args.tasks}
+    if own_sizes <= {*args.given, *args.from_recipe}:
+        reasons["batch_size"] = (
+            f"each task has its own, {', '.join(f'--{name}' for name in sorted(own_sizes))}"
+        )
     if "max_steps" in args.given:
         reasons["epochs"] = "--max_steps says how long the run is"
     if "warmup_steps" in args.given:
@@ -354,10 +385,12 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if args.freeze_encoder:
         for name in surgery:
             reasons[name] = "with a frozen encoder the tasks share no gradient"
+        reasons["layer_lr_decay"] = "the encoder is frozen"
         if "head_lr" in args.given:
             reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
+        reasons["head_dropout_samples"] = "a cosine head has no dropout"
     for task in set(TASKS) - set(args.tasks):
         for flag in TASK_FLAGS:
             reasons[f"{task}_{flag}"] = f"{task} is not among --tasks"

@@ -151,4 +151,5 @@ def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
         head_layers=settings.head_layers,
         head_dropout_prob=settings.head_dropout_prob,
         freeze_encoder=settings.freeze_encoder,
+        objective=settings.objective,
     )

@@ -4,7 +4,8 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from config import TASKS
 from evaluation import PREDICTION_STYLES, prediction_name
 from heads import MultitaskBERT
 from kernels.fused import PLAIN, compile_kernels
-from optimizer import AdamW
+from optimizer import AdamW, average_weights
 from support.device import PRECISIONS, describe_machine
 from support.errors import UserError
 from support.files import LOCK_FILE, ROOT, read_bytes, sync, write_text
@@ -334,10 +335,13 @@ class Run:
         # so, and what overflows is seen. A sum of several would be rounded each time.
         grad_dtype = torch.float32 if optimizer.accumulates else dtype
         self.memory = model.move_to_flat_memory(dtype, grad_dtype, kernels)
-        groups = self.memory.param_groups(optimizer.lr, optimizer.head_lr, optimizer.weight_decay)
+        groups = self.memory.param_groups(
+            optimizer.lr, optimizer.head_lr, optimizer.weight_decay, optimizer.layer_lr_decay
+        )
         self.optimizer = AdamW(
             groups, lr=optimizer.lr, rectify=optimizer.rectify, update=kernels.adamw_update
         )
+        self.average = torch.zeros_like(self.memory.data) if optimizer.ema else None  # of the weights
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
         self.trackers = Trackers()  # none yet; where the log goes besides
@@ -349,13 +353,36 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments by name; `state.optimizer_steps` has its counters."""
-        return {
+        """The optimizer's moments by name, and `average`; `state.optimizer_steps` has the counters."""
+        moments = {
             f"{owner}.{'decay' if decays else 'no_decay'}.{key}": self.optimizer.state[param][key]
             for (owner, decays), param in self.memory.flat_params.items()
             for key in MOMENTS
             if param in self.optimizer.state
         }
+        return moments if self.average is None else moments | {"average": self.average}
+
+    def average_step(self) -> None:
+        """Take the weights that a step has left into their average, if there is one.
+
+        Of skipped steps, too: so the average depends on counters alone, and a GPU need not be waited for.
+        """
+        if self.average is not None:
+            decay = self.settings.optimizer.ema
+            average_weights(self.average, self.memory.data, decay, self.state.step)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the model has the average of its weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        weights = self.memory.data.clone()
+        self.memory.data.copy_(self.average)
+        try:
+            yield
+        finally:
+            self.memory.data.copy_(weights)
 
     def check_weights(self) -> None:
         """Refuse to go on with, or to save, weights that a step has made useless.

@@ -95,7 +95,36 @@ def find_task_files(argv: list[str] | None) -> dict[str, dict]:
     return {} if text is None else read_task_files(text)
 
 
+def by_task(each: FlagType) -> FlagType:
+    """A number for all tasks, for some, or both; a dictionary by task, with `*` for those not named.
+
+    `resolve_args` knows the tasks, and makes one of the run's tasks of it.
+    """
+
+    def parse(text: str) -> dict:
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        values = {task.strip() or "*": each.convert(value) for task, _, value in pairs}
+        if len(values) < len(pairs):
+            raise ValueError("a task is named twice")
+        return values
+
+    def is_valid(value) -> bool:
+        return isinstance(value, dict) and all(
+            (task == "*" or task in TASKS) and each.is_valid(number) for task, number in value.items()
+        )
+
+    expected = f"{each.expected}, for all tasks, or by task: X, TASK=X,... or X,TASK=X,..."
+    return FlagType(parse, is_valid, expected, "X[,TASK=X,...]")
+
+
+def value_of_task(values: dict, task: str):
+    """A task's own value of a flag `by_task`, or that of all; None if there is none."""
+    return values.get(task, values.get("*"))
+
+
 def parse_sources(text: str) -> dict[str, int | None]:
+    if text.strip() == "none":
+        return {}
     pairs = [part.strip().partition("=") for part in text.split(",")]
     sources = {name: int(count) if count else None for name, _, count in pairs}
     if len(sources) < len(pairs):
@@ -112,7 +141,7 @@ def are_sources(value) -> bool:
 source_list = FlagType(
     parse_sources,
     are_sources,
-    f"NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once",
+    f"NAME or NAME=COUNT,... with names out of {','.join(EXTRA_SOURCES)}, each once, or none",
     metavar="NAME[=COUNT],...",
 )
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from evaluation import Objective
+from training.task_schedule import Course, factor_in_step
+
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
 
@@ -45,6 +48,7 @@ class ModelSettings:
     head_layers: int
     head_dropout_prob: float
     freeze_encoder: bool
+    objective: Objective  # what is added to the losses
     seed: int  # of the heads' first weights
 
 
@@ -61,9 +65,17 @@ class StepSettings:
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
     surgery_scope: str = "model"  # or "layer": each layer group by itself
     autocast: Callable = nullcontext  # makes the context for mixed precision
+    loss_schedule: Mapping[str, Course] = field(default_factory=dict)  # task -> course of one more factor
+    total_steps: int = 1  # of the run, which courses are stretched to
+    fgm: float = 0.0  # length of adversarial changes of the embeddings; 0: none
     # Factor of the losses in the backward pass, so that float16 holds its gradients. No result of a step
     # depends on it, but for rounding. Unlike the rest, it changes from step to step.
     loss_scale: int = 1
+
+    def task_weight(self, task: str, step: int) -> float:
+        """Factor of a task's loss in a step, counted from 0; a loss weighting comes on top."""
+        course = factor_in_step(self.loss_schedule, task, step, self.total_steps)
+        return self.task_weights.get(task, 1.0) * course
 
     def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:
         """(K,) whether each of these tasks may have its gradient changed by the method."""
@@ -81,6 +93,8 @@ class OptimizerSettings:
     precision: str  # a key of support.device.PRECISIONS
     accumulates: bool  # several gradients of a task are added up in a step
     compiled: bool  # passes over flat memory, on the CPU
+    layer_lr_decay: float = 1.0  # factor of the learning rate for each layer further down
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,9 @@ class LoopSettings:
     batch_sizes: Mapping[str, int]  # task -> examples per micro-batch
     grad_accum: int
     sampler: str
+    loss_schedule: Mapping[str, Course]  # of factors of the losses, by task
+    draw_schedule: Mapping[str, Course]  # of shares of the draws
+    rdrop: Mapping[str, float]  # task -> factor of R-Drop's term; above 0, its batches hold every row twice
     seed: int
     max_steps: int
     schedule: str

@@ -71,6 +71,7 @@ def log_skipped_step(
     drawn: dict[str, list[int]] = {}
     for task, batches in examples:
         drawn.setdefault(task, []).extend(n for batch in batches for n in batch)
+    drawn = {task: list(dict.fromkeys(examples)) for task, examples in drawn.items()}  # R-Drop has all twice
     bad = find_bad_examples(run, result, drawn, train_data)
     run.log({"step": step, "skipped": bad})
     tqdm.write(f"warning: step {step} skipped for all tasks: {format_bad_examples(bad)}")

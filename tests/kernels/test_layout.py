@@ -48,6 +48,8 @@ def test_layout_by_hand():
     assert (layout.num_shared, layout.num_matrix, layout.size) == (50, 14, 61)
     assert layout.words == slice(0, 15) and layout.matrices == slice(27, 41)
     assert layout.sections == [slice(0, 15), slice(15, 27), slice(27, 41), slice(41, 50)]
+    ranges = {where.start: factor for where, factor in layout.layer_factors(0.5)}
+    assert ranges == {0: 2**-11, 15: 2**-11, 43: 2**-11, 27: 2**-10, 41: 2**-10, 33: 1, 46: 1}
     # Neighbours of a group are one range, but not across a section's border: words and table stay apart.
     assert layout.layer_groups == {
         "embeddings": [slice(0, 15), slice(15, 27), slice(43, 46)],

@@ -8,6 +8,7 @@ from reporting.own_rows import OWN, parse_row, read_rows_file
 from reporting.poster import ROWS
 from reporting.table import get_args
 from support.errors import UserError
+from support.files import ROOT
 from tests.tiny import refusal
 
 MGDA = ["--row", "mgda: --grad_method mgda --para_head diff"]
@@ -24,6 +25,14 @@ def test_rows_come_from_both_and_are_compared_with_the_first(tmp_path):
     args = get_args(["--rows", "diff", "baseline", *MGDA])
     assert args.rows == ["diff", "baseline", "mgda"] and args.specs["mgda"].versus == "diff"
     assert get_args([]).rows == list(ROWS)
+
+
+def test_rows_of_recipe_best_can_be_read():
+    """Each is the recipe, with something else in it."""
+    args = get_args(["--row_file", str(ROOT / "docs" / "recipe_rows.txt")])
+    flags = {row: spec.flags for row, spec in args.specs.items() if spec.group == OWN}
+    assert next(iter(flags)) == "best" and all(each.startswith("--recipe best") for each in flags.values())
+    assert len(set(flags.values())) == len(flags)
 
 
 def test_flags_for_all_runs_are_those_in_which_rows_do_not_differ(capsys):

@@ -188,6 +188,10 @@ def test_rows_of_ones_own_are_shown_without_the_poster(tmp_path, data_dir):
     assert len(table_pages.scores_table(found).rows) == 2
     assert set(table_pages.draw_figures(found)) > {"scores.png", "conflict.png"}
     assert table_pages.rows_csv(found).splitlines()[2].startswith("mgda,mgda,own,1 2,")
+    assert "(sum)" in table_pages.make_caption(found, "confusion.png")
+    for line in (line for run in found.runs["mgda"].values() for line in run.metrics if "tokens" in line):
+        line["tokens_per_second"] /= 2
+    assert cells(table_pages.differences_table(found))["mgda - sum"]["time a step"] == "2.00 times"
     mixed = Table(found.runs | {"diff": found.runs["sum"]}, found.dev_data, 40, ROWS | specs)
     assert "## Its claims" in table_pages.make_page(mixed, COMMAND, None, [])
 

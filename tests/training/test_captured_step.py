@@ -13,6 +13,7 @@ import torch
 import multitask_classifier
 from config import DEFAULT_TASKS, TASKS
 from datasets import Rows, TaskData, TokenArrays
+from evaluation import Objective
 from heads import HEADS, PAIR_HEADS
 from kernels import static
 from kernels.grad_methods import GRAD_METHODS
@@ -24,7 +25,7 @@ from training.captured_step import CapturedStep
 from training.settings import StepSettings
 
 NUM_EXAMPLES = 40
-LAYER, GLS = {"surgery_scope": "layer"}, {"loss_weighting": "gls"}
+LAYER, GLS, FGM = {"surgery_scope": "layer"}, {"loss_weighting": "gls"}, {"fgm": 0.5}
 
 
 def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> TaskData:
@@ -111,7 +112,7 @@ def test_steps_equal_plain_ones(method, head):
 
 @pytest.mark.parametrize(
     "settings",
-    [*({"grad_method": name} for name, row in GRAD_METHODS.items() if not row.on_device), LAYER, GLS],
+    [*({"grad_method": name} for name, row in GRAD_METHODS.items() if not row.on_device), LAYER, GLS, FGM],
 )
 def test_what_needs_the_host_is_refused_by_name(settings):
     flag, value = list(settings.items())[-1]
@@ -119,6 +120,7 @@ def test_what_needs_the_host_is_refused_by_name(settings):
         Pair(**settings)
 
 
+OBJECTIVE = Objective({"sst": 0.1, "para": 0.2}, {"sst": 1.0, "para": 2.0, "sts": 0.1}, 2)
 CASES = {  # settings of the step, model and optimizer; and what is drawn
     "a task drawn twice, another not at all": (
         {"task_weights": {"sts": 2.0}},
@@ -133,6 +135,9 @@ CASES = {  # settings of the step, model and optimizer; and what is drawn
     "two layers in the heads": ({"model": {"head_layers": 2}}, {}),
     "surgery on one task": ({"grad_method": "pcgrad", "surgery_tasks": ("sts",)}, {}),
     "larger batches": ({}, {"sizes": (7,)}),
+    "learning rates by layer": ({"optimizer": {"layer_decay": 0.5}}, {}),
+    "a task that fades": ({"loss_schedule": {"sts": [[0.0, 2.0], [1.0, 0.5]]}, "total_steps": 3}, {}),
+    "more in the losses": ({"model": {"objective": OBJECTIVE}}, {}),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import multitask_classifier
-from config import TASKS
+from config import RECIPES, TASKS
 from evaluation import TASK_KINDS, summarise
 from kernels.fused import find_compiler
 from support.errors import UserError
@@ -125,7 +125,9 @@ CHANGES = (
     "--grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
     "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
     "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --loss_weighting uw; "
-    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1"
+    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1; --loss_schedule sts=0:0.1; "
+    "--draw_schedule sts=0:0; --label_smoothing 0.2; --rdrop sst=1; --fgm 1; --head_dropout_samples 3; "
+    "--layer_lr_decay 0.5"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
@@ -190,7 +192,7 @@ OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train"
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last", "report_to"}
 OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
-OTHERS |= {"task", "task_file", "resume", "overwrite", "eval_only", "predict_only"}
+OTHERS |= {"ema", "recipe", "task", "task_file", "resume", "overwrite", "eval_only", "predict_only"}
 
 
 def test_every_flag_has_a_test():
@@ -350,6 +352,31 @@ def test_a_run_read_again_may_not_become_another_run(tmp_path, mode, capsys):
     assert error.endswith("--seed 5 (the run has 11711), --sts_head concat (the run has diff)\n")
 
 
+# --- recipes ------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_gives_defaults_that_flags_override(tmp_path):
+    """Every recipe can be read for all tasks and for one; a run that is taken up again keeps its own."""
+    for recipe in RECIPES:
+        for tasks in ("sst,para,sts", "sst"):
+            args = vars(get_args(["--recipe", recipe, "--tasks", tasks]))
+            assert args["given"].keys() == {"recipe", "tasks"} and args["from_recipe"].items() <= args.items()
+    plain, poster, best = (
+        vars(get_args(flags.split())) for flags in ("", "--recipe poster", "--recipe best")
+    )
+    assert poster == plain | {"given": {"recipe": "poster"}}
+    assert best["extra_data"] == {"sick": None, "sst_trees": 60000} and best["para_head"] == "cross"
+    assert get_args(["--recipe", "best", "--tasks", "sst"]).extra_data == {"sst_trees": 60000}
+    words = "--recipe best --para_head diff --extra_data none --epochs 2"
+    args = get_args(words.split())
+    assert (args.para_head, args.extra_data, args.max_steps) == ("diff", {}, None)
+    assert args.from_recipe.keys() == best["from_recipe"].keys() - {"para_head", "extra_data", "max_steps"}
+    write_args_file(tmp_path, json.loads(json.dumps(vars(args))))
+    again = vars(get_args(["--output_dir", str(tmp_path), "--resume"]))
+    differ = {"given", "output_dir", "resume"}
+    assert {name: value for name, value in vars(args).items() if name not in differ}.items() <= again.items()
+
+
 # --- values from args.json ----------------------------------------------------------------------------------
 
 MANY = "--tasks sst,sts --extra_data sick=3,sst_trees --task_weights sts=2.5 --surgery_tasks sts --epochs 2.5"
@@ -368,7 +395,7 @@ def test_settings_come_back_from_args_json_as_they_were(tmp_path):
     write_args_file(tmp_path / "run", args | {"flag_of_another_version": 1})
     settings, given = read_run(tmp_path / "run")
     assert given == args["given"] == given_flags(MANY.split())
-    assert settings == {name: value for name, value in args.items() if name != "given"}
+    assert settings == {name: value for name, value in args.items() if name in FLAGS}
     assert settings["grad_method"] == "krum:f=0,n=2"  # with every parameter
     del args["seed"], args["given"]["tasks"]  # a flag that came later is at its default
     write_args_file(tmp_path / "run", args)
@@ -418,6 +445,11 @@ def test_marks_say_what_may_change():
         ("--task_weights sts", "--task_weights: value is 'sts'"),
         ("--tasks sst --task_weights sts=2", "--task_weights names sts"),
         ("--tasks sst --task_weights sst=0", "nothing would be trained"),
+        ("--rdrop 1,1", "--rdrop: value is '1,1'"),
+        ("--tasks sst --rdrop 1,sts=2", "--rdrop names sts"),
+        ("--label_smoothing sts=0.1", "--label_smoothing names sts, whose labels are no classes"),
+        ("--freeze_encoder --fgm 1", "--fgm changes the embeddings, which --freeze_encoder"),
+        ("--recipe bets", "choose from 'poster', 'fast', 'best'); did you mean best?"),
         ("--tasks sst --select_by sts", "--select_by names sts"),
         ("--tasks sst,sts --surgery_tasks para", "--surgery_tasks names para"),
         ("--extra_data yelp", "--extra_data: value is 'yelp'; expected NAME or NAME=COUNT"),
