@@ -46,6 +46,7 @@ class ModelSettings:
     head_dropout_prob: float
     freeze_encoder: bool
     seed: int  # of the heads' first weights
+    redraw_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class StepSettings:
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
     surgery_scope: str = "model"  # or "layer": each layer group by itself
+    gram: str = "step"  # a key of grad_noise.GRAMS, maybe with parameters
     autocast: Callable = nullcontext  # makes the context for mixed precision
     # Factor of the losses in the backward pass, so that float16 holds its gradients. No result of a step
     # depends on it, but for rounding. Unlike the rest, it changes from step to step.
@@ -97,6 +99,7 @@ class LoopSettings:
     warmup_steps: int
     max_bad_steps: int
     eval_every: int
+    noise_batches: int  # of each task, at each evaluation
     eval_max_examples: int | None
     select_by: str
     patience: int
