@@ -306,7 +306,9 @@ def noise_batches(args: argparse.Namespace) -> tuple[int, str]:
     number = min(MAX_NOISE_BATCHES, args.eval_every // NOISE_INTERVAL)
     if number < MIN_NOISE_BATCHES and not needs_noise(args):
         return 0, f"fewer than {MIN_NOISE_BATCHES * NOISE_INTERVAL} steps between evaluations"
-    return max(number, MIN_NOISE_BATCHES), f"one for every {NOISE_INTERVAL} steps between evaluations"
+    if number < MIN_NOISE_BATCHES:
+        return MIN_NOISE_BATCHES, "the fewest whose error is known"
+    return number, f"one for every {NOISE_INTERVAL} steps between evaluations"
 
 
 def is_cuda(args: argparse.Namespace) -> bool:

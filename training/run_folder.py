@@ -268,7 +268,9 @@ class RunState:
             "optimizer_steps": lambda steps: isinstance(steps, list) and all(map(is_count, steps)),
             "cosine_ema": lambda ema: ema is None or torch.tensor(ema).shape == (len(tasks), len(tasks)),
             "learned": lambda learned: all(are_learned(each, len(tasks)) for each in learned.values()),
-            "sampler": lambda state: all(are_learned([each], len(tasks)) for each in state.values()),
+            "sampler": lambda state: all(
+                isinstance(each, list) and are_learned([each], len(tasks)) for each in state.values()
+            ),
             "best_score": lambda score: score is None or type(score) in (int, float),
             "best_step": lambda step: step is None or is_count(step),
             "window": lambda records: all(isinstance(record, dict) for record in records),
