@@ -747,8 +747,8 @@ SAMPLERS: dict[str, Sampler] = {
     "pike": Sampler(
         pike,
         {
-            "z1": Param(5.0, number(float, 0), "strength of the signal"),
-            "z2": Param(0.5, number(float, 0), "strength of the noise"),
+            "z1": Param(1.0, number(float, 0), "strength of the signal"),
+            "z2": Param(0.1, number(float, 0), "strength of the noise"),
         },
         update=weigh_by_gradients,
     ),

@@ -121,11 +121,11 @@ def prediction_files(folder):
 CHANGES = (
     "--data_dir {place}/other_data; --tasks sst,sts; --max_length 8; --pretrained {place}/other_encoder; "
     "--pooling cls; --para_head cross; --sts_head cosine; --head_layers 2; --hidden_dropout_prob 0.5; "
-    "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --redraw_layers 1; --max_steps 4; "
-    "--batch_size 5; --grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
-    "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
-    "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --gram ema; --loss_weighting uw; "
-    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1"
+    "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --redraw_layers 1; "
+    "--max_steps 4; --batch_size 5; --grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; "
+    "--weight_decay 0.5; --schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; "
+    "--clip_norm 0.001; --grad_method mean; --surgery_tasks sts; --surgery_scope layer; --gram ema; "
+    "--loss_weighting uw; --grad_reduction mean; --extra_data sick; --task_weights sts=0.1"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
