@@ -385,13 +385,23 @@ class BertPreTrainedModel(nn.Module):
 
     def init_weights(self) -> None:
         """As BERT: normal(0, initializer_range) matrices, zero biases and padding row, identity LayerNorm."""
-        for module in self.modules():
+        self._init(self)
+        with torch.no_grad():
+            self.embeddings.word_embeddings.weight[self.config.pad_token_id].zero_()
+
+    def _init(self, part: nn.Module) -> None:
+        for module in part.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.embeddings.word_embeddings.weight[self.config.pad_token_id].zero_()
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def redraw_layers(self, num_layers: int) -> None:
+        """Draw the last layers and the pooler anew, as in a new BERT (https://arxiv.org/abs/2006.05987)."""
+        for part in [*self.encoder.layer[len(self.encoder.layer) - num_layers :], self.pooler]:
+            self._init(part)
 
     @classmethod
     def weight_shapes(cls, config: BertConfig) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import category
@@ -653,7 +654,8 @@ class BatchOrder:
 
 
 # Samplers: (number of examples of each task (K,), progress in [0, 1]), and the row's parameters by name
-# -> the tasks' chances (K,), up to a factor, of each of a step's K batches.
+# -> the tasks' chances (K,), up to a factor, of each of a step's K batches. One that goes by the gradients
+# also has `state`, (K,) each, as its `update` has left it.
 
 
 def round_robin(sizes: np.ndarray, progress: float) -> np.ndarray:
@@ -687,13 +689,46 @@ def temperature(sizes: np.ndarray, progress: float, t: float) -> np.ndarray:
     return sizes ** (1.0 / t)
 
 
+def pike(sizes: np.ndarray, progress: float, state: Mapping[str, np.ndarray], **params) -> np.ndarray:
+    """PiKE (Li et al. 2025, https://arxiv.org/abs/2502.06244): tasks drawn by how fast their loss can fall.
+
+    Probabilities ~ w, from equal ones on; where the gradients are measured, at each evaluation,
+
+        w_k <- w_k exp(z1 |E g_k|^2 - z2 / 2 E |g_k - E g_k|^2)
+
+    g_k being a batch's gradient: long expected gradients are worth a batch, noisy ones are not. Differences
+    from the paper: whole batches are drawn, not shares of one; and squares are divided by the tasks' mean
+    square, so that z1 and z2 do not depend on the scale of the losses.
+    """
+    log_weights = state.get("log_weights", np.zeros(len(sizes)))
+    return np.exp(log_weights - log_weights.max())
+
+
+def weigh_by_gradients(
+    squares: np.ndarray, signal: np.ndarray, state: Mapping[str, np.ndarray], z1: float, z2: float
+) -> dict[str, np.ndarray]:
+    """A step of PiKE's weights."""
+    mean, signal = max(squares.mean(), np.finfo(float).tiny), signal.clip(min=0)  # an estimate may be below 0
+    change = (z1 * signal - z2 / 2 * (squares - signal)) / mean
+    log_weights = state.get("log_weights", np.zeros(len(squares))) + change
+    return {"log_weights": log_weights - log_weights.max()}
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS; where draws are not random, a step takes each task once."""
+    """A row of SAMPLERS.
+
+    Args:
+        params: its parameters, by name.
+        is_random: whether draws are; otherwise a step takes each task once.
+        update: for one that goes by the gradients, (mean square of a batch's gradient (K,), that of the
+            expected gradient (K,), state) and parameters -> state, (K,) each; empty at the start.
+    """
 
     chances: Callable[..., np.ndarray]
     params: Mapping[str, Param] = field(default_factory=dict)
     is_random: bool = True
+    update: Callable[..., dict[str, np.ndarray]] | None = None
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -702,32 +737,90 @@ SAMPLERS: dict[str, Sampler] = {
     "sqrt": Sampler(sqrt_sampling),
     "annealed": Sampler(annealed),
     "temperature": Sampler(temperature, {"t": Param(5.0, number(float, 0.1), "temperature")}),
+    "pike": Sampler(
+        pike,
+        {
+            "z1": Param(1.0, number(float, 0), "strength of the signal"),
+            "z2": Param(0.1, number(float, 0), "strength of the noise"),
+        },
+        update=weigh_by_gradients,
+    ),
 }
 
 
-def plan_tasks(
-    sampler: str, sizes: Sequence[int], total_steps: int, seed: int, shares: np.ndarray | None = None
+@cache
+def find_sampler(spec: str) -> tuple[Sampler, Mapping[str, float]]:
+    """The row, and its parameters' values, of a text such as `temperature:t=5`."""
+    name, params = parse_spec(spec, SAMPLERS)
+    return SAMPLERS[name], params
+
+
+def draw_tasks(
+    sampler: str,
+    sizes: Sequence[int],
+    progress: tuple[int, int],
+    seed: int,
+    *,
+    state: Mapping[str, Sequence[float]] | None = None,
+    shares: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The tasks of each step's batches, (total_steps, K); step s depends on (seed, s) and progress only.
+    """The tasks of a step's batches, (K,), from a random sampler; they depend on the arguments alone.
 
     Args:
         sampler: a key of SAMPLERS, maybe with parameters, as in `temperature:t=5`.
         sizes: (K,) number of examples of each task.
-        shares: (total_steps, K) in [0, 1], not all 0 in any step: factors of a random sampler's chances; with
-            one that takes each task once, the share of the steps that do, and -1 fills the others' places.
+        progress: steps so far, and of the whole run.
+        state: of a sampler that goes by the gradients, as `update_sampler` gives it.
+        shares: (K,) in [0, 1], not all 0: factors of the chances.
     """
-    name, params = parse_spec(sampler, SAMPLERS)
-    row, sizes = SAMPLERS[name], np.asarray(sizes, dtype=np.float64)
+    row, params = find_sampler(sampler)
+    step, total_steps = progress
+    if row.update:
+        params = params | {"state": {name: np.asarray(values) for name, values in (state or {}).items()}}
+    chances = row.chances(np.asarray(sizes, dtype=np.float64), step / max(1, total_steps - 1), **params)
+    if shares is not None:
+        chances = chances * shares
+    rng = np.random.default_rng([seed, step])
+    return np.sort(rng.choice(len(sizes), size=len(sizes), p=chances / chances.sum()))
+
+
+def update_sampler(
+    sampler: str, squares: torch.Tensor, signal: torch.Tensor, state: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """The state of a sampler, as JSON holds it, after the gradients were measured; {} if it has none.
+
+    Args:
+        squares: (K,) mean square of a batch's gradient.
+        signal: (K,) square of the expected gradient, as estimated.
+    """
+    row, params = find_sampler(sampler)
+    if not row.update:
+        return {}
+    before = {name: np.asarray(values) for name, values in state.items()}
+    after = row.update(squares.numpy(), signal.numpy(), before, **params)
+    return {name: values.tolist() for name, values in after.items()}
+
+
+def plan_tasks(
+    sampler: str, sizes: Sequence[int], total_steps: int, seed: int, shares: np.ndarray | None = None
+) -> np.ndarray | None:
+    """The tasks of each step's batches, (total_steps, K); None for a sampler that goes by the gradients.
+
+    Args:
+        shares: (total_steps, K) as for `draw_tasks`; with a sampler that takes each task once, the share of
+            the steps that do, and -1 fills the others' places.
+    """
+    row, _ = find_sampler(sampler)
+    if row.update:
+        return None
+    shares = np.ones((total_steps, len(sizes))) if shares is None else shares
     if not row.is_random:
-        return thin_out(np.ones((total_steps, len(sizes))) if shares is None else shares)
-    plan = np.empty((total_steps, len(sizes)), dtype=np.int64)
-    for step in range(total_steps):
-        chances = row.chances(sizes, step / max(1, total_steps - 1), **params)
-        if shares is not None:
-            chances = chances * shares[step]
-        rng = np.random.default_rng([seed, step])
-        plan[step] = np.sort(rng.choice(len(sizes), size=len(sizes), p=chances / chances.sum()))
-    return plan
+        return thin_out(shares)
+    plan = [
+        draw_tasks(sampler, sizes, (step, total_steps), seed, shares=share)
+        for step, share in enumerate(shares)
+    ]
+    return np.array(plan, dtype=np.int64).reshape(shares.shape)
 
 
 def thin_out(shares: np.ndarray) -> np.ndarray:
@@ -746,3 +839,17 @@ def thin_out(shares: np.ndarray) -> np.ndarray:
         plan[step, : len(drawn)] = drawn
         owed[drawn] -= 1
     return plan
+
+
+def draw_batches(
+    num_examples: int, batch_size: int, num_batches: int, seed: tuple[int, str, int]
+) -> list[np.ndarray]:
+    """Random batches of a task, without a common example, for measuring noise; smaller ones of small data.
+
+    Args:
+        seed: of the run, the task, the step.
+    """
+    run_seed, task, step = seed
+    order = np.random.default_rng([run_seed, seed_of("noise"), seed_of(task), step]).permutation(num_examples)
+    size = max(1, min(batch_size, num_examples // num_batches))
+    return [order.take(range(n * size, (n + 1) * size), mode="wrap") for n in range(num_batches)]

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from base_bert import resolve_pretrained, weights_digest
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
-from datasets import BatchOrder, Rows, TaskData, plan_tasks
+from datasets import BatchOrder, Rows, TaskData, draw_batches, draw_tasks, plan_tasks, update_sampler
 from evaluation import (
     TASK_KINDS,
     evaluate,
@@ -57,6 +57,7 @@ from heads import MultitaskBERT
 from kernels.adversarial import AdversarialNoise
 from kernels.flat_memory import FlatMemory
 from kernels.grad_methods import weights_by_group
+from kernels.grad_noise import grams_to_act_on, known_share, moments_of, sample_columns
 from kernels.loss_weightings import loss_factors
 from optimizer import lr_factor, set_lr
 from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
@@ -73,7 +74,7 @@ from training.captured_step import CapturedStep
 from training.checkpoint import load_model, load_state, need_checkpoint
 from training.flags import get_args, may_change
 from training.loss_scale import scale_of
-from training.metrics import average, step_record
+from training.metrics import average, noise_record, step_record
 from training.progress import (
     Progress,
     describe_step,
@@ -203,9 +204,10 @@ def train_step(
     overflow = has_losses and not applied and loss_scale > 1
     weights = weighed.weights.mean(0) if weighed else torch.zeros(len(memory.tasks))
     factors = weighed.factors if weighed and settings.loss_weighting != "fixed" else None
+    gains = torch.einsum("gij,gj->i", weighed.grams, weighed.weights) if weighed else None
     scalars = {"grad_norm": grad_norm, "num_tokens": num_tokens, "applied": applied, "overflow": overflow}
     tensors = (losses, gram, group_grams, weights, head_squares, cosine_ema)
-    return StepResult(*tensors, **scalars, learned=learned, loss_weights=factors)
+    return StepResult(*tensors, **scalars, learned=learned, gains=gains, loss_weights=factors)
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,9 @@ class Weighed:
     Args:
         factors: (K,) of the losses.
         group_grams: (L, K, K) with these factors.
-        grams: (G, K, K) those that the gradient method was applied to.
-        weights: (G, K) what it made of them.
-        learned: what loss weighting and gradient method remember.
+        grams: (G, K, K) the whole one, or by layer group.
+        weights: (G, K) what the gradient method made of them, or of their running means.
+        learned: what loss weighting, running means and gradient method remember.
     """
 
     factors: Tensor
@@ -243,21 +245,23 @@ def weigh(
     products = factors[:, None] * factors  # (K, K)
     group_grams, gram = group_grams * products, facts.gram * products
     grams = group_grams if settings.surgery_scope == "layer" and len(group_grams) else gram[None]
+    acted_on, of_gram = grams_to_act_on(grams, present, part(learned, "gram"), settings.gram)
     weights, of_method = weights_by_group(
         replace(facts, gram=gram, state=part(learned, "grad_method")),
-        grams,
+        acted_on,
         present,
         grad_method=settings.grad_method,
         grad_reduction=settings.grad_reduction,
         num_batches=num_batches,
     )
     new = {f"loss_weighting.{name}": values for name, values in of_losses.items()}
+    new |= {f"gram.{name}": values for name, values in of_gram.items()}
     new |= {f"grad_method.{name}": values for name, values in of_method.items()}
     return Weighed(factors, group_grams, grams, weights, new)
 
 
 def part(learned: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
-    """What belongs to one of the two."""
+    """What belongs to one of them."""
     prefix = f"{owner}."
     return {name.removeprefix(prefix): values for name, values in learned.items() if name.startswith(prefix)}
 
@@ -388,6 +392,7 @@ def train(
                 if evaluation is None:
                     break
                 log_evaluation(run, dev_part, *evaluation)
+            log_noise(run, train_data)
             run.save_last()
             curves.refresh()
         out_of_patience = loop.patience and state.evals_without_gain >= loop.patience
@@ -395,9 +400,17 @@ def train(
             break
 
         # 2. Draw the step's batches, and set the learning rate. Both depend on counters alone, so there is no
-        #    iterator or scheduler to save.
+        #    iterator or scheduler to save; but for samplers that go by what was measured of the gradients.
+        if state.step == 0 and not state.log_lines:
+            log_noise(run, train_data)
         started = time.perf_counter()
-        examples = draw_examples(loop, plan[state.step], orders, state.batches_drawn)
+        if plan is None:
+            place = state.step, loop.max_steps
+            options = {"state": state.sampler, "shares": None if shares is None else shares[state.step]}
+            tasks = draw_tasks(loop.sampler, sizes, place, loop.seed, **options)
+        else:
+            tasks = plan[state.step]
+        examples = draw_examples(loop, tasks, orders, state.batches_drawn)
         lr_options = {"warmup_steps": loop.warmup_steps, "total_steps": loop.max_steps}
         factor = lr_factor(loop.schedule, state.step, **lr_options)
         set_lr(run.optimizer, factor)
@@ -553,6 +566,45 @@ def evaluate_run(
         )
     except UserError as error:
         raise UserError(f"step {run.state.step}: {error}; {run.last_saved_text()}") from None
+
+
+def log_noise(run: Run, train_data: dict[str, TaskData]) -> None:
+    """Measure how much of the gradients is signal, log it, and let know who goes by it.
+
+    Backward passes of random batches, as training makes them, dropout included, but without an update: not a
+    bit of the run depends on them, unless it has such a sampler or --gram. (kernels/grad_noise.py says why.)
+    """
+    state, loop, memory = run.state, run.settings.loop, run.memory
+    if not loop.noise_batches or not memory.layout.layer_groups:
+        return
+    drawn = {
+        task: draw_batches(
+            len(data), loop.batch_sizes[task], loop.noise_batches, (loop.seed, task, state.step)
+        )
+        for task, data in train_data.items()
+    }
+    samples = []
+    for number in range(loop.noise_batches):
+        examples = [(task, [batches[number]]) for task, batches in drawn.items()]
+        seed = make_seed(loop.seed, seed_of("noise"), number)
+        settings = replace(run.settings.step, seed=seed, loss_scale=scale_of(state.loss_scale))
+        with out_of_memory_hint(partial(describe_step, run, examples, train_data)):
+            task_batches = make_task_batches(run, examples, train_data)
+            backward_all(run.model, memory, task_batches, settings, state.step)
+        samples.append(sample_columns(memory))
+    groups = [moments_of(torch.stack(batches)) for batches in zip(*samples, strict=True)]
+    whole = sum(groups[1:], groups[0])
+    if not whole.expected.isfinite().all():
+        tqdm.write(f"warning: step {state.step}: a gradient is not finite; its noise was not measured")
+        return
+    run.log({"step": state.step, **noise_record(whole, groups, memory)})
+    state.sampler = update_sampler(
+        loop.sampler, whole.squares[0], whole.expected[0].diagonal(), state.sampler
+    )
+    if run.settings.step.gram != "step":
+        grams = groups if run.settings.step.surgery_scope == "layer" else [whole]
+        signal = torch.stack([known_share(each, loop.grad_accum) for each in grams])
+        state.learned = state.learned | {"gram.signal": signal}
 
 
 def log_window(run: Run, progress: Progress, factor: float) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from config import TASKS
 from evaluation import TASK_KINDS, pearson, spearman
+from reporting.noise import estimate, probes_of, tasks_and_pairs
 from reporting.poster import SCORES
 
 TASK_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4F24", "#B8A100")
@@ -135,8 +136,9 @@ def plot_curves(metrics: list[dict], max_examples: int | None = None) -> Figure 
     evaluated = [line["dev"] | {"step": line["step"]} for line in metrics if "dev" in line]
     if not logged:
         return None
-    figure, axes = make_figure(2, 2, width=5.8, height=3.4)
-    (losses, scores), (cosines, rates) = axes
+    has_factors = bool(names_in(logged, "loss_weight"))
+    figure, axes = make_figure(3 if has_factors else 2, 2, width=5.8, height=3.4)
+    losses, scores, cosines, rates = axes.flat[:4]
 
     def draw(axis, key, name, style):
         steps, values = series(logged, key, name)
@@ -162,6 +164,15 @@ def plot_curves(metrics: list[dict], max_examples: int | None = None) -> Figure 
     scores.set_title(
         "dev scores" + (f" (part of dev: {max_examples} examples a task)" if max_examples else "")
     )
+    for axis, key, title in zip(
+        axes.flat[4:],
+        ("loss_weight", "grad_weight"),
+        ("factor of each task's loss (--loss_weighting)", "weight of each task's gradient (--grad_method)"),
+        strict=False,
+    ):
+        for task in names_in(logged, key):
+            draw(axis, key, task, {"color": task_color(task), "label": task})
+        axis.set_title(title)
     steps = [line["step"] for line in logged]
     for key, name, dashes in (("lr", "encoder", "-"), ("head_lr", "heads", "--")):
         values = [line[key] for line in logged]
@@ -379,6 +390,57 @@ def plot_layer_conflict(runs: dict[str, list[list[dict]]]) -> Figure | None:
     if figure:
         figure.suptitle("Conflict between task gradients by layer")
     return figure
+
+
+def plot_noise(runs: dict[str, list[list[dict]]]) -> Figure | None:
+    """Signal in the gradients, and cosines freed of noise: over the run, and by layer; None without probes.
+
+    A column for each of at most MAX_COLUMNS rows: the estimates of all seeds together, and their intervals.
+
+    Args:
+        runs: row title -> `metrics` of each seed.
+    """
+    probes = {row: probes_of([line for lines in seeds for line in lines]) for row, seeds in runs.items()}
+    probes = dict(list({row: found for row, found in probes.items() if found}.items())[:MAX_COLUMNS])
+    if not probes:
+        return None
+    figure, axes = make_figure(4, len(probes), 6.5 if len(probes) == 1 else 3.6, height=2.2)
+    for column, (title, lines) in enumerate(probes.items()):
+        tasks, pairs = tasks_and_pairs(lines)
+        groups = list(lines[0].get("layer_noise", ()))
+        steps = sorted({line["step"] for line in lines})
+        by_step = [(step, [line for line in lines if line["step"] == step], None) for step in steps]
+        by_layer = [(number, lines, group) for number, group in enumerate(groups)]
+        for n, (names, points) in enumerate(
+            [(tasks, by_step), (pairs, by_step), (tasks, by_layer), (pairs, by_layer)]
+        ):
+            axis = axes[n, column]
+            for name in names:
+                style = pair_style(name) if "-" in name else {"color": task_color(name), "label": name}
+                draw_estimates(axis, [(x, estimate(each, name, group)) for x, each, group in points], style)
+            axis.set_visible(bool(axis.get_lines()))
+            axis.axhline(0, color=POSTER_COLOR, linewidth=0.8)
+            if names == pairs:
+                axis.set_ylim(max(-1.1, axis.get_ylim()[0]), min(1.1, axis.get_ylim()[1]))
+            if points == by_layer:
+                layers = [group.replace("layer.", "").replace("embeddings", "e") for group in groups]
+                axis.set_xticks(range(len(groups)), layers)
+            axis.set_xlabel("step" if points == by_step else "e: embeddings, numbers: layers")
+            if column == 0:
+                axis.set_ylabel("cosine" if names == pairs else "share of signal")
+        axes[0, column].set_title(textwrap.fill(title, 30), fontsize="medium")
+    shared_legend(figure, axes, "lower center", min(8, 4 * len(probes)))
+    figure.suptitle("Signal in a batch's gradient, and cosines of expected gradients")
+    return figure
+
+
+def draw_estimates(axis, points: list, style: dict) -> None:
+    """Draw (x, Interval or None) as a line with a band."""
+    known = [(x, each.estimate, each.low, each.high) for x, each in points if each is not None]
+    if known:
+        xs, middles, lows, highs = zip(*known, strict=True)
+        axis.plot(xs, middles, marker=".", linewidth=1.5, **style)
+        axis.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def layer_means(metrics: list[dict], key: str) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
-from reporting.poster import ROWS, TableRow
+from reporting.poster import REGIMES, ROWS, TableRow
 from support.errors import UserError
 from support.files import read_bytes
 from support.text_files import decode
@@ -28,7 +28,7 @@ def parse_row(text: str) -> tuple[str, str]:
     name, colon, flags = (part.strip() for part in text.partition(":"))
     if not colon or not NAME.fullmatch(name):
         raise ValueError(f"row is {text[:80]!r}; expected NAME: FLAGS, the name of a-z, 0-9, _ and .")
-    if name in ROWS:
+    if name in ROWS or name.partition(".")[0] in REGIMES:
         raise ValueError(f"row {name} is one of the poster's; expected another name, or --rows {name}")
     try:
         words = shlex.split(flags)

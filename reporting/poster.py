@@ -5,7 +5,7 @@
 plain mean.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The names of the scores, a task's or an overall, in tables and figures.
 SCORES = {
@@ -25,7 +25,7 @@ class TableRow:
         flags: for multitask_classifier.py, on top of what all rows share.
         poster: the poster's dev scores for sentiment, paraphrase, similarity; None where it has no such row.
         versus: the row that this one is a change of; the table shows the difference.
-        group: "poster", "future" (the poster's future steps) or "control".
+        group: "poster", "future" (the poster's future steps), "control", a key of REGIMES, or "own".
         pretrain: first pre-train the encoder further on the tasks' text.
     """
 
@@ -81,6 +81,48 @@ ROWS = {
         "control",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Other circumstances for the rows that decide whether surgery and heads help.
+
+    Args:
+        title: follows a row's own.
+        flags: before those of a row; {lr} stands for the course's learning rate at the encoder's width.
+    """
+
+    title: str
+    flags: str
+
+
+# How a plain course submission trains: the pooler's output, one learning rate, no schedule, no clipping.
+COURSE = "--pooling pooler --lr {lr} --head_lr {lr} --schedule constant --warmup_ratio 0 --weight_decay 0"
+COURSE += " --clip_norm 0"
+REGIMES = {
+    "course": Regime("as in the course", COURSE),
+    # So that similarity, which MiniLM has learned, is not there to begin with.
+    "course_redrawn": Regime("as in the course, last 3 layers drawn anew", f"{COURSE} --redraw_layers 3"),
+}
+REGIME_ROWS = ("baseline", "cosine", "diff", "surgery_diff")
+TUNED = "tuned"  # the name of the table's own circumstances
+
+
+def regime_rows(lr: str) -> dict[str, TableRow]:
+    """The rows of all regimes, named as in `course.diff`."""
+    return {
+        f"{name}.{row}": replace(
+            ROWS[row],
+            title=f"{ROWS[row].title}, {regime.title}",
+            flags=f"{regime.flags.format(lr=lr)} {ROWS[row].flags}",
+            versus=ROWS[row].versus and f"{name}.{ROWS[row].versus}",
+            group=name,
+        )
+        for name, regime in REGIMES.items()
+        for row in REGIME_ROWS
+    }
+
+
 POSTER_TEST = (0.510, 0.775, 0.634)  # its row "Test set": gradient surgery + diff
 
 
@@ -100,6 +142,14 @@ class Claim:
     direction: int
     margin: float = 0.0
     claimed: float | None = None
+
+    def in_regime(self, regime: str) -> "Claim | None":
+        """The same claim about the rows of a regime; None if it is about others, too."""
+        if regime == TUNED:
+            return self
+        if not all(row in REGIME_ROWS for _, row, _ in self.terms):
+            return None
+        return replace(self, terms=tuple((n, f"{regime}.{row}", score) for n, row, score in self.terms))
 
 
 def difference(a: str, b: str, *scores: str) -> tuple[tuple[float, str, str], ...]:

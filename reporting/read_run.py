@@ -29,6 +29,8 @@ from training.run_folder import ARGS_FILE, MAX_LOG_BYTES, read_args_file
 
 Task, Pair = NewType("Task", str), NewType("Pair", str)  # of the tasks known now, a run's own included
 ByTask, ByPair = dict[Task, float], dict[Pair, float]
+# A task or pair -> what `training.metrics.noise_record` says: an estimate, and those without each batch.
+Estimates = dict[str, list[float]]
 Summary = TypedDict("Summary", {"tasks": dict[Task, dict[str, float]]} | dict.fromkeys(OVERALLS, float))
 
 
@@ -51,6 +53,12 @@ class LogLine(TypedDict, total=False):
     task_grad_norm: ByTask
     grad_weight: ByTask
     loss_weight: ByTask
+    opposed: ByTask
+    opposed_by_sum: ByTask
+    signal: ByTask
+    expected_cosine: ByPair
+    noise: Estimates
+    layer_noise: dict[str, Estimates]
     cosine: ByPair
     conflict: ByPair
     layer_cosine: dict[str, ByPair]
@@ -77,7 +85,7 @@ class Facts(TypedDict):
     versions: dict[str, str]
 
 
-EXPECTED = {int: "a whole number", float: "a number", str: "text", dict: "names and values"}
+EXPECTED = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "names and values"}
 hints_of = cache(get_type_hints)
 
 
@@ -97,12 +105,15 @@ def check(value, kind, name: str = "it") -> None:
         if value not in known_names(kind):
             raise UserError(f"{one_line(name, 60)} has {quote(value)}, which is not known")
         return
-    plain = kind if kind in EXPECTED else dict
+    plain = list if get_origin(kind) is list else kind if kind in EXPECTED else dict
     if isinstance(value, bool) or not isinstance(value, int | float if plain is float else plain):
         raise UserError(f"{one_line(name, 60)} is {quote(str(value))}; expected {EXPECTED[plain]}")
     if kind in EXPECTED:
         return
-    if is_typeddict(kind):
+    if plain is list:
+        for inner in value:
+            check(inner, *get_args(kind), name)
+    elif is_typeddict(kind):
         for key, inner_kind in hints_of(kind).items():
             if key in value:
                 check(value[key], inner_kind, key)

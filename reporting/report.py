@@ -26,6 +26,7 @@ import numpy as np
 from config import TASKS
 from datasets import Rows, read_rows
 from evaluation import TASK_KINDS, check_predictions, overall_titles, read_predictions
+from reporting.noise import estimate, format_cosine, format_share, probes_of, tasks_and_pairs
 from reporting.pages import Table, command_line, percent, render_html, render_markdown
 from reporting.read_run import read_metrics, read_settings, read_summary, training_seconds
 from reporting.run_list import find_runs, is_run, write_run_list
@@ -245,6 +246,11 @@ def conflict_section(metrics: list[dict], grad_method: str, seed: int) -> dict:
                 "Conflict by layer over the run, faded where it may be chance",
                 figures.plot_layer_conflict_over_time(metrics),
             ),
+            (
+                "noise",
+                "Signal in the gradients, and their cosines freed of noise, with intervals",
+                figures.plot_noise(runs),
+            ),
         )
     ]
     return {
@@ -253,6 +259,7 @@ def conflict_section(metrics: list[dict], grad_method: str, seed: int) -> dict:
             ("pair of tasks", "mean cosine", "steps in conflict"),
             [(tasks_of(pair), f"{cosines[pair]:.4f}", percent(shares[pair])) for pair in shares],
         ),
+        **noise_part(metrics),
         "weights_text": "Weight of each task's gradient in the combined one, made by --grad_method"
         f" {grad_method}; all 1 is the plain sum.",
         "weights": Table(
@@ -266,6 +273,24 @@ def conflict_section(metrics: list[dict], grad_method: str, seed: int) -> dict:
         ),
         "pictures": [picture for picture in pictures if picture],
     }
+
+
+def noise_part(metrics: list[dict]) -> dict:
+    """How much of the gradients is signal, and what their cosines are without the noise."""
+    probes = probes_of(metrics)
+    if not probes:
+        return {"noise_text": "How much of this is noise was not measured (--noise_batches).", "noise": None}
+    tasks, pairs = tasks_and_pairs(probes)
+    num_batches = sum(len(line["noise"][tasks[0]]) - 1 for line in probes)
+    text = (
+        "Most of a batch's gradient is noise, and cosines of noisy gradients shrink towards 0. Measured with"
+        f" {num_batches} batches of each task, from step {probes[0]['step']} to {probes[-1]['step']}: the"
+        " share of the expected gradient in the mean square of a batch's, and the cosines of the expected"
+        " gradients (about 95 %; - : not told apart from no gradient at all)."
+    )
+    rows = [(task, format_share(estimate(probes, task))) for task in tasks]
+    rows += [(" and ".join(pair.split("-")), format_cosine(estimate(probes, pair))) for pair in pairs]
+    return {"noise_text": text, "noise": Table(("task or pair", "share of signal, or cosine"), rows)}
 
 
 def task_section(task: str, result: DevResult, seed: int) -> dict:

@@ -23,7 +23,7 @@ from evaluation import prediction_name
 from reporting.cluster import CLUSTERS, Cluster, check_cluster, parse_minutes, parse_option, run_on_cluster
 from reporting.jobs import Job, Stage, run_jobs
 from reporting.own_rows import own_rows
-from reporting.poster import ROWS, TableRow
+from reporting.poster import REGIME_ROWS, REGIMES, ROWS, TUNED, TableRow, regime_rows
 from reporting.read_run import read_scores
 from reporting.table_pages import (
     TEST_FILES,
@@ -210,6 +210,7 @@ def missing_files(data_dir: str, flags: str) -> list[Path]:
 def print_plan(shared: SharedSettings, rows: list[str], seeds: list[int]) -> None:
     rate, total = matrix_rate(), 0.0
     headings = {"poster": "rows of the poster", "future": "its future steps", "own": "rows given here"}
+    headings |= {name: f"rows of the poster, {regime.title}" for name, regime in REGIMES.items()}
     for group in dict.fromkeys(shared.specs[row].group for row in rows):
         of_group = [row for row in rows if shared.specs[row].group == group]
         print(f"{headings.get(group, group)}: {len(of_group)}")
@@ -258,6 +259,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text += " given several times"
     add("--row", action="append", default=[], metavar="NAME: FLAGS", help=text)
     add("--row_file", type=Path, metavar="FILE", help="a file of such rows, one a line; # begins a comment")
+    text = f"circumstances to train the rows in: {TUNED}, ours, or for {', '.join(REGIME_ROWS)}: "
+    text += ", ".join(f"{name}, {regime.title}" for name, regime in REGIMES.items())
+    add("--regime", nargs="+", choices=(TUNED, *REGIMES), default=[TUNED], help=f"{text} (default: {TUNED})")
     add("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--pretrained", default=OFFLINE_ENCODER, help=f"encoder to start from (default: {OFFLINE_ENCODER})")
     add("--data_dir", default="data", metavar="DIR", help="folder with the data files (default: data)")
@@ -283,7 +287,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     slurm = {"partition": args.slurm_partition, "time": args.slurm_time, "option": args.slurm_option}
     for name in (name for name, value in slurm.items() if value and args.cluster != "slurm"):
         parser.error(f"--slurm_{name} is given, but no --cluster slurm; expected both or neither")
-    for name in ("rows", "seeds"):
+    for name in ("rows", "seeds", "regime"):
         if len(set(getattr(args, name) or ())) < len(getattr(args, name) or ()):
             parser.error(f"--{name} holds a value twice; expected each once")
     choose_rows(parser, args, more)
@@ -321,13 +325,25 @@ def starter(args: argparse.Namespace) -> Callable[[list[Job]], list[Job]]:
 
 def choose_rows(parser: OneLineParser, args: argparse.Namespace, run_flags: list[str]) -> None:
     """Set `args.rows`, names, and `args.specs`, what they are; refuse flags that belong elsewhere."""
-    own = own_rows(args)
-    args.rows = [*(args.rows or ([] if own else ROWS)), *own]
-    args.specs = ROWS | own
+    own, asked = own_rows(args), args.rows or ()
+    lr = "1e-4" if args.pretrained == OFFLINE_ENCODER else "1e-5"  # as --lr is chosen by the encoder's width
+    of_regimes = regime_rows(lr)
+    rows = list(asked or ([] if own else ROWS)) if TUNED in args.regime else []
+    for name in args.regime:
+        chosen = [row for row in REGIME_ROWS if name != TUNED and (not asked or row in asked)]
+        rows += [f"{name}.{row}" for row in chosen]
+    args.rows = [*rows, *own]
+    args.specs = ROWS | of_regimes | own
+    if not args.rows:
+        parser.error(
+            f"--regime {' '.join(args.regime)} has {', '.join(REGIME_ROWS)} only; expected one of them"
+        )
     for row in args.compare or ():
         if row not in args.specs:
             parser.error(f"--compare: value is {row!r}; expected two out of {', '.join(args.specs)}")
-    differ = set(ROW_FLAGS) if set(args.rows) & set(ROWS) else set()
+    differ = set(ROW_FLAGS) if rows else set()
+    for row in set(rows) & set(of_regimes):
+        differ |= set(given_flags(shlex.split(of_regimes[row].flags)))
     for row, spec in own.items():
         given = set(given_flags(shlex.split(spec.flags)))
         for name in sorted(given & (OWN_FLAGS - {"tasks"})):

@@ -9,9 +9,10 @@ from pathlib import Path
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from evaluation import prediction_name, select_score
 from reporting import figures, pages
-from reporting.poster import CLAIMS, POSTER_TEST, ROWS, SCORES, Claim
+from reporting.poster import CLAIMS, POSTER_TEST, REGIMES, ROWS, SCORES, TUNED, Claim
 from reporting.report import list_values, training_seconds
 from reporting.significance import Interval, mean_and_sd, verdict, with_overalls
+from reporting.table_methods import format_interval, methods_table, noise_table, row_difference, who_wins
 from reporting.table_statistics import Table
 from support.errors import UserError
 from support.files import read_head, whole_file, write_text
@@ -28,6 +29,7 @@ PICTURES = {
     "learning_curves.png": "Dev scores during training: mean and range over the seeds of each row.",
     "conflict.png": "Conflict between task gradients over the run.",
     "layer_conflict.png": "Conflict between task gradients by layer.",
+    "noise.png": "Signal in the gradients, and cosines freed of noise, over the run and by layer.",
     "confusion.png": "Sentiment: the best seed of the row with the best overall.",
     "similarity.png": "Similarity: the same run.",
 }
@@ -40,6 +42,8 @@ TEST_FILES = [f"predictions/{prediction_name(task, 'test', 'starter')}" for task
 
 def poster_scores(row: str) -> dict[str, float]:
     """The poster's numbers of a row, its overall included; empty if it has no such row."""
+    regime, _, base = row.rpartition(".")
+    row = base if regime in REGIMES else row
     return named_scores(ROWS[row].poster or () if row in ROWS else ())
 
 
@@ -83,20 +87,9 @@ def format_mean(values: list[float]) -> str:
     return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {sd:.3f}"
 
 
-def format_interval(interval: Interval | None) -> str:
-    """A difference in points, with its interval."""
-    if interval is None:
-        return "-"
-    return f"{100 * interval.estimate:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
-
-
 def format_seeds(table: Table, rows) -> str:
     """The seeds that a comparison of rows rests on."""
     return " ".join(map(str, table.shared_seeds(rows))) or "-"
-
-
-def row_difference(table: Table, a: str, b: str, score: str) -> Interval | None:
-    return table.combine(((1.0, a, score), (-1.0, b, score)))
 
 
 def scores_table(table: Table) -> pages.Table:
@@ -131,14 +124,40 @@ def claims_table(table: Table) -> pages.Table:
     return pages.Table(header, lines)
 
 
+def regimes_of(table: Table) -> list[str]:
+    """The regimes that rows of the table were trained in; the table's own first."""
+    found = [name for name in REGIMES if any(table.specs[row].group == name for row in table.runs)]
+    return ([TUNED] if any(row in ROWS for row in table.runs) else []) + found
+
+
+def regimes_table(table: Table) -> pages.Table | None:
+    """In which regime each claim holds; None if there is no other than the table's own."""
+    regimes, lines = regimes_of(table), []
+    if not set(regimes) & set(REGIMES):
+        return None
+    for claim in CLAIMS:
+        if all(claim.in_regime(name) for name in regimes):
+            judged = [judge(claim.in_regime(name), table) for name in regimes]
+            cells = [word if i is None else f"{word}: {format_interval(i)}" for i, word in judged]
+            lines.append([claim.number, claim.text, f"{100 * claimed_value(claim):+.1f}", *cells])
+    titles = ["tuned (above)" if name == TUNED else REGIMES[name].title for name in regimes]
+    return pages.Table(["", "claim", "claimed", *titles], lines)
+
+
 def format_claims(table: Table) -> str:
     """The claims as lines for a terminal."""
     lines = []
-    for claim in CLAIMS:
-        interval, word = judge(claim, table)
-        sizes = f"claimed {100 * claimed_value(claim):+5.1f}, measured {format_interval(interval)}"
-        lines.append(f"claim {claim.number:2s} {word:12s} {sizes}: {claim.text}")
-    return "\n".join(lines)
+    for regime in regimes_of(table):
+        claims = [claim.in_regime(regime) for claim in CLAIMS]
+        lines += ["" if regime == TUNED else f"{REGIMES[regime].title}:"]
+        lines += [format_claim(claim, table) for claim in claims if claim]
+    return "\n".join(filter(None, lines))
+
+
+def format_claim(claim: Claim, table: Table) -> str:
+    interval, word = judge(claim, table)
+    sizes = f"claimed {100 * claimed_value(claim):+5.1f}, measured {format_interval(interval)}"
+    return f"claim {claim.number:2s} {word:12s} {sizes}: {claim.text}"
 
 
 def format_differences(table: Table) -> str:
@@ -203,7 +222,8 @@ def make_caption(table: Table, picture: str) -> str:
         row, seed = table.best_run
         num_examples = len(table.dev_data[PREDICTED[picture]].labels)
         return f"{caption} {table.specs[row].title} ({row}), seed {seed}, {num_examples} dev examples."
-    rows = [row for row in table.runs if row in CONFLICT_ROWS or not picture.endswith("conflict.png")]
+    of_gradients = picture.endswith(("conflict.png", "noise.png"))
+    rows = [row for row in table.runs if not of_gradients or has_conflict_drawn(table, row)]
     seeds = {" ".join(map(str, table.runs[row])) for row in rows}
     caption += f" Seeds {seeds.pop()}." if len(seeds) == 1 else " Seeds as in the table above."
     if picture == "learning_curves.png":
@@ -257,8 +277,12 @@ def page_content(table: Table, command: list[str], test_folder: Path | None, pic
         "saw_other_data": OFFLINE_ENCODER in encoders,
         "test_set": test_set,
         "scores": scores_table(table),
-        "claims": claims_table(table) if table.has_poster else None,
+        "claims": claims_table(table) if TUNED in regimes_of(table) else None,
+        "regimes": regimes_table(table),
         "differences": differences_table(table),
+        "who_wins": None if table.has_poster else who_wins(table),
+        "methods": methods_table(table),
+        "noise": noise_table(table),
         "facts": pages.Table(["", ""], facts),
         "commands": "\n".join(map(pages.command_line, [command, *started])),
         "pictures": {name: make_caption(table, name) for name in pictures},
@@ -316,6 +340,13 @@ def table_tex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def has_conflict_drawn(table: Table, row: str) -> bool:
+    """Whether the gradients of a row are drawn: of the poster's rows some, of others the first ones."""
+    if table.has_poster:
+        return row.rpartition(".")[2] in CONFLICT_ROWS and table.specs[row].group != "own"
+    return row in list(table.runs)[: len(CONFLICT_ROWS)]
+
+
 def draw_figures(table: Table) -> dict[str, object]:
     """File name -> figure, for those that there is something to draw for."""
     rows = []
@@ -329,13 +360,14 @@ def draw_figures(table: Table) -> dict[str, object]:
         curves[table.specs[row].title] = [
             [(line["step"], dev_scores(line["dev"])) for line in metrics if "dev" in line] for metrics in logs
         ]
-        if row in CONFLICT_ROWS or not table.has_poster and len(conflicts) < len(CONFLICT_ROWS):
+        if has_conflict_drawn(table, row):
             conflicts[table.specs[row].title] = logs
     drawn = {
         "scores.png": figures.plot_scores(rows),
         "learning_curves.png": figures.plot_learning_curves(curves),
         "conflict.png": figures.plot_conflict(conflicts),
         "layer_conflict.png": figures.plot_layer_conflict(conflicts),
+        "noise.png": figures.plot_noise(conflicts),
     }
     predictions = table.runs[table.best_run[0]][table.best_run[1]].predictions if table.best_run else {}
     if "sst" in predictions:

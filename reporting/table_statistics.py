@@ -90,7 +90,7 @@ class Table:
     @property
     def has_poster(self) -> bool:
         """Whether there is any row of the poster's, so that its numbers and claims are to be shown."""
-        return any(row in ROWS for row in self.runs)
+        return any(self.specs[row].group != "own" for row in self.runs)
 
     def values(self, row: str, score: str) -> list[float]:
         """A score of each seed's run; empty for a score that the row does not have."""

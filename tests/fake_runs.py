@@ -17,12 +17,22 @@ LINE = {
     "head_lr": 1e-3,
     "loss": dict.fromkeys(DEFAULT_TASKS, 1.5),
     "grad_weight": {"sst": 1.125, "para": 1.0, "sts": 1.25},
+    "opposed": {"sst": 0.0, "para": 0.25, "sts": 0.5},
+    "opposed_by_sum": {"sst": 0.125, "para": 0.25, "sts": 0.75},
     "task_grad_norm": dict.fromkeys(DEFAULT_TASKS, 2.5),
     "cosine": PAIRS,
     "conflict": {"sst-para": 0.75, "sst-sts": 0.25, "para-sts": 0.5},
     "layer_cosine": {"embeddings": PAIRS, "layer.0": PAIRS},
     "layer_conflict": {"embeddings": dict.fromkeys(PAIRS, 0.125), "layer.0": dict.fromkeys(PAIRS, 0.875)},
 }
+# Of four batches: shares of signal and products with all of them, then without each; cosines -0.2, 0.4, 0.1.
+NOISE = {"sst": [0.25, 0.2, 0.3, 0.25, 0.25], "para": [0.25] * 5, "sts": [0.0625] * 5}
+NOISE |= {
+    "sst-para": [-0.05] * 5,
+    "sst-sts": [0.05] * 5,
+    "para-sts": [0.0125, 0.0125, 0.0125, 0.0375, -0.0125],
+}
+PROBE = {"step": 0, "noise": NOISE, "layer_noise": {"embeddings": NOISE, "layer.0": NOISE}}
 
 
 def make_predictions(task: str, rows: Rows, num_wrong: int, seed: int = 0) -> np.ndarray:
@@ -65,7 +75,8 @@ def make_run(
     (folder / "args.json").write_text(json.dumps(facts))
     (folder / "scores.json").write_text(json.dumps({"step": 20, "dev": summary}))
     line = LINE if len(num_wrong) > 1 else {}
-    metrics = [
+    metrics = [PROBE] if line else []
+    metrics += [
         line | {"step": 10, "tokens": 300, "tokens_per_second": 50},
         {"step": 10, "dev": summary, "score": summary["mean"]},
         line | {"step": 20, "tokens": 500, "tokens_per_second": 100},

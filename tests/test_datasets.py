@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +25,13 @@ from datasets import (
     TaskData,
     TokenArrays,
     clean_text,
+    draw_tasks,
     parse_label,
     plan_tasks,
     read_rows,
     tokenize,
     unknown_rows,
+    update_sampler,
     warning_lines,
 )
 from support.errors import UserError
@@ -392,6 +395,7 @@ EXPONENTS = {  # sampler -> progress -> exponent
     "sqrt": {0.0: 0.5, 1.0: 0.5},
     "annealed": {0.0: 1.0, 0.5: 0.6, 1.0: 0.2},
     "temperature": {0.0: 0.2, 1.0: 0.2},  # t is 5
+    "pike": {0.0: 0.0},  # until the gradients were measured
 }
 
 
@@ -399,7 +403,8 @@ EXPONENTS = {  # sampler -> progress -> exponent
 def test_sampler_draws_with_the_stated_probabilities(sampler):
     _, params = parse_spec(sampler, SAMPLERS)
     for progress, exponent in EXPONENTS[sampler].items():
-        chances = SAMPLERS[sampler].chances(SIZES.astype(float), progress, **params)
+        state = {"state": {}} if SAMPLERS[sampler].update else {}
+        chances = SAMPLERS[sampler].chances(SIZES.astype(float), progress, **params, **state)
         assert chances / chances.sum() == pytest.approx(SIZES**exponent / (SIZES**exponent).sum())
 
 
@@ -415,7 +420,7 @@ def test_shares_of_draws_by_hand():
     assert (draws == 1).mean() == pytest.approx(odds[0] / odds.sum(), abs=0.02)  # standard error below 0.007
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name, row in SAMPLERS.items() if not row.update])
 def test_plan_is_fixed_by_its_seed_and_a_longer_run_begins_with_the_same(sampler, same_global_state):
     """Except where the probabilities follow the progress of the run."""
     plan, again, other = (plan_tasks(sampler, SIZES, total_steps=200, seed=seed) for seed in (4, 4, 5))
@@ -427,6 +432,18 @@ def test_plan_is_fixed_by_its_seed_and_a_longer_run_begins_with_the_same(sampler
     assert np.array_equal(plan, longer[:200]) == (sampler != "annealed")
     for total_steps in (0, 1):
         assert plan_tasks(sampler, [5, 3], total_steps, seed=0).shape == (total_steps, 2)
+
+
+def test_pike_by_hand():
+    """Squares 1 and 3, mean 2, of signal 1/2 and none: (2 / 2 - 1 / 4) / 2 and -3 / 4."""
+    spec, squares, signal = "pike:z1=2,z2=1", torch.tensor([1.0, 3.0]), torch.tensor([0.5, -0.1])
+    assert plan_tasks(spec, [5, 3], 9, seed=0) is None and update_sampler("sqrt", squares, signal, {}) == {}
+    state = update_sampler(spec, squares, signal.clamp(min=0), {})
+    assert state["log_weights"] == pytest.approx([0, -0.375 - 0.75])
+    draws = np.stack([draw_tasks(spec, [5, 3], (step, 2000), 0, state=state) for step in range(2000)])
+    assert (draws == 0).mean() == pytest.approx(1 / (1 + np.exp(-1.125)), abs=0.03)
+    again = update_sampler(spec, squares, signal, state)  # what is estimated below 0 is 0
+    assert again["log_weights"] == pytest.approx([0, -2 * 1.125])
 
 
 def test_temperature_reaches_the_plan():

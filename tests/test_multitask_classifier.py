@@ -186,7 +186,7 @@ INGREDIENTS += (
         "--sampler annealed --grad_method gradvac --precision bf16 --schedule cosine",
         "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify",
         "--precision fp16 --sampler sqrt --task_weights sts=5",  # so large that the first steps overflow
-        "--grad_method cr_mogm:alpha=0.5 --surgery_scope layer --loss_weighting famo --sampler sqrt",
+        "--grad_method cr_mogm --surgery_scope layer --loss_weighting famo --sampler pike --gram ema",
         INGREDIENTS,
     ],
 )
@@ -216,6 +216,21 @@ def test_best_holds_the_average_of_the_weights(whole):
     )
     assert torch.equal(best.sort().values, average.sort().values)  # in another order
     assert not torch.equal(best, last)
+
+
+def test_measuring_noise_changes_no_bit_and_what_goes_by_it_does(place, whole, tmp_path):
+    plain, log = read_run(whole())
+    measured, its_log = read_run(whole(f"{SHORT} --noise_batches 4"))
+    assert measured["last/model.safetensors"] == plain["last/model.safetensors"]
+    assert [line for line in its_log if "noise" not in line] == log
+    assert [line["step"] for line in its_log if "noise" in line] == [0, 2, 4]
+    assert all(len(values) == 5 for values in its_log[0]["noise"].values())
+    assert set(its_log[0]["layer_noise"]) == {"embeddings", "layer.0", "layer.1"}
+    pike, its_log = read_run(whole(f"{SHORT} --sampler pike:z1=30 --gram ema"))
+    assert pike["last/model.safetensors"] != plain["last/model.safetensors"]
+    state = json.loads(pike["last/state.json"])
+    assert max(state["sampler"]["log_weights"]) == 0 > min(state["sampler"]["log_weights"])
+    assert set(state["learned"]) == {"gram.total", "gram.weight", "gram.signal"}
 
 
 # What is at work when the signal comes, in which of its calls, and the step that is saved.

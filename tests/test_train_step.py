@@ -171,6 +171,22 @@ def test_surgery_by_layer_combines_each_layer_group_by_itself(method):
     assert not torch.allclose(whole.weights, found.weights, rtol=1e-3)
 
 
+def test_gram_ema_gives_the_method_means_of_the_steps_so_far():
+    training = (model := make_model(dropout=False).train(), *make_training(model, lr=0.1))
+    learned, grams = {}, []
+    for step in range(2):
+        batches = [
+            TaskBatch(task, [make_batch(task, seed=7 * step + k)]) for k, task in enumerate(DEFAULT_TASKS)
+        ]
+        found = take_step(training, batches, step=step, learned=learned, gram="ema:b=0.5")
+        learned, grams = found.learned, [*grams, found.gram]
+    mean = (grams[0] + 2 * grams[1]) / 3
+    facts = TaskFacts(mean, draw_step_orders(0, 1, 3))
+    options = {"grad_method": "pcgrad", "grad_reduction": "sum", "num_batches": 3}
+    torch.testing.assert_close(found.weights, combination_weights(facts, [0, 1, 2], **options)[0])
+    torch.testing.assert_close(found.gains, grams[1] @ found.weights)  # of the step, not of the means
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_step_in_half_precision_is_near_that_in_float32(precision, tolerance, accumulate):

@@ -76,6 +76,8 @@ def check_capturable(settings: StepSettings) -> None:
         raise ValueError(f"--grad_method {settings.grad_method} is solved on the host")
     if settings.loss_weighting != "fixed":
         raise ValueError(f"--loss_weighting {settings.loss_weighting} is for plain steps only")
+    if settings.gram != "step":
+        raise ValueError(f"--gram {settings.gram} is for plain steps only")
     if settings.surgery_scope != "model":
         raise ValueError(f"--surgery_scope {settings.surgery_scope} is for plain steps only")
     if settings.fgm:
@@ -177,6 +179,7 @@ class CapturedStep:
             examples: for each draw its task and the examples of its micro-batches.
             step: steps so far; with the seed it fixes dropout and the order of projections.
         """
+        self.memory.touched = None  # what a replay writes, the host does not see
         drawn_tasks = {task for task, _ in examples}
         drawn = tuple(k for k, task in enumerate(self.memory.tasks) if task in drawn_tasks)
         num_tokens = 0

@@ -9,10 +9,11 @@ import shlex
 from pathlib import Path
 
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, RECIPES, TASKS
-from datasets import SAMPLERS
+from datasets import SAMPLERS, find_sampler
 from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
 from heads import PAIR_HEADS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
+from kernels.grad_noise import GRAMS
 from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
 from optimizer import SCHEDULES
 from support.command_line import FlagType, OneLineParser, number
@@ -58,6 +59,7 @@ FINAL_EVALS = ("full", "part", "none")
 FINE_TUNE_MODES = {"last-linear-layer": True, "full-model": False}  # value: is the encoder frozen?
 SURGERY_SCOPES = ("model", "layer")
 COURSE_TASKS = {"sst": ("sst",), "qqp": ("para",), "sts": ("sts",), "multitask": DEFAULT_TASKS}
+MIN_NOISE_BATCHES = 4  # fewer give no error of their estimate
 OPTIONS = {"pretrain": True, "finetune": False}
 
 
@@ -129,6 +131,8 @@ def add_model_flags(parser: RunParser) -> None:
     text = "probability of dropout, in [0, 1), in the encoder and before the heads"
     text += f" (default: the checkpoint's own in the encoder, {HEAD_DROPOUT_PROB} before the heads)"
     add("--hidden_dropout_prob", "result", type=PROBABILITY, help=text)
+    text = "last layers of the encoder that start from new random weights, and the pooler with them; 0: none"
+    add("--redraw_layers", "result", type=COUNT_OR_NONE, default=0, help=text)
     add("--freeze_encoder", "result", action="store_true", help="train the heads only")
     text = "how often dropout before and in the heads is drawn for each example; the loss is the mean"
     add("--head_dropout_samples", "result", type=COUNT, default=1, help=text)
@@ -198,6 +202,9 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--surgery_tasks", "result", type=task_list(), help=text)
     text = "what --grad_method is applied to: the whole encoder, or each layer of it by itself"
     add("--surgery_scope", "result", choices=SURGERY_SCOPES, default="model", help=text)
+    text = "inner products that --grad_method acts on: of the step alone, or running means freed of noise, by"
+    text += f" --noise_batches: {describe_specs(GRAMS)}"
+    add("--gram", "result", type=spec_type(GRAMS), default="step", help=text)
     text = "sum or mean over the task batches of a step (default: that of --grad_method)"
     add("--grad_reduction", "result", choices=GRAD_REDUCTIONS, help=text)
     text = f"which tasks the batches of a step come from: {describe_specs(SAMPLERS)}"
@@ -219,6 +226,9 @@ def add_output_flags(parser: RunParser) -> None:
     add("--output_dir", "mode", type=OUTPUT_DIR, help=text)
     text = "steps between evaluations, each with a checkpoint (default: a tenth of the run)"
     add("--eval_every", "result", type=COUNT, help=text)
+    text = "batches of each task by which an evaluation measures how much of the gradients is signal, without"
+    text += f" an update; 0: none, else at least {MIN_NOISE_BATCHES} (default: a 25th of --eval_every)"
+    add("--noise_batches", "result", type=COUNT_OR_NONE, help=text)
     text = "dev examples per task in evaluations during the run; the last one follows --final_eval"
     text += " (default: all)"
     add("--eval_max_examples", "result", type=COUNT, help=text)
@@ -406,6 +416,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             f"--loss_weighting {args.loss_weighting} goes by the gradients of the encoder, which"
             " --freeze_encoder leaves without any"
         )
+    check_noise(parser, args)
     for flag, named in (
         ("select_by", {args.select_by} & set(TASKS)),
         ("task_weights", args.task_weights),
@@ -436,6 +447,27 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.freeze_encoder and args.fgm:
         parser.error("--fgm changes the embeddings, which --freeze_encoder leaves without gradients")
     check_sources(parser, args)
+
+
+def needs_noise(args: argparse.Namespace) -> bool:
+    """Whether the run goes by what an evaluation measures of the gradients' noise."""
+    return args.gram != "step" or bool(find_sampler(args.sampler)[0].update)
+
+
+def check_noise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if something goes by the noise of gradients, and nobody measures it."""
+    if args.noise_batches is not None and 0 < args.noise_batches < MIN_NOISE_BATCHES:
+        parser.error(
+            f"--noise_batches is {args.noise_batches}; expected 0, or at least {MIN_NOISE_BATCHES} for an"
+            " estimate with an error"
+        )
+    if needs_noise(args):
+        name = "gram" if args.gram != "step" else "sampler"
+        goes_by = f"--{name} {getattr(args, name)} goes by the noise of the encoder's gradients"
+        if args.freeze_encoder:
+            parser.error(f"{goes_by}, which --freeze_encoder leaves without any")
+        if args.noise_batches == 0:
+            parser.error(f"{goes_by}; expected --noise_batches of at least {MIN_NOISE_BATCHES}")
 
 
 def given_flags(argv: list[str] | None) -> dict:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 
 from kernels.flat_memory import FlatMemory
+from kernels.grad_noise import Moments
 from pcgrad import cosine_matrix
 from training.step_result import StepResult
 
@@ -21,6 +23,7 @@ def step_record(result: StepResult, memory: FlatMemory) -> dict:
     present = [k for k, loss in enumerate(result.losses.tolist()) if not math.isnan(loss)]
     names = [memory.tasks[k] for k in present]
     gram = result.gram[present][:, present]
+    gains = result.gram @ result.weights if result.gains is None else result.gains
     group_cosines = cosine_matrix(result.group_grams[:, present][:, :, present])
     loss_weights = {}
     if result.loss_weights is not None:
@@ -30,6 +33,9 @@ def step_record(result: StepResult, memory: FlatMemory) -> dict:
         "task_grad_norm": dict(zip(names, gram.diagonal().clamp(min=0).sqrt().tolist(), strict=True)),
         "grad_weight": dict(zip(names, result.weights[present].tolist(), strict=True)),
         **loss_weights,
+        # Does the combined gradient go against the task's own? Would the plain sum?
+        "opposed": dict(zip(names, (gains[present] < 0).float().tolist(), strict=True)),
+        "opposed_by_sum": dict(zip(names, (gram.sum(1) < 0).float().tolist(), strict=True)),
         "cosine": pair_values(cosine_matrix(gram), names),
         "layer_cosine": {
             group: pair_values(cosines, names)
@@ -39,13 +45,46 @@ def step_record(result: StepResult, memory: FlatMemory) -> dict:
     }
 
 
+def noise_record(whole: Moments, groups: Sequence[Moments], memory: FlatMemory) -> dict:
+    """What the log says of signal and noise: the estimates, and all that intervals are made of.
+
+    `signal` is each task's share of the expected gradient in a batch's, `expected_cosine` the cosines of the
+    expected gradients, where they are known to have a length. In `noise` and, by layer group, `layer_noise`,
+    entries `TASK` are such shares, entries `FIRST-SECOND` the inner products of two tasks over the roots of
+    their mean squares: with all batches, then leaving out each in turn.
+    """
+
+    def listed(moments):
+        shares = moments.shares  # (1 + n, K, K)
+        tasks = {task: shares[:, k, k] for k, task in enumerate(memory.tasks)}
+        pairs = {
+            f"{a}-{b}": shares[:, i, j]
+            for i, a in enumerate(memory.tasks)
+            for j, b in enumerate(memory.tasks)
+            if i < j
+        }
+        return {
+            name: [float(f"{x:.5g}") for x in values.tolist()] for name, values in (tasks | pairs).items()
+        }
+
+    noise = listed(whole)
+    signal = {task: noise[task][0] for task in memory.tasks}
+    lengths = {task: math.sqrt(share) for task, share in signal.items() if share > 0}
+    cosines = {
+        f"{a}-{b}": noise[f"{a}-{b}"][0] / (lengths[a] * lengths[b]) for a, b in combinations(lengths, 2)
+    }
+    layers = dict(zip(memory.layout.layer_groups, map(listed, groups), strict=True))
+    return {"signal": signal, "expected_cosine": cosines, "noise": noise, "layer_noise": layers}
+
+
 def average(records: list[dict]) -> dict:
     """Mean of each number over the records that have it, and how often each pair of tasks was in conflict."""
     averaged = {"grad_norm": mean([record["grad_norm"] for record in records])}
     for key in ("loss", "task_grad_norm", "grad_weight", "cosine"):
         averaged[key] = mean_of_each([record[key] for record in records])
-    if any("loss_weight" in record for record in records):
-        averaged["loss_weight"] = mean_of_each([record.get("loss_weight", {}) for record in records])
+    for key in ("loss_weight", "opposed", "opposed_by_sum"):  # not in all runs
+        if any(key in record for record in records):
+            averaged[key] = mean_of_each([record.get(key, {}) for record in records])
     averaged["conflict"] = share_below_zero([record["cosine"] for record in records])
     layers = {
         group: [record["layer_cosine"][group] for record in records] for group in records[0]["layer_cosine"]

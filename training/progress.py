@@ -17,8 +17,11 @@ from training.settings import LoopSettings
 from training.task_schedule import describe_courses
 
 
-def print_plan(loop: LoopSettings, plan: np.ndarray, orders: dict[str, BatchOrder]) -> None:
-    """Say how long the run is and how often it sees each task."""
+def print_plan(loop: LoopSettings, plan: np.ndarray | None, orders: dict[str, BatchOrder]) -> None:
+    """Say how long the run is and how often it sees each task, if that is known beforehand."""
+    if plan is None:
+        print(f"{loop.max_steps} steps; sampler {loop.sampler} goes by the gradients", flush=True)
+        return
     counts = np.bincount(plan[plan >= 0], minlength=len(loop.tasks)) * loop.grad_accum
     seen = ", ".join(
         f"{task} {count / orders[task].batches_per_epoch:.2f} times"

@@ -32,7 +32,7 @@ from support.device import (
 )
 from support.errors import UserError
 from support.files import check_replaceable, read_head
-from training.flags import flags_marked, given_flags
+from training.flags import MIN_NOISE_BATCHES, flags_marked, given_flags, needs_noise
 from training.run_folder import is_runs_own
 from training.run_parser import value_of_task
 from training.settings import (
@@ -61,6 +61,8 @@ NAMED_FLAGS |= {"sampler": "", "recipe": ""}
 NAME_MARKS = ("result", "length", "text")  # what changes weights or scores; --precision does, too
 # What follows a task's name in the flags that it has for itself.
 TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "dev_out", "test_out")
+# The noise of gradients is measured with as many batches as cost about 4 % of the steps between evaluations.
+NOISE_INTERVAL, MAX_NOISE_BATCHES = 25, 16
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
 
 
@@ -76,6 +78,7 @@ def default_output_dir(args: argparse.Namespace) -> str:
     encoder = Path(args.pretrained.partition("@")[0]).name or "encoder"
     words = [encoder, *args.tasks, args.grad_method.replace(":", "-")]  # some file systems take no colon
     words += ["by-layer"] if args.surgery_scope == "layer" else []
+    words += [] if args.gram == "step" else [args.gram.replace(":", "-")]
     words += [] if args.loss_weighting == "fixed" else [args.loss_weighting.replace(":", "-")]
     words += [head_name(args, task) for task in args.tasks if TASKS[task].is_pair]
     words += ["frozen"] if args.freeze_encoder else []
@@ -89,6 +92,7 @@ def default_output_dir(args: argparse.Namespace) -> str:
         "task",
         "grad_method",
         "surgery_scope",
+        "gram",
         "loss_weighting",
         "seed",
         "freeze_encoder",
@@ -174,6 +178,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             freeze_encoder=args.freeze_encoder,
             objective=Objective(args.label_smoothing, args.rdrop, args.head_dropout_samples),
             seed=args.seed,
+            redraw_layers=args.redraw_layers,
         ),
         step=StepSettings(
             seed=args.seed,
@@ -183,6 +188,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             clip_norm=args.clip_norm,
             surgery_tasks=args.surgery_tasks,
             surgery_scope=args.surgery_scope,
+            gram=args.gram,
             loss_weighting=args.loss_weighting,
             loss_schedule=args.loss_schedule,
             total_steps=args.max_steps,
@@ -239,8 +245,13 @@ def fit_to_encoder(args: argparse.Namespace, bert_config: BertConfig) -> list[st
     """Fit --max_length to the encoder, in place; returns lines that say what was chosen.
 
     Raises:
-        UserError: if a pair cannot be encoded as one sequence.
+        UserError: if a pair cannot be encoded as one sequence, or there are too few layers to redraw.
     """
+    if args.redraw_layers > bert_config.num_hidden_layers:
+        raise UserError(
+            f"--redraw_layers is {args.redraw_layers}; expected at most {bert_config.num_hidden_layers}, the"
+            " layers of the encoder"
+        )
     for task in args.tasks:
         if HEADS[head_name(args, task)].joint and bert_config.type_vocab_size < 2:
             raise UserError(
@@ -300,8 +311,21 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     resolve_compile(args, bert_config, chosen)
     choose("warmup_steps", int(args.warmup_ratio * args.max_steps), f"warmup_ratio {args.warmup_ratio:g}")
     choose("eval_every", max(1, math.ceil(args.max_steps / 10)), "a tenth of the run")
+    choose("noise_batches", *noise_batches(args))
     choose("output_dir", default_output_dir(args), "made of the settings")
     return chosen
+
+
+def noise_batches(args: argparse.Namespace) -> tuple[int, str]:
+    """How many batches measure the noise of the gradients at each evaluation, and why."""
+    if args.freeze_encoder:
+        return 0, "the encoder is frozen"
+    number = min(MAX_NOISE_BATCHES, args.eval_every // NOISE_INTERVAL)
+    if number < MIN_NOISE_BATCHES and not needs_noise(args):
+        return 0, f"fewer than {MIN_NOISE_BATCHES * NOISE_INTERVAL} steps between evaluations"
+    if number < MIN_NOISE_BATCHES:
+        return MIN_NOISE_BATCHES, "the fewest whose error is known"
+    return number, f"one for every {NOISE_INTERVAL} steps between evaluations"
 
 
 def is_cuda(args: argparse.Namespace) -> bool:
@@ -376,7 +400,7 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
         reasons["epochs"] = "--max_steps says how long the run is"
     if "warmup_steps" in args.given:
         reasons["warmup_ratio"] = "--warmup_steps says how long the warm-up is"
-    surgery = ("grad_method", "grad_reduction", "surgery_tasks", "surgery_scope")
+    surgery = ("grad_method", "grad_reduction", "surgery_tasks", "surgery_scope", "gram")
     if len(args.tasks) == 1:
         for name in (*surgery, "sampler", "loss_weighting"):
             reasons[name] = "there is one task"

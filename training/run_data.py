@@ -13,7 +13,7 @@ from datasets import Rows, TaskData, count_of, name_some, read_rows, unknown_row
 from heads import MultitaskBERT
 from support.errors import UserError, one_line
 from support.files import file_digest
-from support.seeds import make_seed
+from support.seeds import make_seed, seed_of
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
 from training.checkpoint import SUMS_FILE, find_damage
@@ -141,7 +141,10 @@ def load_encoder(source: str | Path, hidden_dropout_prob: float | None) -> tuple
 
 
 def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
-    """The model on top of an encoder; the heads' first weights depend on --seed only."""
+    """The model on top of an encoder; the heads' first weights, and redrawn layers, depend on --seed only."""
+    if settings.redraw_layers:
+        torch.manual_seed(make_seed(settings.seed, seed_of("redraw_layers")))
+        bert.redraw_layers(settings.redraw_layers)
     torch.manual_seed(make_seed(settings.seed))
     return MultitaskBERT(
         bert,

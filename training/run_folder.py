@@ -259,6 +259,7 @@ class RunState:
     skipped_steps: int = 0  # in all
     cosine_ema: torch.Tensor | None = None  # (K, K) running mean of the cosines between task gradients
     learned: dict[str, torch.Tensor] = field(default_factory=dict)  # as `StepResult.learned`
+    sampler: dict[str, list[float]] = field(default_factory=dict)  # (K,) each, what the sampler goes by
     best_score: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
@@ -286,6 +287,9 @@ class RunState:
             "optimizer_steps": lambda steps: isinstance(steps, list) and all(map(is_count, steps)),
             "cosine_ema": lambda ema: ema is None or torch.tensor(ema).shape == (len(tasks), len(tasks)),
             "learned": lambda learned: all(are_learned(each, len(tasks)) for each in learned.values()),
+            "sampler": lambda state: all(
+                isinstance(each, list) and are_learned([each], len(tasks)) for each in state.values()
+            ),
             "best_score": lambda score: score is None or type(score) in (int, float),
             "best_step": lambda step: step is None or is_count(step),
             "window": lambda records: all(isinstance(record, dict) for record in records),
@@ -297,8 +301,9 @@ class RunState:
                 continue
             name = JSON_NAMES.get(each.name, each.name)
             try:
-                # Until there were methods with a memory, states had no `learned`.
-                read[each.name] = values.get(name, {}) if name == "learned" else values[name]
+                # Until there were methods and samplers with a memory, states had none.
+                is_newer = name in ("learned", "sampler")
+                read[each.name] = values.get(name, {}) if is_newer else values[name]
                 fits = checks.get(each.name, is_count)(read[each.name])
             except (KeyError, TypeError, AttributeError, ValueError):
                 fits = False

@@ -50,6 +50,7 @@ class ModelSettings:
     freeze_encoder: bool
     objective: Objective  # what is added to the losses
     seed: int  # of the heads' first weights
+    redraw_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class StepSettings:
     clip_norm: float = 0.0  # longest gradient, encoder and heads together; 0 means no clipping
     surgery_tasks: tuple[str, ...] | None = None  # whose gradients the method may change; None means all
     surgery_scope: str = "model"  # or "layer": each layer group by itself
+    gram: str = "step"  # a key of grad_noise.GRAMS, maybe with parameters
     autocast: Callable = nullcontext  # makes the context for mixed precision
     loss_schedule: Mapping[str, Course] = field(default_factory=dict)  # task -> course of one more factor
     total_steps: int = 1  # of the run, which courses are stretched to
@@ -114,6 +116,7 @@ class LoopSettings:
     warmup_steps: int
     max_bad_steps: int
     eval_every: int
+    noise_batches: int  # of each task, at each evaluation
     eval_max_examples: int | None
     select_by: str
     patience: int

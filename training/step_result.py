@@ -22,5 +22,7 @@ class StepResult:
     applied: bool  # False: something was not finite and nothing was updated
     overflow: bool = False  # not applied, and a smaller loss scale may mend it
     learned: Mapping[str, Tensor] = field(default_factory=dict)  # what the next step has to know, float64:
-    # of the gradient method (1, K), or (layer groups, K); of the loss weighting (K,)
+    # of the gradient method (1, K), or (layer groups, K); of the loss weighting (K,); of --gram (.., K)
+    gains: Tensor | None = None  # (K,) inner product of each task's gradient with the combined one, before
+    # clipping; None: follows from `gram` and `weights`
     loss_weights: Tensor | None = None  # (K,) factor of each task's loss; None for --loss_weighting fixed

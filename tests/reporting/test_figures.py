@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from config import TASKS
 from reporting import figures
+from tests.fake_runs import NOISE, PROBE
 
 STEPS = range(10, 60, 10)
 PAIRS = ("sst-para", "sst-sts", "para-sts")
@@ -86,6 +87,34 @@ def test_curves():
         "dev scores",
         "dev scores (part of dev: 500 examples a task)",
     )
+
+
+def test_learned_factors_and_weights_are_drawn():
+    metrics = make_metrics()
+    for line in metrics[:-1]:
+        line["loss_weight"] = {"sst": 0.5 + line["step"] / 100, "sts": 2.0}
+        line["grad_weight"] = dict.fromkeys(("sst", "para", "sts"), 1.5)
+    factors, weights = figures.plot_curves(metrics).axes[4:]
+    assert lines_of(factors)["sst"] == (list(STEPS), [0.5 + step / 100 for step in STEPS])
+    assert set(lines_of(factors)) == {"sst", "sts"} and lines_of(weights)["para"][1] == [1.5] * 5
+
+
+def test_signal_and_noise(bands):
+    """Over two probes the estimates; by layer the means of both."""
+    second = {name: [value / 2 for value in values] for name, values in NOISE.items()}
+    layers = {"embeddings": second, "layer.0": NOISE}
+    probes = [PROBE, {"step": 50, "noise": second, "layer_noise": layers}]
+    shares, cosines, by_layer, cosines_by_layer = figures.plot_noise({"run": [probes]}).axes
+    assert lines_of(shares)["para"] == ([0, 50], [0.25, 0.125])
+    assert lines_of(cosines)["sst and para"][1] == pytest.approx([-0.2, -0.2])
+    assert lines_of(by_layer)["para"] == ([0, 1], [0.1875, 0.25])
+    assert lines_of(cosines_by_layer)["sst and sts"][1] == pytest.approx([0.4, 0.4])
+    xs, lows, highs = bands[0]  # of sst: 1.96 times the root of 3 times the variance
+    assert list(xs) == [0, 50] and lows[0] == pytest.approx(0.25 - 1.96 * 0.00375**0.5)
+    assert highs[0] - lows[0] == pytest.approx(2 * (highs[1] - lows[1]))
+    assert figures.plot_noise({"run": [make_metrics()]}) is None
+    unknown = {name: [-0.1] * 5 for name in NOISE}  # no length, no cosine
+    assert not lines_of(figures.plot_noise({"run": [[PROBE | {"noise": unknown}]]}).axes[1])
 
 
 def test_heat_map():

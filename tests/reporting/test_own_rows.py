@@ -1,6 +1,7 @@
 """reporting/own_rows.py: rows of one's own, from the command line and a file, and how they are refused."""
 
 import re
+import shlex
 
 import pytest
 
@@ -10,6 +11,8 @@ from reporting.table import get_args
 from support.errors import UserError
 from support.files import ROOT
 from tests.tiny import refusal
+from training.flags import get_args as get_run_args
+from training.resolve import flags_without_effect
 
 MGDA = ["--row", "mgda: --grad_method mgda --para_head diff"]
 
@@ -73,3 +76,9 @@ def test_files_without_rows_and_names_given_twice_are_refused(tmp_path):
     assert "holds no row" in refusal(read_rows_file, tmp_path / "rows")
     with pytest.raises(UserError, match="row mgda is given twice"):
         get_args([*MGDA, *MGDA])
+
+
+def test_the_rows_of_all_methods_are_rows():
+    args = get_args(["--row_file", str(ROOT / "docs" / "methods.rows")])
+    runs = {row: get_run_args(shlex.split(args.specs[row].flags)) for row in args.rows}
+    assert args.rows[0] == "sum" and not any(flags_without_effect(run) for run in runs.values())

@@ -133,6 +133,22 @@ def test_dry_run_lists_commands_that_parse_and_missing_files_and_does_nothing(
     assert len(missing) > 2 and not any("SICK" in line for line in missing)
 
 
+def test_regimes_are_rows_in_other_circumstances(capsys):
+    args = get_args(["--regime", "tuned", "course_redrawn", "--rows", "minbert", "diff"])
+    assert args.rows == ["minbert", "diff", "course_redrawn.diff"]
+    flags = get_run_args(table.run_flags(args.shared, "course_redrawn.diff", 0))
+    assert (flags.pooling, flags.lr, flags.head_lr, flags.clip_norm) == ("pooler", 1e-4, 1e-4, 0)
+    assert (flags.redraw_layers, flags.sts_head, flags.grad_method) == (3, "diff", "sum")
+    args = get_args(["--regime", "course", "--pretrained", "bert-base-uncased"])
+    assert args.rows == [f"course.{row}" for row in ("baseline", "cosine", "diff", "surgery_diff")]
+    flags = get_run_args(table.run_flags(args.shared, "course.surgery_diff", 0))
+    assert (flags.lr, flags.redraw_layers, flags.grad_method) == (1e-5, 0, "pcgrad")
+    for wrong in ("--regime course --rows minbert", "--regime course -- --clip_norm 1"):
+        with pytest.raises(SystemExit):
+            get_args(wrong.split())
+        assert "--regime course has" in (error := capsys.readouterr().err) or "--clip_norm is given" in error
+
+
 WRONG = {
     "--rows nonsense": "'nonsense'",
     "--rows diff diff": "--rows holds a value twice",

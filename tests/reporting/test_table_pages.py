@@ -12,7 +12,7 @@ from matplotlib import image
 
 from config import OFFLINE_ENCODER
 from reporting import pages, table_pages
-from reporting.poster import CLAIMS, ROWS, SCORES, TableRow
+from reporting.poster import CLAIMS, ROWS, SCORES, TableRow, regime_rows
 from reporting.significance import Interval, mean_and_sd
 from reporting.table_pages import HEADINGS, PICTURES, TEST_FILES, format_interval
 from reporting.table_statistics import Table
@@ -86,6 +86,80 @@ def test_differences_are_those_of_the_shared_seeds(table):
     assert (
         len(table_pages.format_comparison(table, "minbert", "baseline").splitlines()) == 2
     )  # sentiment alone
+
+
+# --- what rows did to the gradients -------------------------------------------------------------------------
+
+
+def test_methods_and_noise(table):
+    found = cells(table_pages.methods_table(table))["Diff"]
+    assert (found["ms a step"], found["more than the first row's"]) == ("400", "+0")  # 8 s for 20 steps
+    assert found["steps against a task: by the plain sum"] == "sst 12 %, para 25 %, sts 75 %"
+    assert found["by the method"] == "sst 0 %, para 25 %, sts 50 %"
+    assert found["mean weight of a task's gradient"] == "sst 1.12, para 1.00, sts 1.25"
+    assert found["mean factor of its loss"] == "-"
+    noise = cells(table_pages.noise_table(table))
+    assert list(noise) == ["Baseline", "Diff", "Gradient surgery + diff"]  # not the row with one task
+    # The jackknife of one probe: 3 times the variance 0.00125; of those of two seeds, half of it.
+    assert noise["Gradient surgery + diff"]["signal of sst"] == "25.0 % (13.0 to 37.0)"
+    assert noise["Diff"]["signal of sst"] == "25.0 % (16.5 to 33.5)"
+    # 0.05 / sqrt(0.25 x), x of 0.2 and 0.3 for 0.25: 0.224 and 0.183 for 0.2. And 0.2 more and less than 0.1.
+    assert noise["Gradient surgery + diff"]["cosine of sst and para"] == "-0.20 (-0.25 to -0.15)"
+    assert noise["Gradient surgery + diff"]["cosine of para and sts"] == "+0.10 (-0.38 to +0.58)"
+
+
+def test_who_wins_is_said_by_the_intervals():
+    found = {
+        "a": Interval(0.02, 0.01, 0.03),
+        "b": Interval(0.01, -0.01, 0.03),
+        "c": Interval(-0.1, -0.2, -0.01),
+    }
+    specs = {name: TableRow(name.upper(), "") for name in ("sum", *found)}
+
+    def sentence(*names, seeds=(0, 1)):
+        return table_pages.who_wins(
+            SimpleNamespace(
+                runs=dict.fromkeys(("sum", *names)),
+                specs=specs,
+                shared_seeds=lambda rows: seeds,
+                combine=lambda terms: found[terms[0][1]],
+            )
+        )
+
+    assert sentence("b").startswith("Nothing is told apart from SUM: all 1 intervals")
+    text = sentence("a", "b", "c")
+    assert "Ahead of SUM in the overall: A +2.0 (+1.0 to +3.0). Behind it: C -10.0 (-20.0 to -1.0)." in text
+    assert "The other 1 of 3 are not told apart from it. Of 3 such intervals, 0.1 would" in text
+    assert sentence("a", seeds=(0,)).startswith("No row can be told apart")
+
+
+def test_claims_in_other_regimes(tmp_path, data_dir):
+    rows = {
+        "baseline": {0: all_tasks(6, 5, 7), 1: all_tasks(6, 5, 7)},
+        "diff": {n: all_tasks() for n in (0, 1)},
+    }
+    of_regime = {f"course.{row}": seeds for row, seeds in rows.items()}
+    specs = ROWS | regime_rows("1e-4")
+    table = replace(make_table(tmp_path, data_dir, rows | of_regime), specs=specs)
+    found = cells(table_pages.regimes_table(table))
+    assert list(found) == ["1", "2a", "2b", "3a", "4"]  # the others are about rows that regimes do not have
+    assert found["1"]["tuned (above)"] == found["1"]["as in the course"]
+    assert (
+        found["1"]["tuned (above)"].startswith("confirmed: +")
+        and found["3a"]["as in the course"] == "not measured"
+    )
+    assert "as in the course:\nclaim 1" in table_pages.format_claims(table)
+    alone = replace(table, runs={row: table.runs[row] for row in of_regime})
+    content = table_pages.page_content(alone, COMMAND, None, [])
+    assert content["claims"] is None and content["regimes"].header[3:] == ["as in the course"]
+    assert content["scores"].rows[0][-4:] == [
+        "0.511",
+        "0.479",
+        "0.781",
+        "0.274",
+    ]  # the poster's, all the same
+    only = replace(table, runs={"diff": table.runs["diff"]})
+    assert table_pages.regimes_table(only) is None
 
 
 # --- claims -----------------------------------------------------------------------------------------------
@@ -220,7 +294,7 @@ def test_odd_titles_and_paths_break_nothing(tmp_path, data_dir, table, monkeypat
     odd = make_table(tmp_path, data_dir, {"diff": {0: all_tasks()}}, pretrained="enc|`o`\n# der")
     text = table_pages.make_page(odd, ["results_table.py", "--data_dir", path], None, [])
     headings = [line for line in text.splitlines() if line.startswith("#")]
-    assert len(headings) == 5 and headings[0] == "# The poster's table, measured"
+    assert len(headings) == 7 and headings[0] == "# The poster's table, measured"
     rows = markdown_rows(text)
     assert rows[1][0] == ODD and ["machine", "processor a | b, cores 2"] in rows
     code = [line[4:] for line in text.splitlines() if line.startswith("    ")]

@@ -26,6 +26,7 @@ from training.settings import StepSettings
 
 NUM_EXAMPLES = 40
 LAYER, GLS, FGM = {"surgery_scope": "layer"}, {"loss_weighting": "gls"}, {"fgm": 0.5}
+EMA = {"gram": "ema:b=0.9"}
 
 
 def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> TaskData:
@@ -112,7 +113,13 @@ def test_steps_equal_plain_ones(method, head):
 
 @pytest.mark.parametrize(
     "settings",
-    [*({"grad_method": name} for name, row in GRAD_METHODS.items() if not row.on_device), LAYER, GLS, FGM],
+    [
+        *({"grad_method": name} for name, row in GRAD_METHODS.items() if not row.on_device),
+        LAYER,
+        GLS,
+        FGM,
+        EMA,
+    ],
 )
 def test_what_needs_the_host_is_refused_by_name(settings):
     flag, value = list(settings.items())[-1]

@@ -121,13 +121,13 @@ def prediction_files(folder):
 CHANGES = (
     "--data_dir {place}/other_data; --tasks sst,sts; --max_length 8; --pretrained {place}/other_encoder; "
     "--pooling cls; --para_head cross; --sts_head cosine; --head_layers 2; --hidden_dropout_prob 0.5; "
-    "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --max_steps 4; --batch_size 5; "
-    "--grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
-    "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
-    "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --loss_weighting uw; "
-    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1; --loss_schedule sts=0:0.1; "
-    "--draw_schedule sts=0:0; --label_smoothing 0.2; --rdrop sst=1; --fgm 1; --head_dropout_samples 3; "
-    "--layer_lr_decay 0.5"
+    "--freeze_encoder; --option pretrain; --fine-tune-mode last-linear-layer; --redraw_layers 1; "
+    "--max_steps 4; --batch_size 5; --grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; "
+    "--weight_decay 0.5; --schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; "
+    "--clip_norm 0.001; --grad_method mean; --surgery_tasks sts; --surgery_scope layer; --gram ema; "
+    "--loss_weighting uw; --grad_reduction mean; --extra_data sick; --task_weights sts=0.1; "
+    "--loss_schedule sts=0:0.1; --draw_schedule sts=0:0; --label_smoothing 0.2; --rdrop sst=1; --fgm 1; "
+    "--head_dropout_samples 3; --layer_lr_decay 0.5"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
@@ -190,6 +190,7 @@ FILE_FLAGS = [f"{task}_{split}" for task in TASKS for split in ("dev", "test")]
 OTHERS = {*FILE_FLAGS, *(f"{name}_out" for name in FILE_FLAGS)}
 OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train")}
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
+OTHERS |= {"noise_batches"}  # its test is among those of whole runs, too
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last", "report_to"}
 OTHERS |= {"max_bad_steps", "final_eval", "predict_splits", "predict_tasks", "prediction_style"}
 OTHERS |= {"ema", "recipe", "task", "task_file", "resume", "overwrite", "eval_only", "predict_only"}
@@ -478,6 +479,9 @@ def test_marks_say_what_may_change():
         ("--grad_method krum:n=1,n=2", "expected each parameter once"),
         ("--grad_method imtl_g --loss_weighting uw", "--loss_weighting uw:lr=0.025 is lost on"),
         ("--freeze_encoder --loss_weighting gradnorm", "which --freeze_encoder leaves without any"),
+        ("--freeze_encoder --sampler pike", "which --freeze_encoder leaves without any"),
+        ("--noise_batches 0 --gram ema", "--gram ema:b=0.99 goes by the noise"),
+        ("--noise_batches 3", "--noise_batches is 3; expected 0, or at least 4"),
         ("--loss_weighting dwa:every=0", "every of dwa: value is '0'"),
         ("--sampler temperature:t=0", "t of temperature: value is '0'"),
         ("--grad_method krum:n=1.5", "n of krum: value is '1.5'"),

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from bert import BertModel
 from datasets import Rows
-from tests.tiny import make_encoder
+from tests.tiny import make_config, make_encoder
 from tokenizer import BertTokenizer
-from training.run_data import tokenize_split
-from training.settings import TokenSettings
+from training.run_data import make_model, tokenize_split
+from training.settings import ModelSettings, TokenSettings
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -23,3 +25,28 @@ def test_sentences_of_unknown_words_are_counted_and_named(tmp_path, capsys, join
     assert re.findall("warning.*", out) == [
         "warning: x.csv: 2 rows with a sentence of unknown words only ([UNK]), kept (ids q, r)"
     ]
+
+
+def test_redrawn_layers_are_the_last_ones_and_the_pooler():
+    """By the seed alone; all else, heads too, is as without."""
+
+    def weights(num_layers, seed=3):
+        torch.manual_seed(0)
+        bert = BertModel(make_config(50))
+        for param in bert.parameters():
+            param.data += 0.5  # as if trained, LayerNorm and biases included
+        settings = ModelSettings({"sst": "single"}, "pooler", 1, 0.1, False, seed, num_layers)
+        return make_model(settings, bert).state_dict()
+
+    plain, redrawn, again, other = weights(0), weights(1), weights(1), weights(1, seed=4)
+    for name, weight in redrawn.items():
+        is_new = name.startswith(("bert.encoder.layer.1.", "bert.pooler."))
+        assert torch.equal(weight, again[name]) and torch.equal(weight, plain[name]) != is_new, name
+        is_matrix = is_new and weight.ndim == 2
+        assert torch.equal(weight, other[name]) != (
+            is_matrix or (name.startswith("heads") and weight.ndim == 2)
+        )
+        if is_new:
+            values = weight.mean(), weight.std()
+            expected = (1, 0) if name.endswith("LayerNorm.weight") else (0, 0.02 * is_matrix)
+            assert [float(value) for value in values] == pytest.approx(expected, abs=3e-3), name

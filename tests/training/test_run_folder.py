@@ -226,20 +226,24 @@ BAD_VALUES = {
         {"a": [math.nan]},
         {"a": ["x"]},
     ),
+    "sampler": ({"a": [1.0, 2.0]}, {"a": [[1.0]]}, {"a": 1.0}),
     "log_lines": (None,),
     "loss_scale": ({"scale": 3, "good_steps": 0, "overflow_steps": 0},),
 }
 
 
+NEWER = ("learned", "sampler", "loss_scale")  # older states have none
+
+
 def test_state_of_another_kind_is_refused():
     fresh = RunState(batches_drawn={"sst": 0}).to_json()
     good = fresh | {"step": 3, "task_batches": {"sst": 4}, "optimizer_steps": [3, 3], "cosine_ema": [[1.0]]}
-    good |= {"learned": {"grad_method.weights": [[1.0], [0.5]], "age": [2.0]}}
+    good |= {"learned": {"grad_method.weights": [[1.0], [0.5]], "age": [2.0]}, "sampler": {"a": [0.1]}}
     good |= {"best_score": -0.1, "best_step": 2, "window": [{}], "log_lines": 2}
     for values in (fresh, good):
         assert RunState.from_json(values, ["sst"]).to_json() == values
     bad = [(name, good | {name: value}) for name, values in BAD_VALUES.items() for value in values]
-    needed = [name for name in good if name not in ("learned", "loss_scale")]  # older states have none
+    needed = [name for name in good if name not in NEWER]
     bad += [(name, {key: value for key, value in good.items() if key != name}) for name in needed]
     for name, values in bad:
         with pytest.raises(ValueError, match=name):
@@ -262,13 +266,14 @@ def test_state_survives_json_to_the_bit():
             "skipped_steps",
             "cosine_ema",
             "learned",
+            "sampler",
         ),
         *("best_score", "best_step", "evals_without_gain", "optimizer_steps", "log_lines", "window"),
         "loss_scale",
     ]
-    older = {name: value for name, value in values.items() if name not in ("learned", "loss_scale")}
+    older = {name: value for name, value in values.items() if name not in NEWER}
     found = RunState.from_json(older, ["sst", "para", "sts"])
-    assert found.learned == {} and found.loss_scale is None
+    assert found.learned == found.sampler == {} and found.loss_scale is None
     state.loss_scale = LossScale(2**13, 1234, 3)
     found = RunState.from_json(json.loads(json.dumps(state.to_json())), ["sst", "para", "sts"])
     assert found.loss_scale == LossScale(2**13, 1234, 3)
