@@ -46,7 +46,7 @@ from training.settings import RunSettings
 from training.trackers import Trackers
 
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
-RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json"]
+RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json", "soft_targets.npz"]
 RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png", "tensorboard/events.out.tfevents.*"]
 JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.json knows by another name
 MAX_LOG_BYTES = 2**30
