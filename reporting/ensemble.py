@@ -152,7 +152,10 @@ def ensemble(argv: list[str] | None) -> None:
         for member, each in zip(members, answers, strict=True)
     ]
     summary = score(specs, dev, {task: predictions[task, "dev"] for task in specs})
-    for member, each in zip(members, summaries, strict=True):
+    listed = sorted(
+        zip(members, weights, summaries, strict=True), key=lambda each: args.runs.index(each[0].run)
+    )
+    for member, _, each in listed:
         print(f"dev {format_scores(each, member.specs)}  {member.run}")
     note = ", which are chosen on dev: its own score is a little too good" if args.weights == "dev" else ""
     print(f"dev {format_scores(summary, specs)}  ensemble of {len(members)}, weights {args.weights}{note}")
@@ -166,7 +169,7 @@ def ensemble(argv: list[str] | None) -> None:
                 "weight": weight,
                 "dev": each,
             }
-            for member, weight, each in zip(members, weights, summaries, strict=True)
+            for member, weight, each in listed
         ],
         "dev": summary,
     }

@@ -191,17 +191,13 @@ def add_multitask_flags(parser: RunParser) -> None:
 def add_distillation_flags(parser: RunParser) -> None:
     about = "To learn from trained models: their answers for the training examples stand beside the labels."
     add = parser.adder(parser.add_argument_group("distillation", about))
-    text = (
-        "finished runs, or an ensemble's folder, whose mean answer is the teacher's, in the tasks they have"
-    )
+    text = "folders of finished runs or ensembles; their mean answer is the teacher's, in the tasks they have"
     add("--teacher", "result", type=folder_list, help=text)
     text = "share of the teacher's answers in what is trained for, in [0, 1]; the rest are the labels"
     add("--teacher_weight", "result", type=number(float, 0, 1), default=0.5, help=text)
     text = "most examples of a --TASK_unlabelled for each labelled one; drawn at random"
     add("--unlabelled_ratio", "result", type=POSITIVE, default=1.0, help=text)
-    text = (
-        "tasks whose test sentences are trained on, too, with the teacher's answers (see docs/runs.md first)"
-    )
+    text = "tasks whose test sentences are trained on with the teacher's answers (see docs/ensemble.md first)"
     add("--transductive", "result", type=task_list(), help=text)
 
 
