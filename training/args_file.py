@@ -5,11 +5,13 @@ ensemble's `ensemble.json`, with its members.
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.errors import UserError, one_line
+from support.command_line import number
+from support.errors import UserError, one_line, quote
 from support.files import read_json
 
 ARGS_FILE = "args.json"
 ENSEMBLE_FILE = "ensemble.json"
+WEIGHT = number(float, 0)
 
 
 def comes_from(pretrained: str, encoder: str) -> bool:
@@ -55,6 +57,12 @@ def read_args_file(folder: Path) -> dict:
     return stored
 
 
+def check_weight(value: object) -> float:
+    if not WEIGHT.is_valid(value):
+        raise ValueError(f"weight is {quote(value)}; expected {WEIGHT.expected}")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class EnsembleMember:
     """A member as `ensemble.json` has it.
@@ -86,7 +94,7 @@ def read_ensemble(folder: Path) -> list[EnsembleMember]:
                 Path(member["run"]),
                 str(member["sha256"]),
                 str(member["pretrained"]),
-                {task: float(weight) for task, weight in member["weight"].items()},
+                {task: check_weight(weight) for task, weight in member["weight"].items()},
             )
             for member in members
         ]

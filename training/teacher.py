@@ -13,6 +13,7 @@ the mean over an ensemble is soft as it is.
 Shapes: N training examples of a task, C classes; answers are those of `evaluation.soft_answers`.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,11 @@ from config import TASKS, TaskSpec
 from datasets import Rows, TaskData
 from evaluation import TASK_KINDS
 from support.errors import UserError
-from support.files import whole_file
 from training.args_file import ENSEMBLE_FILE, read_ensemble
 from training.ensemble import Member, ask, average, check_data, find_members, meaning
 from training.run_data import fingerprints
 from training.settings import RunSettings, TeacherSettings
+from training.token_cache import cache_arrays, load_arrays, write_arrays
 
 SOFT_TARGETS_FILE = "soft_targets.npz"
 
@@ -124,7 +125,7 @@ def describe_teacher(voices: Sequence[Voice]) -> list[dict]:
 def ask_teacher(
     voices: Sequence[Voice], rows: Mapping[str, Rows], settings: TeacherSettings
 ) -> dict[str, np.ndarray]:
-    """Mean answers (N, C) for the training rows of those tasks that the teacher has."""
+    """Mean answers (N, C) float32 for the training rows of those tasks that the teacher has."""
     answers: dict[str, list[np.ndarray]] = {}
     weights: dict[str, list[float]] = {}
     for voice in voices:
@@ -136,28 +137,27 @@ def ask_teacher(
         for (task, _), found in ask(voice.member, wanted, settings.device, settings.precision).items():
             answers.setdefault(task, []).append(found)
             weights.setdefault(task, []).append(voice.weight[task])
-    return {task: average(found, weights[task]) for task, found in answers.items()}
+    return {task: average(found, weights[task]).astype(np.float32) for task, found in answers.items()}
 
 
-def describe_answers(rows: Mapping[str, Rows], teacher: Sequence[dict]) -> str:
-    """Everything that answers depend on: the rows' content, and the teacher's weights."""
-    return json.dumps({"rows": fingerprints(rows), "teacher": teacher}, sort_keys=True)
+def describe_answers(
+    rows: Mapping[str, Rows], teacher: Sequence[dict] | None, settings: TeacherSettings
+) -> str:
+    """Everything that answers depend on: the rows' content, the teacher's weights, and the machine."""
+    about = {"rows": fingerprints(rows), "teacher": teacher}
+    return json.dumps(about | {"device": settings.device, "precision": settings.precision}, sort_keys=True)
 
 
 def load_answers(path: Path, about: str) -> dict[str, np.ndarray] | None:
-    """What `save_answers` wrote; None if it is missing, damaged, or about something else."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:  # a zip archive: it checks the CRC of each array
-            if str(stored["about"]) != about:
-                return None
-            return {task: stored[task] for task in stored.files if task != "about"}
-    except Exception:  # noqa: BLE001 (a damaged archive may raise anything: BadZipFile, zlib.error, KeyError, ...)
+    """What `pack_answers` gave; None if the file is missing, damaged, or about something else."""
+    stored = load_arrays(path)
+    if stored is None or str(stored.pop("about", "")) != about:
         return None
+    return stored
 
 
-def save_answers(path: Path, answers: Mapping[str, np.ndarray], about: str) -> None:
-    with whole_file(path) as temporary, open(temporary, "wb") as file:  # of a name, numpy changes the ending
-        np.savez(file, about=np.array(about), **answers)
+def pack_answers(answers: Mapping[str, np.ndarray], about: str) -> dict[str, np.ndarray]:
+    return {"about": np.array(about), **answers}
 
 
 def add_soft_targets(
@@ -168,7 +168,8 @@ def add_soft_targets(
 ) -> dict[str, TaskData]:
     """Training data with the teacher's answers mixed in.
 
-    The answers are kept in the run's folder, so that a resumed run needs no teacher and has the same bits.
+    The answers are kept in the run's folder, so that a resumed run needs no teacher and has the same bits;
+    and in the cache, so that a run with another seed need not ask again.
 
     Args:
         dev: task -> rows of this run.
@@ -177,14 +178,20 @@ def add_soft_targets(
     if settings.teacher is None:
         return train_data
     rows = {task: each.rows for task, each in train_data.items()}
-    path, about = settings.output.folder / SOFT_TARGETS_FILE, describe_answers(rows, teacher or [])
+    about = describe_answers(rows, teacher, settings.teacher)
+    path, cache_dir = settings.output.folder / SOFT_TARGETS_FILE, settings.tokens.cache_dir
     answers = load_answers(path, about)
     if answers is None:
-        voices = find_teacher(settings, dev)
-        if describe_teacher(voices) != teacher:
-            raise UserError(f"{path}: missing or damaged, and --teacher is not what the run was started with")
-        answers = ask_teacher(voices, rows, settings.teacher)
-        save_answers(path, answers, about)
+        cached = cache_dir and cache_dir / f"teacher-{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
+        answers = load_answers(cached, about) if cached else None
+        if answers is None:
+            voices = find_teacher(settings, dev)
+            if describe_teacher(voices) != teacher:
+                raise UserError(f"{path}: is missing, and --teacher is not what the run was started with")
+            answers = ask_teacher(voices, rows, settings.teacher)
+            if cached:
+                cache_arrays(cached, pack_answers(answers, about), "a teacher's answers")
+        write_arrays(path, pack_answers(answers, about))
     mixed = {
         task: mix_targets(TASKS[task], rows[task].labels, found, settings.teacher.weight)
         for task, found in answers.items()

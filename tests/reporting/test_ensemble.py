@@ -9,12 +9,15 @@ import pytest
 import multitask_classifier
 from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows
-from evaluation import read_predictions
+from evaluation import decide, read_predictions
 from reporting import submission
 from reporting.ensemble import main
-from tests.tiny import make_data, make_encoder
-from training.ensemble import average, dev_weights
+from tests.tiny import make_config, make_data, make_encoder
+from training.ensemble import WEIGHTS, average, dev_weights
+from training.flags import get_args
 from training.predictor import Predictor
+from training.resolve import make_settings, resolve_args
+from training.teacher import ask_teacher, find_teacher
 
 RUN = (
     "--max_steps 2 --batch_size 4 --eval_every 2 --device cpu --precision fp32 --head_lr 0.1 --warmup_steps 0"
@@ -41,7 +44,8 @@ def place(tmp_path_factory):
 
 
 def run(place, output, *runs):
-    return main([*(str(place / name) for name in runs), "--output_dir", str(output), "--device", "cpu"])
+    runs = [str(place / name) if len(name) == 1 else name for name in runs]
+    return main([*runs, "--output_dir", str(output), "--device", "cpu"])
 
 
 def files_of(folder):
@@ -89,6 +93,20 @@ def test_two_runs_are_averaged_in_any_order(place, tmp_path):
         assert list(found.values()) == pytest.approx(expected, abs=1e-6)  # float32
     members = json.loads((tmp_path / "ab" / "ensemble.json").read_text())["members"]
     assert [each["weight"].keys() for each in members] == [set(DEFAULT_TASKS), {"sts", "sst"}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_as_a_teacher_it_answers_the_same(place, tmp_path, weights):
+    assert run(place, tmp_path / "e", "a", "b", "--weights", weights) == 0
+    argv = f"--data_dir {place}/data --teacher {tmp_path}/e --device cpu --precision fp32 --output_dir x"
+    args = get_args([*argv.split(), "--max_steps", "1", "--lr", "1"])
+    resolve_args(args, make_config(50), dict.fromkeys(DEFAULT_TASKS, 1))
+    settings = make_settings(args)
+    rows = {task: read_rows(settings.data.files[task, "dev"], TASKS[task], "dev") for task in DEFAULT_TASKS}
+    answers = ask_teacher(find_teacher(settings, rows), rows, settings.teacher)
+    for task, spec in ((task, TASKS[task]) for task in DEFAULT_TASKS):
+        found = read_predictions(tmp_path / "e" / "predictions" / f"{task}-dev-output.csv", spec)
+        assert decide(spec, answers[task]).tolist() == list(found.values())
 
 
 @pytest.mark.parametrize(
