@@ -17,7 +17,7 @@ import numpy as np
 
 from config import DEFAULT_TASKS, TASKS, TaskSpec
 from datasets import Rows
-from evaluation import TASK_KINDS, decide, soft_answers
+from evaluation import TASK_KINDS, decide
 from support.errors import UserError
 from support.files import file_digest
 from training.args_file import ENSEMBLE_FILE, read_args_file
@@ -141,7 +141,7 @@ def ask(
     with kept_tasks():
         predictor = Predictor.from_run(member.run, device, precision)
     return {
-        (task, split): soft_answers(member.specs[task], predictor.logits(task, found))
+        (task, split): predictor.answers(task, found)
         for (task, split), found in rows.items()
         if task in member.specs
     }

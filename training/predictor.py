@@ -15,10 +15,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from datasets import Rows, clean_text, tokenize
-from evaluation import TASK_KINDS, predict_logits
+from evaluation import TASK_KINDS, predict_logits, soft_answers
 from heads import MultitaskBERT
 from support.errors import UserError, quote
 from tokenizer import BertTokenizer
@@ -131,6 +132,10 @@ class Predictor:
         joint, max_length = self.tokens.joint[task], self.tokens.max_length
         data = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
         return predict_logits(self.model, task, data, self.tokenizer.pad_token_id, self.autocast)
+
+    def answers(self, task: str, rows: Rows) -> np.ndarray:
+        """The same in numbers that may be averaged over models, (N, C), see `evaluation.soft_answers`."""
+        return soft_answers(self.model.tasks[task], self.logits(task, rows))
 
     def _example(self, task: str, text: str | tuple[str, str]) -> tuple[str, ...]:
         """One example as `datasets.Rows` has it: one clean sentence, or two."""

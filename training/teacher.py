@@ -26,7 +26,7 @@ from config import TASKS, TaskSpec
 from datasets import Rows, TaskData
 from evaluation import TASK_KINDS
 from support.errors import UserError
-from training.args_file import ENSEMBLE_FILE, read_ensemble
+from training.args_file import ENSEMBLE_FILE, EnsembleMember, read_ensemble
 from training.ensemble import Member, ask, average, check_data, find_members, meaning
 from training.run_data import fingerprints
 from training.settings import RunSettings, TeacherSettings
@@ -63,6 +63,19 @@ def mix_targets(spec: TaskSpec, labels: np.ndarray, answers: np.ndarray, weight:
 # --- who the teacher is -------------------------------------------------------------------------------------
 
 
+def runs_of(folder: Path) -> dict[Path, EnsembleMember | None]:
+    """The run in a folder, or the members of an ensemble, their weights in each task adding up to 1."""
+    if not (folder / ENSEMBLE_FILE).exists():
+        return {folder: None}
+    members = read_ensemble(folder)
+    tasks = {task for each in members for task in each.weight}
+    totals = {task: math.fsum(each.weight.get(task, 0.0) for each in members) or 1.0 for task in tasks}
+    return {
+        each.run: replace(each, weight={task: own / totals[task] for task, own in each.weight.items()})
+        for each in members
+    }
+
+
 def find_teacher(settings: RunSettings, dev: Mapping[str, Rows]) -> list[Voice]:
     """The models of the teacher; each of --teacher's folders, a run or an ensemble, counts the same.
 
@@ -73,40 +86,31 @@ def find_teacher(settings: RunSettings, dev: Mapping[str, Rows]) -> list[Voice]:
         UserError: if there is no such run, if it had other dev data, so that it may have been trained on what
             is held out here, or if it lacks a task.
     """
-    weights: dict[Path, Mapping[str, float] | None] = {}
-    digests: dict[Path, str] = {}
-    runs: list[Path] = []
-    for folder in settings.teacher.folders:
-        if folder.resolve() == settings.output.folder.resolve():
-            raise UserError(f"--teacher {folder}: is the run itself; expected another one")
-        if not (folder / ENSEMBLE_FILE).exists():
-            runs.append(folder)
-            continue
-        members = read_ensemble(folder)
-        totals = {
-            task: math.fsum(each.weight.get(task, 0.0) for each in members)
-            for task in {task for each in members for task in each.weight}
-        }
-        for each in members:
-            runs.append(each.run)
-            digests[each.run] = each.sha256
-            weights[each.run] = {task: own / (totals[task] or 1.0) for task, own in each.weight.items()}
+    folders, output_dir = settings.teacher.folders, settings.output.folder.resolve()
+    runs = [pair for folder in folders for pair in runs_of(folder).items()]
+    for place in (*folders, *(run for run, _ in runs)):
+        if place.resolve() == output_dir:
+            raise UserError(f"--teacher {place}: is the run itself; expected another one")
     try:
-        members = find_members(runs)
+        members = find_members([run for run, _ in runs])
     except UserError as error:
         raise UserError(f"--teacher: {error}") from None
+    voices, of_ensembles = [], dict(runs)
     for member in members:
-        if digests.get(member.run, member.digest) != member.digest:
+        listed = of_ensembles[member.run]
+        if listed and listed.sha256 != member.digest:
             raise UserError(f"--teacher: {member.run} has other weights than when its ensemble was made")
         for task in member.specs.keys() & dev.keys():
             if meaning(member.specs[task]) != meaning(TASKS[task]):
                 raise UserError(f"--teacher: {task} of {member.run} is another task than this run's")
+        weight = {task: listed.weight.get(task, 0.0) if listed else 1.0 for task in member.specs}
+        voices.append(Voice(member, weight))
     check_data(members, dev, {})
-    voices = [Voice(each, weights.get(each.run) or dict.fromkeys(each.specs, 1.0)) for each in members]
+    taught = {task for voice in voices for task, weight in voice.weight.items() if weight}
     for task, flag in settings.data.needs_teacher.items():
-        if not any(voice.weight.get(task) for voice in voices):
+        if task not in taught:
             raise UserError(f"{flag}: the teacher has no {task}, so it cannot answer examples without labels")
-    if not any(voice.weight.get(task) for voice in voices for task in dev):
+    if not taught & dev.keys():
         raise UserError(f"--teacher: has none of the tasks {', '.join(dev)}")
     return voices
 
@@ -144,7 +148,8 @@ def describe_answers(
     rows: Mapping[str, Rows], teacher: Sequence[dict] | None, settings: TeacherSettings
 ) -> str:
     """Everything that answers depend on: the rows' content, the teacher's weights, and the machine."""
-    about = {"rows": fingerprints(rows), "teacher": teacher}
+    voices = [(each["sha256"], each["weight"]) for each in teacher or ()]
+    about = {"rows": fingerprints(rows), "teacher": voices}
     return json.dumps(about | {"device": settings.device, "precision": settings.precision}, sort_keys=True)
 
 

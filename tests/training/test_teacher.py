@@ -7,7 +7,8 @@ import torch
 from config import TASKS
 from datasets import read_rows
 from evaluation import TASK_KINDS
-from tests.tiny import make_data
+from tests.tiny import make_data, refusal
+from training.args_file import read_ensemble
 from training.flags import get_args
 from training.resolve import data_settings
 from training.run_data import add_unlabelled
@@ -70,3 +71,16 @@ def test_held_out_sentences_are_not_trained_on_unless_named(tmp_path):
     assert len(added(*file, "--unlabelled_ratio", "0.5")[1]) == 12
     assert added("--transductive", "sts") == ({"test"}, rows["test"].texts)
     assert added() == (set(), [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"members": [1]}', '{"members": [{"run": "a", "sha256": "b", "pretrained": "c"}]}']
+    + [
+        f'{{"members": [{{"run": "a", "sha256": "b", "pretrained": "c", "weight": {{"sst": {weight}}}}}]}}'
+        for weight in ("-1", "NaN", "1e999", '"x"')
+    ],
+)
+def test_damaged_ensemble_is_refused(tmp_path, content):
+    (tmp_path / "ensemble.json").write_text(content)
+    assert "ensemble.json: damaged (" in refusal(read_ensemble, tmp_path)
