@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import TaskSpec
+from config import TASKS, TaskSpec
 from datasets import Rows, data_file, read_rows, warning_lines
 from evaluation import (
     PREDICTION_STYLES,
@@ -192,7 +192,7 @@ def write(
     """
     folder, style = args.output_dir, args.prediction_style
     with lock_folder(folder):
-        for pattern in ("scores.json", *own_prediction_files()):
+        for pattern in ("scores.json", *own_prediction_files(TASKS.keys() | specs.keys())):
             (folder / pattern).unlink(missing_ok=True)
         about = {
             "weights": args.weights,

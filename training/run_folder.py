@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -170,10 +170,10 @@ def begin_run(settings: RunSettings, facts: Mapping) -> str:
     return text
 
 
-def own_prediction_files() -> list[str]:
+def own_prediction_files(tasks: Iterable[str] = TASKS) -> list[str]:
     return [
         f"predictions/{prediction_name(task, split, style)}"
-        for task in TASKS
+        for task in tasks
         for split in ("dev", "test")
         for style in PREDICTION_STYLES
     ]
