@@ -81,6 +81,8 @@ def check_output(folder: Path, runs: Sequence[Path]) -> None:
     for run in runs:
         if run.resolve() in (place, *place.parents):
             raise UserError(f"--output_dir {folder}: is in {run}, one of the runs; expected another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; expected a folder")
     is_new = not folder.is_dir() or {path.name for path in folder.iterdir()} <= {LOCK_FILE}
     if not is_new and not (folder / ENSEMBLE_FILE).exists():
         raise UserError(f"--output_dir {folder}: holds something else; expected a new folder")
