@@ -10,15 +10,14 @@ them); a gradient method weighs the rows; and AdamW makes one pass over flat mem
 Shapes: K tasks.
 """
 
-import signal
 import sys
 
 if __name__ == "__main__":
+    from support.interrupts import end_quietly
     from support.threads import share_cores
 
+    end_quietly()
     share_cores()  # before torch is imported
-    # Until main() takes over: Ctrl-C while the libraries are imported ends the process without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if {"-h", "--help"} & set(sys.argv):  # does not wait for the model's imports
         from training.flags import make_parser
 
@@ -679,7 +678,7 @@ def start(args: Namespace) -> None:
     folder = output_folder(args)
     check_trackers(args.report_to)
     if not args.resume:
-        check_free(folder, args.overwrite)
+        check_free(folder, args.overwrite, args.pretrained)
     for line in resolve_machine(args):
         print(f"chosen: {line}")
     last = find_last(folder, args.eval_every) if args.resume else None

@@ -5,6 +5,11 @@
 The command itself is in reporting/submission.py.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import sys
 
 from reporting.submission import main

@@ -6,6 +6,11 @@
 The command itself is in reporting/table.py.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import sys
 
 from reporting.table import main

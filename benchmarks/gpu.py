@@ -13,6 +13,11 @@ mean nothing, and never go to results/.
 Shapes: B examples of each task, R sequences.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import argparse
 import gc
 import importlib.metadata

@@ -9,6 +9,11 @@ The contenders are in contenders.py, how they take turns in workers.py, the page
 Shapes: K tasks, T word pieces of a sentence, H hidden_size, I intermediate_size, P shared parameters.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import argparse
 import csv
 import json
@@ -44,7 +49,7 @@ from benchmarks.contenders import (
     with_precisions,
 )
 from benchmarks.page import is_page, write_page
-from benchmarks.workers import check_losses, race, race_groups, start_workers
+from benchmarks.workers import check_losses, race, race_groups, race_pair, start_workers
 from bert import BertModel
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS, BertConfig, TaskSpec
 from datasets import TaskData, TokenArrays, read_rows, tokenize
@@ -212,7 +217,10 @@ def measure_memory(bench: Bench) -> dict:
 
 
 def measure_sharing(bench: Bench) -> dict:
-    """A training alone, and two at the same time on the same cores, by how long waiting threads spin."""
+    """A training alone, and two at the same time on the same cores, by how long waiting threads spin.
+
+    Of one alone also in pairs, which are exact enough for a hundredth; two equal ones say how exact.
+    """
     pool, build = bench.pool, partial(STEP["ours pcgrad"], precision=bench.args.precision)
     setting, groups = bench.setting(pool), {}
     with ExitStack() as stack:
@@ -221,8 +229,14 @@ def measure_sharing(bench: Bench) -> dict:
             table = {f"{label}, run {i}": build for i in (1, 2)}
             runs = list(stack.enter_context(start_workers(table, setting, environment)).values())
             groups |= {f"alone, {label}": runs[:1], f"two at once, {label}": runs}
-        seconds = race_groups(groups, rounds=bench.args.repeats, seed=bench.args.seed)
-    return {"num_steps": pool.num_steps, "seconds": seconds, "skipped": {}}
+        options = {"rounds": bench.args.repeats, "seed": bench.args.seed}
+        seconds = race_groups(groups, **options)
+        theirs, ours = (groups[f"two at once, {label}"] for label in SPINNING)
+        pairs = {
+            name: race_pair(*pair, num_steps=pool.num_steps, **options)
+            for name, pair in (("ours", (ours[0], theirs[0])), ("control", (theirs[1], theirs[0])))
+        }
+    return {"num_steps": pool.num_steps, "seconds": seconds, "pairs": pairs, "skipped": {}}
 
 
 def measure_updates(bench: Bench, rows: dict[str, partial]) -> dict:

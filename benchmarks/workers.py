@@ -16,6 +16,7 @@ import torch
 
 from support.errors import UserError
 
+PASSES = 4  # over the steps, in a round of pairs
 PAUSE = 0.005  # seconds before each timed call, in which the threads of the contender before it go to sleep
 
 
@@ -148,6 +149,28 @@ def race_groups(groups: dict[str, list[Worker]], *, rounds: int, seed: int) -> d
             seconds[name][r] = round(float(np.mean([worker.receive() for worker in groups[name]])), 6)
         print(f"  round {r + 1} of {rounds}", flush=True)
     return seconds
+
+
+def race_pair(a: Worker, b: Worker, *, rounds: int, num_steps: int, seed: int) -> list[float]:
+    """Time of a over that of b: in each round the median over pairs, each the same step by one and the other.
+
+    The two of a pair follow each other, in an order that is drawn, so that what slows the machine down meets
+    both; a median over many pairs shows a hundredth where the seconds of whole rounds vary by a tenth.
+    """
+    for worker in (a, b):
+        worker.call("warm_up")
+    rng, ratios = np.random.default_rng(seed), []
+    for r in range(rounds):
+        pairs = []
+        for i in [*range(num_steps)] * PASSES:
+            seconds = {}
+            for k in rng.permutation(2).tolist():
+                time.sleep(PAUSE)
+                seconds[k] = (a, b)[k].call("run", i)
+            pairs.append(seconds[0] / seconds[1])
+        ratios.append(round(float(np.median(pairs)), 6))
+        print(f"  round {r + 1} of {rounds}: {ratios[-1]:.3f}", flush=True)
+    return ratios
 
 
 def check_losses(workers: dict[str, Worker], tolerance: float) -> dict[str, float]:

@@ -7,6 +7,11 @@
 The forms are rows of `export_formats.FORMATS`; what one cannot hold exactly is refused.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import argparse
 import os
 import sys

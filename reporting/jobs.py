@@ -116,15 +116,49 @@ class Job:
                 start_new_session=True,
             )
 
+    def discard_checkpoints(self) -> None:
+        """Remove what only a job that goes on would need."""
+        for stage in self.stages:
+            if stage.discard:
+                remove_checkpoints(stage.folder / stage.discard)
+
     def find_failure(self) -> str | None:
         """Why the command that has ended did not finish its stage; None if it did finish."""
         code = self.process.returncode
         if code == 0 and self.stage is not self.started:
             return None
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         # A command that succeeds without its results would do so again and again.
-        why = f"exit code {code}" if code else "ended without its results"
-        return f"{lines[-1] if lines else ''} ({why}; {self.log})"
+        return self.describe_failure(f"exit code {code}" if code else "ended without its results")
+
+    def describe_failure(self, why: str) -> str:
+        """The last line of the log, why it is the last, and where to read more."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except FileNotFoundError:  # it never started
+            lines = []
+        return f"{lines[-1] if lines else ''} ({why}; {self.log})".lstrip()
+
+
+class ProgressLine:
+    """One line over all jobs, with the steps that they have made, and a line for each that ends."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs, total = jobs, sum(stage.num_steps for job in jobs for stage in job.stages)
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="step", disable=hidden, dynamic_ncols=True, smoothing=0.05)
+        self.bar.update(sum(job.steps_done() for job in jobs))
+        self.bar.unpause()  # what earlier calls have done says nothing about today's speed
+
+    def show(self, text: str) -> None:
+        self.bar.n = sum(job.steps_done() for job in self.jobs)
+        self.bar.set_postfix_str(text)
+
+    def say_ended(self, job: Job, to_go: int) -> None:
+        outcome = f"failed: {job.failure}" if job.failure else "finished"
+        tqdm.write(f"{job.name}: {outcome}; {to_go} to go")
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def child_environment(num_threads: int | None) -> dict[str, str]:
@@ -154,10 +188,7 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
                 job.process.kill()
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    total = sum(stage.num_steps for job in jobs for stage in job.stages)
-    bar = tqdm(total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.05)
-    bar.update(sum(job.steps_done() for job in jobs))
-    bar.unpause()  # what earlier calls have done says nothing about today's speed
+    line = ProgressLine(jobs)
     try:
         while (waiting or running) and not received:
             for job in list(waiting):
@@ -171,13 +202,11 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
                 if job.failure:
                     failed.append(job)
                 if job.process is not None:
-                    outcome = f"failed: {job.failure}" if job.failure else "finished"
-                    tqdm.write(f"{job.name}: {outcome}; {len(running) + len(waiting)} to go")
-            bar.n = sum(job.steps_done() for job in jobs)
+                    line.say_ended(job, len(running) + len(waiting))
             names = ", ".join(job.name for job in running)
             elsewhere = f"; {len(waiting)} run elsewhere" if waiting and not running else ""
             done = len(jobs) - len(waiting) - len(running)
-            bar.set_postfix_str(f"{done}/{len(jobs)} runs; {names}{elsewhere}")
+            line.show(f"{done}/{len(jobs)} runs; {names}{elsewhere}")
             if not ended:  # otherwise the next job need not wait
                 time.sleep(POLL_SECONDS)
     finally:
@@ -188,7 +217,7 @@ def run_jobs(jobs: list[Job], at_once: int, num_threads: int | None = None) -> l
             if job.process is not None:
                 job.process.wait()
             job.give_back_lock()
-        bar.close()
+        line.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if received:
@@ -206,7 +235,6 @@ def keep_going(job: Job, environment: dict[str, str]) -> bool:
     if job.failure is None and job.stage is not None:
         job.start(environment)
         return True
-    for stage in job.stages if job.failure is None else ():
-        if stage.discard:
-            remove_checkpoints(stage.folder / stage.discard)
+    if job.failure is None:
+        job.discard_checkpoints()
     return False

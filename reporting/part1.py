@@ -7,6 +7,11 @@ Runs go to `runs/MODE-TASK`, predictions to `predictions/MODE-TASK-SPLIT-out.csv
 trained again, and one that was stopped is continued, so the same command goes on where it ended.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import signal
 import subprocess
 import sys

@@ -6,6 +6,11 @@
 The run's own files are only read. From Python: `training.predictor`.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import csv
 import io
 import json

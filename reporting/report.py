@@ -8,6 +8,11 @@ its pictures and needs no other file; the second `runs/runs.html`, a list of the
 functions here collect what the page of a run says; templates/ has the page itself in both formats.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import base64
 import io
 import sys

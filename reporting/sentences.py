@@ -7,6 +7,7 @@ from typing import BinaryIO
 from config import TaskSpec
 from datasets import clean_text, table_rows
 from support.errors import UserError, one_line, quote
+from support.files import refuse_pointer
 from support.text_files import decode
 
 CHUNK_EXAMPLES = 4096  # enough of them to sort by length
@@ -26,6 +27,8 @@ def text_lines(stream: BinaryIO, name: str) -> Iterator[str]:
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
+        if number == 1:
+            refuse_pointer(raw, name)
         line = decode(raw, name, number)  # before its length is looked at: a zip archive may have no line end
         if len(raw) > MAX_LINE_BYTES:
             raise UserError(

@@ -117,12 +117,15 @@ def find_code() -> list[Path]:
 
 
 def is_submission(path: Path) -> bool:
-    """Whether a file is a zip with the project's main script in it, as this command or the course's makes."""
+    """Whether a file is a zip of script and predictions, as this command or the course's makes."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(Path(name).name == "multitask_classifier.py" for name in archive.namelist())
+            names = list(map(Path, archive.namelist()))
     except (zipfile.BadZipFile, NotImplementedError, UnicodeError):  # no zip, or an odd one
         return False
+    # A copy of the project, perhaps with somebody's work in it, has the script, too.
+    has_predictions = any(name.parent.name == "predictions" and name.suffix == ".csv" for name in names)
+    return has_predictions and any(name.name == "multitask_classifier.py" for name in names)
 
 
 def write_zip(path: Path, predictions: list[Path], code: list[Path]) -> None:

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from config import OFFLINE_ENCODER, BertConfig
 from evaluation import prediction_name
+from reporting.cluster import CLUSTERS, Cluster, check_cluster, parse_minutes, parse_option, run_on_cluster
 from reporting.jobs import Job, Stage, run_jobs
 from reporting.own_rows import own_rows
 from reporting.poster import ROWS, TableRow
@@ -32,7 +34,7 @@ from reporting.table_pages import (
     write_results,
 )
 from reporting.table_statistics import DevData, FinishedRun, Table, read_finished_run
-from support.command_line import OneLineParser, number, run_script
+from support.command_line import FlagType, OneLineParser, number, run_script
 from support.device import PRECISIONS, resolve_precision
 from support.errors import UserError
 from support.files import ROOT, read_json
@@ -262,7 +264,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=COUNT, default=1000, help="length of each run in steps (default: 1000)")
     add("--runs_dir", type=Path, default=Path("runs/table"), help="folder of the runs (default: runs/table)")
     add("--results_dir", type=Path, help="where the table goes (default: results/ in --runs_dir)")
-    add("--jobs", type=COUNT, default=1, help="runs at a time; they share the processor's cores (default: 1)")
+    text = "runs at a time; here they share the processor's cores (default: 1; on a cluster: all)"
+    add("--jobs", type=COUNT, help=text)
     add("--num_resamples", type=number(int, 40), default=2000, help="of the bootstrap (default: 2000)")
     add(
         "--dry_run",
@@ -271,11 +274,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no_train", action="store_true", help="make the table from what is finished, run nothing")
     add("--compare", nargs=2, metavar="ROW", help="print how two rows differ, run nothing")
+    add_cluster_flags(add)
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     more = argv[split + 1 :]
     args.results_dir = args.results_dir or args.runs_dir / "results"
+    slurm = {"partition": args.slurm_partition, "time": args.slurm_time, "option": args.slurm_option}
+    for name in (name for name, value in slurm.items() if value and args.cluster != "slurm"):
+        parser.error(f"--slurm_{name} is given, but no --cluster slurm; expected both or neither")
     for name in ("rows", "seeds"):
         if len(set(getattr(args, name) or ())) < len(getattr(args, name) or ()):
             parser.error(f"--{name} holds a value twice; expected each once")
@@ -285,6 +292,31 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for row in args.rows:
         get_run_args(run_flags(args.shared, row, args.seeds[0]))  # ends here if a flag is wrong
     return args
+
+
+def add_cluster_flags(add: Callable) -> None:
+    """The flags that hand runs to a cluster."""
+    text = "hand the runs to a Slurm cluster, wait for them there; local: try it without one, all at once"
+    add("--cluster", choices=CLUSTERS, help=text)
+    add("--slurm_partition", metavar="NAME", help="partition of the cluster (default: the cluster's)")
+    minutes = FlagType(parse_minutes, bool, "minutes, H:MM:SS or DAYS-H:MM:SS", "TIME")
+    text = "time limit of a job, which saves and goes on in a new one before it ends (default: 4:00:00)"
+    add("--slurm_time", type=minutes, metavar="TIME", help=text)
+    option = FlagType(parse_option, bool, "NAME=VALUE, as in gres=gpu:1", "NAME=VALUE")
+    text = "a further option of sbatch, as in gres=gpu:1 or cpus-per-task=8; may be given several times"
+    add("--slurm_option", type=option, action="append", default=[], metavar="NAME=VALUE", help=text)
+
+
+def starter(args: argparse.Namespace) -> Callable[[list[Job]], list[Job]]:
+    """What runs jobs until each is over and returns those that failed: this machine, or a cluster."""
+    if args.cluster:
+        check_cluster(args.cluster)
+        limits = {"at_once": args.jobs, "partition": args.slurm_partition, "options": dict(args.slurm_option)}
+        limits |= {"minutes": args.slurm_time} if args.slurm_time else {}
+        return partial(run_on_cluster, cluster=Cluster(args.cluster, args.runs_dir / "cluster", **limits))
+    at_once = args.jobs or 1
+    num_threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
+    return partial(run_jobs, at_once=at_once, num_threads=num_threads)
 
 
 def choose_rows(parser: OneLineParser, args: argparse.Namespace, run_flags: list[str]) -> None:
@@ -340,11 +372,11 @@ def read_table(shared: SharedSettings, rows: list[str], seeds: list[int], num_re
     return Table(runs, dev_data, num_resamples, shared.specs)
 
 
-def predict_test_set(data_dir: str, folder: Path) -> None:
+def predict_test_set(data_dir: str, folder: Path, run_all: Callable[[list[Job]], list[Job]]) -> None:
     """Let a run predict the test set, if it has not yet; says so if it could not."""
     script = [sys.executable, str(ROOT / "multitask_classifier.py"), "--output_dir", str(folder)]
     script += ["--data_dir", data_dir, "--predict_only", "--predict_splits", "test"]
-    for job in run_jobs([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])], at_once=1):
+    for job in run_all([Job(f"{folder.name}-test", [Stage(folder, script, has_predicted)])]):
         print(f"warning: no predictions of the test set: {job.failure}")
 
 
@@ -364,13 +396,13 @@ def run(argv: list[str] | None) -> None:
     if args.dry_run:
         return print_plan(shared, rows, seeds)
     check_results_dir(args.results_dir)
+    run_all = starter(args)
     jobs = [make_job(shared, row, seed) for seed in seeds for row in rows]  # a seed of all rows first
-    num_threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
-    failed = [] if args.no_train else run_jobs(jobs, args.jobs, num_threads)
+    failed = [] if args.no_train else run_all(jobs)
     table = read_table(shared, rows, seeds, args.num_resamples)
     best = table.best_run and folder_of(shared.runs_dir, *table.best_run)
     if best and not args.no_train:
-        predict_test_set(shared.data_dir, best)
+        predict_test_set(shared.data_dir, best, run_all)
     command = ["results_table.py", *(sys.argv[1:] if argv is None else argv)]
     predicted = best if best and has_predicted(best) else None
     written = write_results(table, args.results_dir, command, predicted)

@@ -33,7 +33,12 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports an error as one line; the usage of this many flags would bury it. Knows nearly right names."""
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        return self._all_known(*self.parse_known_args(args, namespace))
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        return self._all_known(*self.parse_known_intermixed_args(args, namespace))
+
+    def _all_known(self, parsed: argparse.Namespace, unknown: list[str]) -> argparse.Namespace:
         if unknown:
             flags = {simplify(flag): flag for flag in self._option_string_actions if flag.startswith("--")}
             near = [nearest(word.partition("=")[0], flags) for word in unknown if word[0:1] in DASHES]
@@ -114,7 +119,8 @@ def number(
 
 
 # Ctrl-C, the system's and Slurm's request to end, and the end of the terminal or ssh session.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Clusters send the last two before a job's time is over (Slurm's `sbatch --signal`).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(KeyboardInterrupt):

@@ -132,7 +132,7 @@ def check_replaceable(path: Path, kind: str, is_own: Callable[[Path], bool], fla
 def whole_file(path: Path):
     """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.unfinished")  # nobody else's: what is there is removed
     temporary.unlink(missing_ok=True)  # left by a kill; were it a link, we would write to wherever it points
     try:
         yield temporary

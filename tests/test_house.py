@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -128,6 +129,22 @@ except SystemExit:
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "training.flags" in loaded and "--lr" in done.stdout
     assert not {"bert", "base_bert", "tokenizer", "training.checkpoint", "training.run_folder"} & loaded
+
+
+def test_ctrl_c_during_the_imports_ends_every_command_without_a_traceback():
+    code = """
+import builtins, runpy, signal, sys
+real = builtins.__import__
+def stop(name, *rest, **options):
+    if name in ("numpy", "torch"):
+        signal.raise_signal(signal.SIGINT)
+    return real(name, *rest, **options)
+builtins.__import__ = stop
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+    for name in COMMANDS:
+        done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, b""), name
 
 
 def test_readme_lists_every_command():

@@ -6,6 +6,11 @@ training:
 Errors within one file are found where it is read, by `datasets.read_rows`.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import os
 import sys
 from collections.abc import Mapping

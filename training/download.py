@@ -10,6 +10,11 @@ matter which mirror it came from. Running the command again fetches only what is
 file, which may be somebody's own, is kept as NAME.csv.old.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import argparse
 import hashlib
 import http.client

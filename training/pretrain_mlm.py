@@ -9,8 +9,10 @@ trained on, not even one that a train file has too.
 """
 
 if __name__ == "__main__":
+    from support.interrupts import end_quietly
     from support.threads import share_cores
 
+    end_quietly()
     share_cores()  # before torch is imported
 
 import argparse

@@ -32,6 +32,7 @@ from support.device import (
 from support.errors import UserError
 from support.files import check_replaceable, read_head
 from training.flags import flags_marked
+from training.run_folder import is_runs_own
 from training.settings import (
     HEAD_DROPOUT_PROB,
     DataSettings,
@@ -396,12 +397,15 @@ def check_outputs(output: OutputSettings) -> None:
     """Make sure early that what a run writes has places to go, and that it replaces nothing else.
 
     Raises:
-        UserError: if a path is taken by a folder, by two outputs, or by a file that is no prediction file.
+        UserError: if a path is taken by a folder, by two outputs, by the run itself, or by a file that is no
+            prediction file.
     """
     taken = {}
     for (task, split), path in output.asked_files.items():
         flag = f"--{task}_{split}_out"
         check_replaceable(path, "prediction file", is_prediction_file, flag)
+        if is_runs_own(path, output.folder):
+            raise UserError(f"{flag} {path}: the run itself writes a file there; expected another name")
         if path.resolve() in taken:
             raise UserError(f"{flag} {path}: already taken by {taken[path.resolve()]}")
         taken[path.resolve()] = flag

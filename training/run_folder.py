@@ -20,7 +20,7 @@ from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW
 from support.device import PRECISIONS, describe_machine
 from support.errors import UserError
-from support.files import ROOT, read_bytes, sync, write_text
+from support.files import LOCK_FILE, ROOT, read_bytes, sync, write_text
 from tokenizer import BertTokenizer
 from training.args_file import ARGS_FILE, read_args_file
 from training.checkpoint import (
@@ -48,6 +48,7 @@ from training.trackers import Trackers
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
 RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json", "soft_targets.npz"]
 RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png", "tensorboard/events.out.tfevents.*"]
+CHECKPOINTS = ("best", "last")  # and with a number or other ending after a dot
 JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.json knows by another name
 MAX_LOG_BYTES = 2**30
 
@@ -132,11 +133,23 @@ def format_changed_circumstances(stored: Mapping, device: str) -> str | None:
 # --- starting anew --------------------------------------------------------------------------------
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
+def is_runs_own(path: Path, folder: Path) -> bool:
+    """Whether a run in a folder writes, and removes, what has this path: its log, or part of a checkpoint."""
+    path, folder = path.resolve(), folder.resolve()
+    if path == folder or not path.is_relative_to(folder):
+        return False
+    name = path.relative_to(folder)
+    return name.parts[0].split(".")[0] in CHECKPOINTS or any(
+        name.match(pattern) for pattern in (ARGS_FILE, LOCK_FILE, *RUN_FILES)
+    )
+
+
+def check_free(folder: Path, overwrite: bool, pretrained: str) -> None:
     """Make sure that a new run may have its folder: a run that has no checkpoint yet has nothing to lose.
 
     Raises:
-        UserError: if it holds a checkpoint, without --overwrite, or belongs to another script.
+        UserError: if it holds a checkpoint, without --overwrite, or the encoder to start from; or belongs to
+            another script.
     """
     try:
         flags = read_args_file(folder)["args"]
@@ -150,6 +163,11 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(
             f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with"
             " --overwrite"
+        )
+    if is_runs_own(Path(pretrained), folder):
+        raise UserError(
+            f"--pretrained {pretrained}: is a checkpoint of the run that --overwrite would remove; expected"
+            " another --output_dir"
         )
 
 

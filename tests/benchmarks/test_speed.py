@@ -38,7 +38,14 @@ from benchmarks.page import (
     write_page,
 )
 from benchmarks.speed import exact_length, first_step_seconds, get_args, main, optimizer_bytes, step_flops
-from benchmarks.workers import Worker, changed_environment, check_losses, race_groups, start_workers
+from benchmarks.workers import (
+    Worker,
+    changed_environment,
+    check_losses,
+    race_groups,
+    race_pair,
+    start_workers,
+)
 from config import DEFAULT_TASKS, TASKS, BertConfig
 from datasets import read_rows, tokenize
 from pcgrad import TaskFacts, draw_orders, gram_matrix, pcgrad
@@ -210,6 +217,25 @@ def test_runs_at_once_are_started_together_and_the_mean_counts():
     assert sum(log[i : i + 4] == both for i in range(len(log))) == 2
 
 
+def test_pairs_are_taken_step_by_step_in_either_order_and_an_outlier_does_not_count():
+    log = []
+
+    class Slowed:
+        def __init__(self, name, factor):
+            self.name, self.factor = name, factor
+
+        def call(self, method, step=0):
+            log.append((self.name, step))
+            drift = (len(log) + 1) // 2 if len(log) != 5 else 1000  # two warm-ups, then pairs
+            return self.factor * drift
+
+    ratios = race_pair(Slowed("a", 1.02), Slowed("b", 1.0), rounds=2, num_steps=3, seed=0)
+    assert ratios == [1.02, 1.02]
+    pairs = list(zip(log[2::2], log[3::2], strict=True))
+    assert [a[1] for a, _ in pairs] == [b[1] for _, b in pairs] == [0, 1, 2] * (len(pairs) // 3)
+    assert {a[0] for a, _ in pairs} == {"a", "b"}
+
+
 def test_a_changed_environment_is_put_back(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
@@ -344,6 +370,7 @@ def test_end_to_end_without_peers(tmp_path, encoder, monkeypatch, no_peers, caps
     memory, sharing = measured["memory"], measured["sharing"]
     assert list(memory["memory"]) == ["ours bf16"] and len(memory["steps"]) == 2
     assert memory["steps"][0]["para"].startswith("3 x ")  # joint pairs: three sequences, not six
+    assert [len(ratios) for ratios in sharing["pairs"].values()] == [2, 2]
     assert len(sharing["seconds"]) == 4 and {len(values) for values in sharing["seconds"].values()} == {2}
     scaling = measured["scaling"]
     assert list(scaling["by_tasks"]) == ["2", "4"] and list(scaling["by_length"]) == ["8"]

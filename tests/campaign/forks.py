@@ -50,7 +50,7 @@ OPERATIONS = {
     checkpoint: ("save_file",),
 }
 # A file or folder whose name ends so may be half written.
-UNFINISHED = (".tmp", ".new", ".old", ".lock")
+UNFINISHED = (".unfinished", ".new", ".old", ".lock")
 CHECKPOINT_FILES = {"config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors", "state.json"}
 CHECKPOINT_FILES.add(SUMS_FILE)
 PNG_END = b"IEND\xaeB`\x82"

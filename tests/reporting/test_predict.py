@@ -403,6 +403,7 @@ def test_no_run_there(place, folder, capsys):
         ("sst", b"good\nb\0d\n", "standard input:2: a NUL byte"),
         ("sst", b"\xff\xfea\0\n\0", "looks like UTF-16"),
         ("sst", b"PK\x03\x04...", "looks like a zip archive"),
+        ("sst", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         ("sst", b"x" * (sentences.MAX_LINE_BYTES + 1), "standard input:1: a line of more than"),
         ("sst", b"id,sentence\n1,good\n2,so, so\n", "standard input:3: 3 fields; expected 2"),
         ("sst", b"id,sentence\n1\n", "standard input:2: 1 fields; expected 2"),

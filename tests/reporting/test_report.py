@@ -170,7 +170,7 @@ def test_a_page_can_be_made_twice_and_only_our_own_files_are_replaced(run_dir, o
     first = files_in(run_dir)
     make_page(run_dir)
     assert files_in(run_dir) == first and before.items() <= first.items()
-    assert not any(path.suffix == ".tmp" for path in first)
+    assert not any(path.suffix == ".unfinished" for path in first)
     for name, target in (
         ("report.md", None),
         ("report.html", "args.json"),

@@ -128,7 +128,7 @@ def test_names_in_the_zip_do_not_depend_on_folders(place):
 
 def test_links_are_not_written_through_and_an_earlier_zip_is_replaced(place):
     (place / "elsewhere").write_text("as it was")
-    (place / "x.zip.tmp").symlink_to("elsewhere")
+    (place / ".x.zip.unfinished").symlink_to("elsewhere")
     for path in (place / "run" / "predictions").iterdir():
         os.utime(path, (0, 0))  # from before 1980, which zip files cannot say
     assert run(place) == 0
@@ -144,7 +144,7 @@ def test_links_are_not_written_through_and_an_earlier_zip_is_replaced(place):
 
 def test_nothing_else_is_replaced(place, one_line):
     with zipfile.ZipFile(place / "mine.zip", "w") as archive:
-        archive.writestr("thesis.tex", "years of work")
+        archive.writestr("minbert-main/multitask_classifier.py", "years of work")
     (place / "link.zip").symlink_to("data/sts-train.csv")
     for name in ("data/sts-train.csv", "run/predictions/sst-dev-output.csv", "mine.zip", "link.zip"):
         path = place / name

@@ -15,12 +15,12 @@ import multitask_classifier
 import prepare_submit
 import results_table
 from benchmarks import speed
-from reporting import report
+from reporting import export, predict, report
 from support.command_line import OneLineParser, Stopped, catch_signals, run_script
 from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
 from support.errors import UserError
 from support.files import ROOT
-from training import pretrain_mlm
+from training import check_data, download, pretrain_mlm
 
 # Page faults of five blocks of 64 MiB, each freed at once, before and after freed memory is kept.
 FAULTS = """
@@ -87,9 +87,10 @@ def test_a_nearly_right_name_is_recognised(capsys):
 
 
 def test_every_script_knows_nearly_right_names(capsys):
-    for script in (multitask_classifier, prepare_submit, results_table, report, pretrain_mlm, speed):
+    scripts = (multitask_classifier, prepare_submit, results_table, report, predict, export)
+    for script in (*scripts, pretrain_mlm, check_data, download, speed):
         with pytest.raises(SystemExit):
-            script.main(["step", "--hlep", "--output_dir", "x"])
+            script.main(["step", "--hlep", "--output_dir", "x", "--to", "hf"])
         error = capsys.readouterr().err
         assert error.endswith("; did you mean --help?\n") and error.count("\n") == 1
 

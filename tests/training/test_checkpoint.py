@@ -49,10 +49,11 @@ def names(folder):
 def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (tmp_path / "file.tmp").symlink_to(victim)
+    (tmp_path / ".file.unfinished").symlink_to(victim)
+    (tmp_path / "file.tmp").write_text("an ordinary name: somebody's own")
     write_text(tmp_path / "file", "new")
     assert victim.read_text() == "precious" and (tmp_path / "file").read_text() == "new"
-    assert not (tmp_path / "file").is_symlink() and names(tmp_path) == ["file", "victim"]
+    assert not (tmp_path / "file").is_symlink() and names(tmp_path) == ["file", "file.tmp", "victim"]
 
 
 # --- checkpoint folders ---------------------------------------------------------------------------

@@ -185,6 +185,8 @@ BAD_OUTPUTS = [
     ("--output_dir {0}/file", "is a file"),
     ("--output_dir {0}/new --sst_dev_out {0}", "--sst_dev_out {0}: is a folder"),
     ("--output_dir {0}/new --sst_dev_out {0}/a --sts_dev_out {0}/a", "already taken by --sst_dev_out"),
+    ("--output_dir {0}/new --sst_dev_out {0}/new/../new/metrics.jsonl", "the run itself writes a file there"),
+    ("--output_dir {0}/new --sts_test_out {0}/new/last/vocab.txt", "the run itself writes a file there"),
     ("--output_dir {0}/file/below", "Not a directory"),
 ]
 

@@ -161,15 +161,17 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     for name in OUTPUTS.split():
         (tmp_path / name).write_text("{}")
-    check_free(tmp_path, overwrite=False)
+    check_free(tmp_path, False, "minilm")
     for name in ("best", "last", "last.1", "last.new", "best.1"):
         (tmp_path / name).mkdir()
     for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
         (tmp_path / "predictions" / name).write_text("")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds a run already"):
-        check_free(tmp_path, overwrite=False)
-    check_free(tmp_path, overwrite=True)
+        check_free(tmp_path, False, "minilm")
+    with pytest.raises(UserError, match="best: is a checkpoint of the run that --overwrite would remove"):
+        check_free(tmp_path, True, str(tmp_path / "mine" / ".." / "best"))
+    check_free(tmp_path, True, str(tmp_path / "mine"))
     text = begin_run(settings(tmp_path), {"data": {}})
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert left == {"args.json", "mine", "notes.txt", "report", "predictions", "predictions/mine.csv"}
@@ -179,10 +181,10 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
 def test_folder_of_another_script_or_with_checkpoints_alone_is_not_taken(tmp_path):
     write_step(tmp_path / "run" / "last", 3)
     with pytest.raises(UserError, match="holds a run already"):
-        check_free(tmp_path / "run", overwrite=False)
+        check_free(tmp_path / "run", False, "minilm")
     write_args(tmp_path, {"seed": 1}, {"data": "of pretrain_mlm.py"}, device="cpu")
     with pytest.raises(UserError, match="another script's"):
-        check_free(tmp_path, overwrite=True)
+        check_free(tmp_path, True, "minilm")
 
 
 @pytest.mark.parametrize(
