@@ -7,6 +7,11 @@ Writes `predictions/` as a run does, `scores.json` with the dev scores of the en
 `ensemble.json`: members, weights, command. The members' folders are only read.
 """
 
+if __name__ == "__main__":
+    from support.interrupts import end_quietly
+
+    end_quietly()
+
 import json
 import sys
 from argparse import Namespace

@@ -29,6 +29,7 @@ from support.errors import UserError
 from training.args_file import ENSEMBLE_FILE, EnsembleMember, read_ensemble
 from training.ensemble import Member, ask, average, check_data, find_members, meaning
 from training.run_data import fingerprints
+from training.run_folder import is_runs_own
 from training.settings import RunSettings, TeacherSettings
 from training.token_cache import cache_arrays, load_arrays, write_arrays
 
@@ -86,10 +87,10 @@ def find_teacher(settings: RunSettings, dev: Mapping[str, Rows]) -> list[Voice]:
         UserError: if there is no such run, if it had other dev data, so that it may have been trained on what
             is held out here, or if it lacks a task.
     """
-    folders, output_dir = settings.teacher.folders, settings.output.folder.resolve()
+    folders, output_dir = settings.teacher.folders, settings.output.folder
     runs = [pair for folder in folders for pair in runs_of(folder).items()]
     for place in (*folders, *(run for run, _ in runs)):
-        if place.resolve() == output_dir:
+        if place.resolve() == output_dir.resolve() or is_runs_own(place, output_dir):
             raise UserError(f"--teacher {place}: is the run itself; expected another one")
     try:
         members = find_members([run for run, _ in runs])
