@@ -529,6 +529,9 @@ class TaskData:
     rows: Rows
     sequences: TokenArrays
     index: np.ndarray  # (N, 1 or 2)
+    targets: np.ndarray | None = (
+        None  # (N,) or (N, C) float32: trained for in the labels' place, see TaskKind
+    )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -554,7 +557,8 @@ class TaskData:
             texts=[rows.texts[i] for i in examples],
             labels=None if rows.labels is None else rows.labels[examples],
         )
-        return TaskData(kept, sequences, index.reshape(len(examples), -1))
+        targets = None if self.targets is None else self.targets[examples]
+        return TaskData(kept, sequences, index.reshape(len(examples), -1), targets)
 
     def sample(self, limit: int | None, seed: int) -> "TaskData":
         """At most `limit` examples, chosen at random by the seed; all of them for None."""
@@ -569,13 +573,18 @@ class TaskData:
         firsts = np.cumsum(lengths) - lengths
         at = np.repeat(sequences.offsets[chosen] - firsts, lengths) + np.arange(lengths.sum())
         tokens = (sequences.input_ids[at], sequences.token_type_ids[at])
-        return PackedBatch(task_number, *tokens, lengths, self.rows.labels[examples])
+        labels = self.rows.labels if self.targets is None else self.targets
+        return PackedBatch(task_number, *tokens, lengths, labels[examples])
 
     def batch(self, examples: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
-        """Padded sequences of the chosen examples, first sentences before second ones; labels (B,) if any."""
+        """Padded sequences of the chosen examples, first sentences before second ones; labels (B,) if any.
+
+        Targets, where there are some, take the labels' place: (B,), or (B, C).
+        """
         batch = self.sequences.pad(self.index[examples].T.ravel(), pad_token_id)
-        if self.rows.labels is not None:
-            batch["labels"] = torch.from_numpy(self.rows.labels[examples])
+        labels = self.rows.labels if self.targets is None else self.targets
+        if labels is not None:
+            batch["labels"] = torch.from_numpy(labels[examples])
         return batch
 
 

@@ -78,7 +78,8 @@ class TaskKind:
 
     Args:
         num_outputs: C, from the task's row.
-        loss: mean loss of logits (B, C) float32 against labels (B,).
+        loss: mean loss of logits (B, C) float32 against labels (B,); where a teacher's answers are mixed in,
+            these are no whole numbers, and of several classes (B, C). Linear in them, but for a constant.
         decode: logits (B, C) -> predictions (B,), on the scale of the labels.
         probabilities: logits (B, C) -> probabilities of the classes (B, classes), in the order of
             `TaskSpec.class_names`; None if predictions are no classes.
@@ -149,10 +150,15 @@ def is_class(value: float, spec: TaskSpec) -> bool:
     return low <= value <= high and value == int(value)  # in this order: int(inf) raises
 
 
+def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against class numbers (B,), or against probabilities of the classes (B, C)."""
+    return F.cross_entropy(logits, labels if labels.ndim == 2 else labels.long())
+
+
 TASK_KINDS = {
     "classification": TaskKind(
         num_outputs=lambda spec: int(spec.label_range[1]) + 1,
-        loss=lambda logits, labels: F.cross_entropy(logits, labels.long()),
+        loss=class_loss,
         decode=lambda logits: logits.argmax(-1),
         probabilities=lambda logits: logits.softmax(-1),
         scores=class_scores,
@@ -362,6 +368,22 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
     """
     logits = predict_logits(model, task, data, pad_token_id, autocast)
     return TASK_KINDS[model.tasks[task].kind].decode(logits).cpu().numpy()
+
+
+def soft_answers(spec: TaskSpec, logits: torch.Tensor) -> np.ndarray:
+    """What logits (N, C) say, in numbers that may be averaged over models.
+
+    Returns:
+        float64: probabilities of the classes (N, classes), or values on the scale of the labels (N, 1).
+    """
+    kind, logits = TASK_KINDS[spec.kind], logits.cpu().double()
+    return (kind.probabilities(logits) if kind.is_discrete else kind.decode(logits)[:, None]).numpy()
+
+
+def decide(spec: TaskSpec, answers: np.ndarray) -> np.ndarray:
+    """Predictions (N,), as `predict` returns them, from what `soft_answers` returns."""
+    is_discrete = TASK_KINDS[spec.kind].is_discrete
+    return answers.argmax(-1) if is_discrete else answers[:, 0].astype(np.float32)
 
 
 def check_finite(task: str, logits: torch.Tensor, ids: Sequence[str]) -> None:

@@ -117,6 +117,7 @@ from training.settings import LoopSettings, OutputSettings, RunSettings, StepSet
 from training.skipped_steps import log_skipped_step
 from training.step_result import StepResult
 from training.task_schedule import draw_shares
+from training.teacher import add_soft_targets, describe_teacher, find_teacher
 from training.trackers import Trackers, check_trackers
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -790,6 +791,10 @@ def start(args: Namespace) -> None:
     if args.resume:
         stored = check_same_run(settings, last, facts, may_change())
         facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
+    if settings.teacher:
+        facts["teacher"] = (
+            stored.get("teacher") if stored else describe_teacher(find_teacher(settings, rows["dev"]))
+        )
     run = Run(settings, make_model(settings.model, bert).to(settings.device), tokenizer)
     if last:
         run.load_last(last)
@@ -807,6 +812,7 @@ def start(args: Namespace) -> None:
     train_data, dev_data = (
         tokenize_split(settings.tokens, rows[split], tokenizer) for split in ("train", "dev")
     )
+    train_data = add_soft_targets(settings, train_data, rows["dev"], facts.get("teacher"))
     run.trackers = Trackers(settings.output.report_to, folder, settings.flags, run.state.step)
     with closing(run.trackers), catch_signals() as stop:
         train(run, train_data, dev_data, stop)

@@ -16,6 +16,7 @@ zero. What differs in shape is a `StepShape`, of which a run sees few.
 Shapes: K tasks, R sequences of a micro-batch of all tasks, M rows, T width of a rectangle, H hidden_size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,12 +41,13 @@ class Draw:
     Args:
         task: its number.
         num_sequences: two for each example of a two-vector head.
+        label_shape: (b,), or (b, C) where labels are probabilities of classes.
         float_labels: labels are numbers, not classes.
     """
 
     task: int
     num_sequences: int
-    num_examples: int
+    label_shape: tuple[int, ...]
     float_labels: bool
 
 
@@ -80,7 +82,7 @@ class StepShape:
         for table in TABLES:
             sizes |= {f"{table}.order": self.num_rows, f"{table}.pieces": self.num_pieces(table) + 1}
             sizes |= {f"{table}.sums": self.num_pieces(table) + 1, f"{table}.offsets": self.num_pieces(table)}
-        sizes |= {f"labels.{n}": draw.num_examples for n, draw in enumerate(self.draws)}
+        sizes |= {f"labels.{n}": math.prod(draw.label_shape) for n, draw in enumerate(self.draws)}
         sizes["loss_weights"] = len(self.draws)
         sizes["shares"] = len(self.draws)
         stops = accumulate(sizes.values())
@@ -101,7 +103,7 @@ class PackedBatch:
     input_ids: np.ndarray  # (m,)
     token_type_ids: np.ndarray  # (m,)
     lengths: np.ndarray  # (r,)
-    labels: np.ndarray  # (b,) int64 or float32
+    labels: np.ndarray  # (b,) int64 or float32, or (b, C) float32
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def pack_step(
     lengths = np.concatenate([batch.lengths for batch in batches])
     shape = StepShape(
         tuple(
-            Draw(each.task, len(each.lengths), len(each.labels), each.labels.dtype.kind == "f")
+            Draw(each.task, len(each.lengths), each.labels.shape, each.labels.dtype.kind == "f")
             for each in batches
         ),
         num_tasks,
@@ -218,7 +220,7 @@ def pack_step(
             tables |= {f"{table}.{field}": getattr(table_rows, field) for field in ROWS_FIELDS}
             tables[f"{table}.order"] = real[table_rows.order]
 
-    labels = {f"labels.{n}": batch.labels for n, batch in enumerate(batches)}
+    labels = {f"labels.{n}": batch.labels.ravel() for n, batch in enumerate(batches)}
     return shape, rows | {
         "ends": np.array(ends),
         "starts": real[firsts],
@@ -265,6 +267,6 @@ def read_field(shape: StepShape, buffer: torch.Tensor, name: str) -> torch.Tenso
     if name in ("loss_weights", "shares"):
         return field.view(torch.float32)
     if name.startswith("labels."):
-        is_float = shape.draws[int(name.removeprefix("labels."))].float_labels
-        return field.view(torch.float32) if is_float else field.long()
+        draw = shape.draws[int(name.removeprefix("labels."))]
+        return (field.view(torch.float32) if draw.float_labels else field.long()).view(draw.label_shape)
     return field.view(torch.int64) if name == "rng" else field

@@ -33,6 +33,7 @@ from reporting.run_list import find_runs, is_run, write_run_list
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import check_replaceable, read_head, whole_file, write_text
+from training.args_file import ENSEMBLE_FILE
 from training.resolve import data_settings, head_name, output_settings
 from training.run_folder import read_args_file
 
@@ -146,6 +147,9 @@ def settings_table(flags: dict, heads: dict[str, str], stored: dict, metrics: li
         "heads": f"{list_values(heads)}; pooling {flags['pooling']}",
         "gradients": f"{flags['grad_method']}, {flags['grad_reduction']}"
         + (f", only of {', '.join(surgery)}" if surgery else ""),
+        "teacher": f"{', '.join(flags['teacher'])}; weight {flags['teacher_weight']:g}"
+        if flags["teacher"]
+        else "",
         "sampler": flags["sampler"],
         "loss weighting": flags["loss_weighting"],
         "loss weights": list_values({task: w for task, w in flags["task_weights"].items() if w != 1}),
@@ -387,6 +391,10 @@ def report(argv: list[str] | None) -> None:
     if not is_run(run_dir) and find_runs(run_dir):
         print(write_run_list(run_dir))
         return
+    if (run_dir / ENSEMBLE_FILE).exists():
+        raise UserError(
+            f"{run_dir}: is an ensemble, whose scores are in its scores.json; its members have pages"
+        )
     page = collect(run_dir)
     pictures = [
         page["curves"],

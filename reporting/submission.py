@@ -17,7 +17,7 @@ from evaluation import PREDICTION_STYLES, check_predictions, part1_name, predict
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import ROOT, check_replaceable, whole_file
-from training.args_file import ARGS_FILE, comes_from, read_args_file
+from training.args_file import ARGS_FILE, ENSEMBLE_FILE, comes_from, read_args_file, read_ensemble
 from training.flags import FINE_TUNE_MODES
 from training.run_parser import task_list
 
@@ -91,11 +91,21 @@ def check_files(
 
 
 def forbidden_encoder(run_dir: Path) -> list[str]:
-    """A warning if a run, of which this is the folder or that of its predictions, started from MiniLM."""
-    run = next((folder for folder in (run_dir, run_dir.parent) if (folder / ARGS_FILE).exists()), None)
-    if run is None or not comes_from(str(read_args_file(run)["args"].get("pretrained")), OFFLINE_ENCODER):
-        return []
-    return [f"{run}: {FORBIDDEN}"]
+    """A warning if a run or a member of an ensemble started from MiniLM.
+
+    Args:
+        run_dir: its folder, or that of its predictions.
+    """
+    for folder in (run_dir, run_dir.parent):
+        encoders = []
+        if (folder / ARGS_FILE).exists():
+            encoders = [str(read_args_file(folder)["args"].get("pretrained"))]
+        elif (folder / ENSEMBLE_FILE).exists():
+            encoders = [member.pretrained for member in read_ensemble(folder)]
+        if encoders:
+            forbidden = any(comes_from(encoder, OFFLINE_ENCODER) for encoder in encoders)
+            return [f"{folder}: {FORBIDDEN}"] if forbidden else []
+    return []
 
 
 def find_code() -> list[Path]:
@@ -133,7 +143,9 @@ def submit(argv: list[str] | None) -> None:
     parser = OneLineParser(
         prog="prepare_submit.py", description="Check prediction files and zip them.", allow_abbrev=False
     )
-    parser.add_argument("run_dir", type=Path, help="run folder, or a folder of prediction files")
+    parser.add_argument(
+        "run_dir", type=Path, help="run folder, an ensemble's, or a folder of prediction files"
+    )
     parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="folder with the data files (default: data)"
     )

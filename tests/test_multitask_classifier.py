@@ -233,6 +233,56 @@ def test_measuring_noise_changes_no_bit_and_what_goes_by_it_does(place, whole, t
     assert set(state["learned"]) == {"gram.total", "gram.weight", "gram.signal"}
 
 
+def test_distilled_run_is_resumed_without_its_teacher(place, whole, monkeypatch, tmp_path, capsys):
+    """The same bits, with accumulated gradients, and with additional rows and some without labels."""
+    teacher = shutil.copytree(whole(), tmp_path / "teacher")
+    flags = f"--max_steps 7 --eval_every 3 --grad_accum 2 --extra_data sick --teacher {teacher}"
+    flags += f" --sts_unlabelled {place}/data/quora-train.csv --transductive sst --cache_dir {tmp_path}/cache"
+    for folder, stop_at in (("run", 4), ("whole", None)):
+        with monkeypatch.context() as patch:
+            before_step(
+                patch, lambda step, at=stop_at: signal.raise_signal(signal.SIGTERM) if step == at else None
+            )
+            assert exit_code(command(place, tmp_path / folder, flags)) == (
+                stop_at and 128 + signal.SIGTERM or 0
+            )
+    assert capsys.readouterr().out.count(f"asking {teacher} about") == 1  # the second one finds the answers
+    for folder in (teacher, tmp_path / "cache"):
+        shutil.rmtree(folder)
+    answers = tmp_path / "run" / "soft_targets.npz"
+    kept = answers.read_bytes()
+    answers.write_bytes(kept[:-100])
+    assert again(tmp_path / "run") == 2 and f"--teacher: {teacher}: no run there" in one_line(capsys)
+    answers.write_bytes(kept)
+    assert again(tmp_path / "run") == 0
+    assert read_run(tmp_path / "run") == read_run(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--teacher {0}/none", "--teacher: {0}/none: no run there"),
+        ("--teacher {0}/run --output_dir {0}/run --overwrite", "--teacher {0}/run: is the run itself"),
+        (
+            "--teacher {0}/run/best --output_dir {0}/run --overwrite",
+            "--teacher {0}/run/best: is the run itself",
+        ),
+        ("--teacher {0}/run --data_dir {0}/other", "{0}/run: its sst dev data are not those in {0}/other/"),
+        (
+            "--teacher {0}/run --tasks sst,cfimdb --transductive cfimdb",
+            "--transductive: the teacher has no cfimdb, so it cannot answer examples without labels",
+        ),
+        ("--teacher {0}/run --tasks cfimdb", "--teacher: has none of the tasks cfimdb"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(place, folder, tmp_path, flags, message, capsys):
+    make_data(tmp_path / "other", start=50)
+    before = contents(folder)
+    assert exit_code([*command(place, tmp_path / "new"), *flags.format(tmp_path).split()]) == 2
+    assert message.format(tmp_path) in one_line(capsys)
+    assert contents(folder) == before and not (tmp_path / "new").exists()
+
+
 # What is at work when the signal comes, in which of its calls, and the step that is saved.
 MOMENTS = {
     "read_data": (multitask_classifier, 1, None),

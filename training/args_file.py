@@ -1,11 +1,17 @@
-"""A run's `args.json` as it is read: its settings, the commands that started and resumed it, and its data."""
+"""What a folder says of itself: a run's `args.json`, with its settings, commands and data, as it is read; an
+ensemble's `ensemble.json`, with its members.
+"""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from support.errors import UserError
+from support.command_line import number
+from support.errors import UserError, one_line, quote
 from support.files import read_json
 
 ARGS_FILE = "args.json"
+ENSEMBLE_FILE = "ensemble.json"
+WEIGHT = number(float, 0)
 
 
 def comes_from(pretrained: str, encoder: str) -> bool:
@@ -49,3 +55,48 @@ def read_args_file(folder: Path) -> dict:
         hint = f"; {copies[0]} is a copy, made with its last checkpoint" if copies else ""
         raise UserError(f"{error}{hint}") from None
     return stored
+
+
+def check_weight(value: object) -> float:
+    if not WEIGHT.is_valid(value):
+        raise ValueError(f"weight is {quote(value)}; expected {WEIGHT.expected}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """A member as `ensemble.json` has it.
+
+    Args:
+        run: its folder.
+        sha256: of its weights.
+        pretrained: the encoder that it started from.
+        weight: task -> its weight in the mean.
+    """
+
+    run: Path
+    sha256: str
+    pretrained: str
+    weight: dict[str, float]
+
+
+def read_ensemble(folder: Path) -> list[EnsembleMember]:
+    """The members of the ensemble in a folder.
+
+    Raises:
+        UserError: if `ensemble.json` is missing or not as `reporting.ensemble` writes it.
+    """
+    path = folder / ENSEMBLE_FILE
+    members = read_json(path).get("members")
+    try:
+        return [
+            EnsembleMember(
+                Path(member["run"]),
+                str(member["sha256"]),
+                str(member["pretrained"]),
+                {task: check_weight(weight) for task, weight in member["weight"].items()},
+            )
+            for member in members
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error, 60)})") from None

@@ -41,6 +41,7 @@ from training.run_parser import (
     by_task,
     check_sources,
     find_task_files,
+    folder_list,
     is_valid_value,
     name_list,
     source_list,
@@ -220,6 +221,19 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--draw_schedule", "result", type=DRAW_COURSES, default={}, help=text)
 
 
+def add_distillation_flags(parser: RunParser) -> None:
+    about = "To learn from trained models: their answers for the training examples stand beside the labels."
+    add = parser.adder(parser.add_argument_group("distillation", about))
+    text = "folders of finished runs or ensembles; their mean answer is the teacher's, in the tasks they have"
+    add("--teacher", "result", type=folder_list, help=text)
+    text = "share of the teacher's answers in what is trained for, in [0, 1]; the rest are the labels"
+    add("--teacher_weight", "result", type=number(float, 0, 1), default=0.5, help=text)
+    text = "most examples of a --TASK_unlabelled for each labelled one; drawn at random"
+    add("--unlabelled_ratio", "result", type=POSITIVE, default=1.0, help=text)
+    text = "tasks whose test sentences are trained on with the teacher's answers (see docs/ensemble.md first)"
+    add("--transductive", "result", type=task_list(), help=text)
+
+
 def add_output_flags(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("output"))
     text = "run folder (default: runs/ and a name made of the settings)"
@@ -283,6 +297,8 @@ def add_file_flags(parser: RunParser) -> None:
     for task, spec in TASKS.items():
         for split, name in spec.files.items():
             add(f"--{task}_{split}", "place", type=FILE, help=f"to be read instead of {name}")
+        text = "sentences of {} without labels, for --teacher, in the form of {}"
+        add(f"--{task}_unlabelled", "place", type=FILE, help=text.format(spec.title, spec.files["train"]))
         for split in ("dev", "test"):
             add(f"--{task}_{split}_out", "place", type=FILE, help=f"{split} predictions of {spec.title}")
 
@@ -301,6 +317,7 @@ def make_parser() -> RunParser:
     add_training_flags(parser)
     add_optimizer_flags(parser)
     add_multitask_flags(parser)
+    add_distillation_flags(parser)
     add_output_flags(parser)
     add_mode_flags(parser)
     add_course_flags(parser)
@@ -426,6 +443,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         ("rdrop", set(args.rdrop) - {"*"}),
         ("surgery_tasks", args.surgery_tasks or ()),
         ("predict_tasks", args.predict_tasks or ()),
+        ("transductive", args.transductive or ()),
     ):
         for task in sorted(set(named) - set(args.tasks)):
             parser.error(f"--{flag} names {task}, which is not among --tasks {','.join(args.tasks)}")

@@ -15,10 +15,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from datasets import Rows, clean_text, tokenize
-from evaluation import TASK_KINDS, predict_logits
+from evaluation import TASK_KINDS, predict_logits, soft_answers
 from heads import MultitaskBERT
 from support.errors import UserError, quote
 from tokenizer import BertTokenizer
@@ -44,6 +45,19 @@ class Prediction:
     probabilities: dict[str, float] = field(default_factory=dict)
 
 
+def find_best(folder: Path) -> Path:
+    """The best checkpoint of a run, undamaged; or the folder itself, if it is a checkpoint.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if (folder / SUMS_FILE).is_file():
+        return folder
+    if not (folder / ARGS_FILE).exists():
+        raise UserError(f"{folder}: no run there (no {ARGS_FILE}); expected a folder that training wrote")
+    return need_checkpoint(folder / "best")
+
+
 class Predictor:
     """A model that is asked, with what it needs to read a text; made by `from_run`."""
 
@@ -57,24 +71,20 @@ class Predictor:
         self.model, self.tokenizer, self.tokens, self.autocast = model, tokenizer, tokens, autocast
 
     @classmethod
-    def from_run(cls, run: str | Path, device: str = "auto", precision: str = "auto") -> "Predictor":
+    def from_run(cls, run: str | Path, device: str = "auto", precision: str | None = "auto") -> "Predictor":
         """Load the best checkpoint of a run.
 
         Args:
             run: the run's folder, or one of its checkpoints (`RUN/last`).
             device, precision: as the flags of `multitask_classifier.py` have them; the run may have had
-                others.
+                others. None: the run's own precision.
 
         Raises:
             UserError: if there is no run, no undamaged checkpoint, or no such device.
         """
-        folder = Path(run)
-        is_checkpoint = (folder / SUMS_FILE).is_file()
-        if not is_checkpoint and not (folder / ARGS_FILE).exists():
-            raise UserError(f"{folder}: no run there (no {ARGS_FILE}); expected a folder that training wrote")
-        checkpoint = folder if is_checkpoint else need_checkpoint(folder / "best")
+        checkpoint = find_best(Path(run))
         args = Namespace(**read_run(checkpoint)[0])  # its own copy, which belongs to its weights
-        args.device, args.precision, args.use_gpu = device, precision, False
+        args.device, args.precision, args.use_gpu = device, precision or args.precision, False
         resolve_machine(args)
         settings = make_settings(args)
         with torch.random.fork_rng():  # the caller's random numbers go on as if none had been drawn here
@@ -106,9 +116,7 @@ class Predictor:
         if not examples:
             return []
         rows = Rows(Path(), [str(number) for number in range(1, len(examples) + 1)], examples, None)
-        joint, max_length = self.tokens.joint[task], self.tokens.max_length
-        data = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
-        logits = predict_logits(self.model, task, data, self.tokenizer.pad_token_id, self.autocast)  # (N, C)
+        logits = self.logits(task, rows)  # (N, C)
         spec = self.model.tasks[task]
         kind, names = TASK_KINDS[spec.kind], spec.class_names
         values = kind.decode(logits).tolist()
@@ -118,6 +126,16 @@ class Predictor:
             Prediction(value, names[value], dict(zip(names, row, strict=True)))
             for value, row in zip(values, kind.probabilities(logits).tolist(), strict=True)
         ]
+
+    def logits(self, task: str, rows: Rows) -> torch.Tensor:
+        """Logits (N, C) float32 of a task for rows whose texts are clean."""
+        joint, max_length = self.tokens.joint[task], self.tokens.max_length
+        data = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
+        return predict_logits(self.model, task, data, self.tokenizer.pad_token_id, self.autocast)
+
+    def answers(self, task: str, rows: Rows) -> np.ndarray:
+        """The same in numbers that may be averaged over models, (N, C), see `evaluation.soft_answers`."""
+        return soft_answers(self.model.tasks[task], self.logits(task, rows))
 
     def _example(self, task: str, text: str | tuple[str, str]) -> tuple[str, ...]:
         """One example as `datasets.Rows` has it: one clean sentence, or two."""

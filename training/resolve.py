@@ -44,6 +44,7 @@ from training.settings import (
     OutputSettings,
     RunSettings,
     StepSettings,
+    TeacherSettings,
     TokenSettings,
 )
 from training.task_schedule import draw_shares
@@ -60,7 +61,7 @@ NAMED_FLAGS = {
 NAMED_FLAGS |= {"sampler": "", "recipe": ""}
 NAME_MARKS = ("result", "length", "text")  # what changes weights or scores; --precision does, too
 # What follows a task's name in the flags that it has for itself.
-TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "dev_out", "test_out")
+TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "unlabelled", "dev_out", "test_out")
 # The noise of gradients is measured with as many batches as cost about 4 % of the steps between evaluations.
 NOISE_INTERVAL, MAX_NOISE_BATCHES = 25, 16
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
@@ -130,7 +131,20 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
         predict_splits=args.predict_splits,
         predict_tasks=args.predict_tasks or args.tasks,
         batch_sizes=batch_sizes(args),
+        **unlabelled_settings(args),
     )
+
+
+def unlabelled_settings(args: argparse.Namespace) -> dict:
+    """What `DataSettings` says of examples without labels: none where no teacher labels them."""
+    if not args.teacher:
+        return {}
+    given = {task: getattr(args, f"{task}_unlabelled") for task in args.tasks}
+    return {
+        "unlabelled": {task: Path(path) for task, path in given.items() if path},
+        "unlabelled_ratio": args.unlabelled_ratio,
+        "transductive": args.transductive or (),
+    }
 
 
 def batch_sizes(args: argparse.Namespace) -> dict[str, int]:
@@ -162,6 +176,12 @@ def output_settings(args: argparse.Namespace) -> OutputSettings:
         predict_tasks=args.predict_tasks or args.tasks,
         **{name: getattr(args, name) for name in names},
     )
+
+
+def teacher_settings(args: argparse.Namespace) -> TeacherSettings | None:
+    if not args.teacher:
+        return None
+    return TeacherSettings(tuple(map(Path, args.teacher)), args.teacher_weight, args.device, args.precision)
 
 
 def make_settings(args: argparse.Namespace) -> RunSettings:
@@ -210,6 +230,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             batch_sizes=batch_sizes(args), **{name: getattr(args, name) for name in LOOP_FLAGS}
         ),
         output=output_settings(args),
+        teacher=teacher_settings(args),
         device=args.device,
         captured=args.compile == "on" and is_cuda(args),
         flags=dict(vars(args)),
@@ -415,6 +436,12 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
         reasons["head_dropout_samples"] = "a cosine head has no dropout"
+    if not args.teacher:
+        unlabelled = [f"{task}_unlabelled" for task in args.tasks]
+        for name in ("teacher_weight", "unlabelled_ratio", "transductive", *unlabelled):
+            reasons[name] = "there is no --teacher"
+    elif not any(getattr(args, f"{task}_unlabelled") for task in args.tasks):
+        reasons["unlabelled_ratio"] = "no --TASK_unlabelled is given"
     for task in set(TASKS) - set(args.tasks):
         for flag in TASK_FLAGS:
             reasons[f"{task}_{flag}"] = f"{task} is not among --tasks"

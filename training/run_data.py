@@ -1,14 +1,17 @@
 """What a run starts from: data files, read, checked, reported on and tokenized; the encoder, the model."""
 
+import math
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from base_bert import check_vocab_size
 from bert import BertModel
-from config import TASKS
+from config import TASKS, TaskSpec
 from datasets import Rows, TaskData, count_of, name_some, read_rows, unknown_rows, warning_lines
 from heads import MultitaskBERT
 from support.errors import UserError, one_line
@@ -18,7 +21,7 @@ from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
 from training.checkpoint import SUMS_FILE, find_damage
 from training.settings import DataSettings, ModelSettings, TokenSettings
-from training.sources import EXTRA_SOURCES, add_sources, held_out_keys
+from training.sources import EXTRA_SOURCES, add_sources, held_out_keys, text_key
 from training.token_cache import tokenize_cached
 
 
@@ -45,25 +48,81 @@ def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
     return read_split(settings, "test", present)
 
 
-def add_extra_data(settings: DataSettings, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
-    """Training rows followed by those of --extra_data, and lines that say what was taken and dropped."""
-    if not settings.extra_data:
-        return train_rows, []
+def keys_of_splits(settings: DataSettings, splits: Iterable[str]) -> set[tuple[str, ...]]:
+    """Keys of all examples of these splits, of every task that there is: not to be trained on."""
     present = []
     for task, spec in TASKS.items():
-        for split in ("dev", "test"):
+        for split in splits:
             path = settings.files[task, split]
             if path.exists():
                 present.append((path, spec, split))
             else:
                 print(f"warning: {path} does not exist, so its rows are not kept out of the additional data")
-    held_out = held_out_keys(present)
+    return held_out_keys(present)
+
+
+def add_extra_data(settings: DataSettings, train_rows: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
+    """Training rows followed by those of --extra_data, and lines that say what was taken and dropped."""
+    if not settings.extra_data:
+        return train_rows, []
+    held_out = keys_of_splits(settings, ("dev", "test"))
     extended, lines = {}, []
     for task, rows in train_rows.items():
         sources = {name: n for name, n in settings.extra_data.items() if EXTRA_SOURCES[name].task == task}
         extended[task], said = add_sources(rows, sources, settings.data_dir, held_out)
         lines += [f"{task:6s} extra {line}" for line in said]
     return extended, lines
+
+
+def read_unlabelled(path: Path, spec: TaskSpec) -> list[tuple[str, ...]]:
+    """The sentences of a table in the form of the task's data files; ids and labels are not looked at."""
+    rows = read_rows(path, replace(spec, id_column=None, label_column=""), "test")
+    return [texts for texts in rows.texts if all(texts)]
+
+
+def add_unlabelled(
+    settings: DataSettings, train_rows: dict[str, Rows]
+) -> tuple[dict[str, Rows], list[str], dict[Path, str]]:
+    """Training rows followed by those without a label, which is NaN, for a teacher to answer.
+
+    Returns:
+        the rows, lines that say what was taken and dropped, and the sha256 of the files.
+    """
+    if not settings.needs_teacher:
+        return train_rows, [], {}
+    held_out = keys_of_splits(settings, ("dev",))
+    not_named = held_out | keys_of_splits(settings, ("test",)) if settings.unlabelled else set()
+    extended, lines, digests = dict(train_rows), [], {}
+    for task in settings.needs_teacher:
+        rows, spec = train_rows[task], TASKS[task]
+        seen = {text_key(texts) for texts in rows.texts}
+        added = {}  # id -> texts
+        sources = {"unlabelled": settings.unlabelled.get(task)}
+        sources["test"] = settings.files[task, "test"] if task in settings.transductive else None
+        for name, path in sources.items():
+            if path is None:
+                continue
+            found = read_unlabelled(path, spec)
+            digests[path] = file_digest(path)
+            kept_out = held_out if name == "test" else not_named
+            fresh = {text_key(texts): texts for texts in found if text_key(texts) not in kept_out | seen}
+            chosen = list(fresh.values())
+            if name == "unlabelled":
+                limit = math.ceil(settings.unlabelled_ratio * len(rows.ids))
+                order = np.random.default_rng(seed_of(name)).permutation(len(chosen))
+                chosen = [chosen[i] for i in np.sort(order[:limit])]
+            seen |= {text_key(texts) for texts in chosen}
+            added |= {f"{name}-{n}": texts for n, texts in enumerate(chosen)}
+            lines.append(
+                f"{task:6s} {len(chosen)} examples without labels from {path} (of {len(found)}:"
+                f" {len(found) - len(fresh)} held out or already known, {len(fresh) - len(chosen)} beyond the"
+                " limit)"
+            )
+        labels = np.concatenate([rows.labels, np.full(len(added), np.nan, dtype=np.float32)])
+        extended[task] = replace(
+            rows, ids=[*rows.ids, *added], texts=[*rows.texts, *added.values()], labels=labels
+        )
+    return extended, lines, digests
 
 
 def read_data(settings: DataSettings) -> tuple[dict[str, dict[str, Rows]], dict]:
@@ -82,6 +141,11 @@ def read_data(settings: DataSettings) -> tuple[dict[str, dict[str, Rows]], dict]
     for source in settings.extra_data:
         for name in EXTRA_SOURCES[source].files:
             digests[settings.data_dir / name] = file_digest(settings.data_dir / name)
+    rows["train"], unlabelled_lines, more = add_unlabelled(settings, rows["train"])
+    for line in unlabelled_lines:
+        print(line)
+    report |= {"unlabelled": unlabelled_lines} if unlabelled_lines else {}
+    digests |= more
     report["files"] = {str(path): digest for path, digest in digests.items()}
     return rows, report
 

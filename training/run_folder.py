@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -47,7 +47,7 @@ from training.settings import RunSettings
 from training.trackers import Trackers
 
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
-RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json"]
+RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json", "soft_targets.npz"]
 RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png", "tensorboard/events.out.tfevents.*"]
 CHECKPOINTS = ("best", "last")  # and with a number or other ending after a dot
 JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.json knows by another name
@@ -189,10 +189,10 @@ def begin_run(settings: RunSettings, facts: Mapping) -> str:
     return text
 
 
-def own_prediction_files() -> list[str]:
+def own_prediction_files(tasks: Iterable[str] = TASKS) -> list[str]:
     return [
         f"predictions/{prediction_name(task, split, style)}"
-        for task in TASKS
+        for task in tasks
         for split in ("dev", "test")
         for style in PREDICTION_STYLES
     ]

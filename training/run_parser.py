@@ -77,6 +77,7 @@ def are_names(value) -> bool:
     return is_tuple and 0 < len(value) == len(set(value))
 
 
+folder_list = FlagType(split_names, are_names, "folders, each once, separated by commas", "DIR,...")
 # Where it turns out later, when the run is read, which tasks it has.
 run_tasks = FlagType(split_names, are_names, "tasks of the run, each once", "TASK,...")
 task_files = FlagType(

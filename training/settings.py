@@ -28,6 +28,16 @@ class DataSettings:
     predict_splits: tuple[str, ...]
     predict_tasks: tuple[str, ...]
     batch_sizes: Mapping[str, int]  # task -> examples; a smaller file is warned about
+    unlabelled: Mapping[str, Path] = field(default_factory=dict)  # task -> file, for a teacher to label
+    unlabelled_ratio: float = 1.0
+    transductive: tuple[str, ...] = ()
+
+    @property
+    def needs_teacher(self) -> dict[str, str]:
+        """Task -> the flag that gives it examples without labels."""
+        return {task: f"--{task}_unlabelled" for task in self.unlabelled} | dict.fromkeys(
+            self.transductive, "--transductive"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,16 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
+class TeacherSettings:
+    """Who answers the training examples, and how much the answers count beside the labels."""
+
+    folders: tuple[Path, ...]
+    weight: float
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """Where results go, and in which form."""
 
@@ -158,6 +178,7 @@ class RunSettings:
     optimizer: OptimizerSettings
     loop: LoopSettings
     output: OutputSettings
+    teacher: TeacherSettings | None
     device: str
     captured: bool  # steps are captured as CUDA graphs, see training.captured_step
     flags: Mapping[str, object]

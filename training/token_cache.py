@@ -6,6 +6,7 @@ it is never out of date, and may be deleted at any time. One that is damaged is 
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -46,14 +47,11 @@ def tokenize_cached(
 
 def load_tokens(path: Path, rows: Rows) -> TaskData | None:
     """What a file of the cache holds; None if it is missing or damaged."""
-    try:
-        if not is_regular(path):
-            return None
-        with np.load(path, allow_pickle=False) as stored:  # a zip archive: it checks the CRC of each array
-            sequences = TokenArrays(stored["input_ids"], stored["token_type_ids"], stored["offsets"])
-            index = stored["index"]
-    except Exception:  # noqa: BLE001 (a damaged archive may raise anything: BadZipFile, zlib.error, KeyError, ...)
+    stored = load_arrays(path)
+    if stored is None or not {"input_ids", "token_type_ids", "offsets", "index"} <= stored.keys():
         return None
+    sequences = TokenArrays(stored["input_ids"], stored["token_type_ids"], stored["offsets"])
+    index = stored["index"]
     # Another program's file under this name, for all we know.
     fits = sequences.input_ids.ndim == 1 and len(index) == len(rows.texts) and len(sequences.offsets) > 1
     if not fits or not len(sequences.input_ids) == len(sequences.token_type_ids) == sequences.offsets[-1]:
@@ -62,17 +60,40 @@ def load_tokens(path: Path, rows: Rows) -> TaskData | None:
 
 
 def save_tokens(path: Path, data: TaskData) -> None:
-    """Keep the tokens; a disk that is full or read-only is no reason to stop."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same tokens
+    cache_arrays(path, {"index": data.index, **asdict(data.sequences)}, "tokens")
+
+
+# --- files of arrays ----------------------------------------------------------------------------------------
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an `.npz` file by name; None if it is missing or damaged."""
     try:
-        with (
-            whole_file(own) as temporary,
-            open(temporary, "wb") as file,
-        ):  # given a name, numpy adds its own ending
-            np.savez(file, index=data.index, **asdict(data.sequences))
+        if not is_regular(path):
+            return None
+        with np.load(path, allow_pickle=False) as stored:  # a zip archive: it checks the CRC of each array
+            return dict(stored)
+    except Exception:  # noqa: BLE001 (a damaged archive may raise anything: BadZipFile, zlib.error, KeyError, ...)
+        return None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an `.npz` file whole or not at all."""
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "wb") as file,
+    ):  # given a name, numpy adds its own ending
+        np.savez(file, **arrays)
+
+
+def cache_arrays(path: Path, arrays: Mapping[str, np.ndarray], what: str) -> None:
+    """Keep arrays; a disk that is full or read-only is no reason to stop."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
+    try:
+        write_arrays(own, arrays)
         os.replace(own, path)
     except OSError as error:
-        print(f"warning: {path}: tokens are not cached ({one_line(error)})")
+        print(f"warning: {path}: {what} are not cached ({one_line(error)})")
     finally:
         with suppress(OSError):
             own.unlink()  # there only if something failed

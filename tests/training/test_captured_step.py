@@ -5,6 +5,7 @@ What a GPU adds, capturing and replaying, cannot be tried here; that no function
 
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.tiny import make_data, make_encoder, make_model, make_training
 from training import resolve
 from training.captured_step import CapturedStep
 from training.settings import StepSettings
+from training.teacher import mix_targets
 
 NUM_EXAMPLES = 40
 LAYER, GLS, FGM = {"surgery_scope": "layer"}, {"loss_weighting": "gls"}, {"fgm": 0.5}
@@ -158,6 +160,17 @@ def test_every_kind_of_step_equals_a_plain_one(case):
     assert [{key: each["step"] for key, each in state.items()} for state in states].count(
         {key: each["step"] for key, each in states[0].items()}
     ) == 2
+
+
+def test_answers_of_a_teacher_take_the_labels_place():
+    pair, rng = Pair(), np.random.default_rng(0)
+    for task, data in pair.data.items():
+        answers = rng.dirichlet(np.ones(5), NUM_EXAMPLES)
+        pair.data[task] = replace(
+            data, targets=mix_targets(TASKS[task], data.rows.labels.astype(np.float32), answers, 0.5)
+        )
+    pair.steps(2)
+    pair.compare_parameters()
 
 
 def test_results_do_not_depend_on_spare_rows(monkeypatch):

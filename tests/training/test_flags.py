@@ -132,12 +132,20 @@ CHANGES = (
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
 TRAINING["sampler"] = ("--seed 3", "--sampler proportional --seed 3")
+TRAINING["teacher"] = ("", "--teacher RUN")
+TAUGHT = "--teacher RUN --sts_unlabelled {place}/data/quora-train.csv"
+TRAINING |= {
+    change.split()[0][2:]: (TAUGHT, f"{TAUGHT} {change}")
+    for change in ("--teacher_weight 1", "--unlabelled_ratio 0.5", "--transductive sts")
+}
 
 
 @slow
 @pytest.mark.parametrize("flag", TRAINING)
-def test_training_flag_changes_the_weights(train, place, flag):
-    reference, change = TRAINING[flag]
+def test_training_flag_changes_the_weights(train, run, place, flag):
+    reference, change = (
+        flags.replace("RUN", str(run())) if "RUN" in flags else flags for flags in TRAINING[flag]
+    )
     after = train(change)
     assert not are_same(train(reference), after)
     if flag in ("option", "fine_tune_mode", "freeze_encoder"):
@@ -188,7 +196,7 @@ OUTPUT_FLAGS += " --prediction_style handout --predict_splits test"
 FILE_FLAGS = [f"{task}_{split}" for task in TASKS for split in ("dev", "test")]
 # Flags whose test is not a row of TRAINING; that of --max_bad_steps is among those of whole runs.
 OTHERS = {*FILE_FLAGS, *(f"{name}_out" for name in FILE_FLAGS)}
-OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train")}
+OTHERS |= {f"{task}_{name}" for task in TASKS for name in ("batch_size", "train", "unlabelled")}
 OTHERS |= {"epochs", "compile", "device", "use_gpu", "cache_dir", "output_dir"}
 OTHERS |= {"noise_batches"}  # its test is among those of whole runs, too
 OTHERS |= {"eval_every", "eval_max_examples", "select_by", "patience", "log_every", "keep_last", "report_to"}
@@ -415,7 +423,7 @@ def test_damaged_settings_are_refused(tmp_path, change):
 # mark -> its flags, and whether --resume and --eval_only let them change; all other flags are marked "result"
 MARKED = {
     "mode": ({"output_dir", "resume", "overwrite", "eval_only", "predict_only"}, True, True),
-    "place": ({"data_dir", "cache_dir", *(f"{task}_train" for task in TASKS)}, True, True),
+    "place": ({"data_dir", "cache_dir"}, True, True),
     "predictions": ({"final_eval", "predict_splits", "predict_tasks", "prediction_style"}, True, True),
     "length": ({"max_steps", "patience"}, True, False),
     "upkeep": ({"log_every", "report_to", "keep_last", "max_bad_steps"}, True, False),
@@ -423,6 +431,7 @@ MARKED = {
     "text": ({"max_length"}, False, True),
 }
 MARKED["place"][0].update(FILE_FLAGS, (f"{name}_out" for name in FILE_FLAGS))
+MARKED["place"][0].update(f"{task}_{name}" for task in TASKS for name in ("train", "unlabelled"))
 
 
 def test_marks_say_what_may_change():
