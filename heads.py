@@ -319,11 +319,11 @@ class MultitaskBERT(nn.Module):
 
         Args:
             logits: (S * B, C), sample by sample.
-            labels: (B,)
+            labels: (B,), or a teacher's (B, C)
         """
         kind, objective = TASK_KINDS[self.tasks[task].kind], self.objective
         num_samples = len(logits) // len(labels)
-        loss = kind.loss(logits, labels.repeat(num_samples) if num_samples > 1 else labels)
+        loss = kind.loss(logits, torch.cat([labels] * num_samples))
         smoothing = objective.label_smoothing.get(task, 0.0)
         if smoothing:
             loss = (1 - smoothing) * loss + smoothing * kind.uniform_loss(logits)
