@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 
 from config import DEFAULT_TASKS, TaskSpec
 from support.bars import Bar
+from support.command_line import number
 from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
+from support.specs import Param, parse_spec
 
 # --- scores -------------------------------------------------------------------------------------------------
 
@@ -78,7 +81,8 @@ class TaskKind:
 
     Args:
         num_outputs: C, from the task's row.
-        loss: mean loss of logits (B, C) float32 against labels (B,).
+        loss: mean loss of logits (B, C) float32 against labels (B,); of classes, with reduction="none" the
+            losses (B,).
         decode: logits (B, C) -> predictions (B,), on the scale of the labels.
         probabilities: logits (B, C) -> probabilities of the classes (B, classes), in the order of
             `TaskSpec.class_names`; None if predictions are no classes.
@@ -92,10 +96,11 @@ class TaskKind:
         main_score: the name of the score that counts in the overall.
         logit_range: what the logits should span, (least, greatest), so that a new head starts sensibly; None
             if it does not matter.
+        shares_weight: logits differ in their biases alone, as those of `coral_loss` have to.
     """
 
     num_outputs: Callable[[TaskSpec], int]
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    loss: Callable[..., torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     probabilities: Callable[[torch.Tensor], torch.Tensor] | None
     scores: Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -107,6 +112,7 @@ class TaskKind:
     is_discrete: bool
     main_score: str
     logit_range: Callable[[TaskSpec], tuple[float, float] | None]
+    shares_weight: bool = False
 
 
 def is_class(value: float, spec: TaskSpec) -> bool:
@@ -117,7 +123,7 @@ def is_class(value: float, spec: TaskSpec) -> bool:
 TASK_KINDS = {
     "classification": TaskKind(
         num_outputs=lambda spec: int(spec.label_range[1]) + 1,
-        loss=lambda logits, labels: F.cross_entropy(logits, labels.long()),
+        loss=lambda logits, labels, **how: F.cross_entropy(logits, labels.long(), **how),
         decode=lambda logits: logits.argmax(-1),
         probabilities=lambda logits: logits.softmax(-1),
         scores=class_scores,
@@ -161,6 +167,90 @@ TASK_KINDS = {
         logit_range=lambda spec: spec.label_range,
     ),
 }
+
+
+# --- losses of ordered classes, in place of the cross-entropy -----------------------------------------------
+
+
+def coral_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """CORAL: for each threshold k the cross-entropy of "the class is above k", added up.
+
+    Cao, Mirjalili and Raschka 2020, https://arxiv.org/abs/1901.07884; without its weights of the thresholds.
+
+    Args:
+        logits: (B, C - 1) of the probabilities that the class is above 0, 1, ..., C - 2.
+    """
+    is_above = labels[:, None] > torch.arange(logits.shape[1], device=logits.device)  # (B, C - 1)
+    losses = F.binary_cross_entropy_with_logits(logits, is_above.to(logits.dtype), reduction="none").sum(-1)
+    return losses if reduction == "none" else losses.mean()
+
+
+def coral_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the classes, (B, C - 1) -> (B, C): differences of those to be above."""
+    above = logits.sigmoid()
+    one, zero = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
+    differences = torch.cat([one, above], -1) - torch.cat([above, zero], -1)
+    # Thresholds in the wrong order, which training puts right, would make some of them negative.
+    differences = differences.clamp(min=0)
+    return differences / differences.sum(-1, keepdim=True)
+
+
+def ordinal_log_loss(
+    logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean", *, alpha: float
+) -> torch.Tensor:
+    """-sum_i log(1 - p_i) |label - i|^alpha, p being the softmax of the logits (B, C).
+
+    Far classes cost more; Castagnos, Mihelich and Dognin 2022, https://aclanthology.org/2022.coling-1.407.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    distances = (labels[:, None] - classes).abs().to(logits.dtype) ** alpha  # (B, C)
+    # log(1 - p_i) from all logits but the i-th: finite also where p_i rounds to 1.
+    others = logits[:, None].masked_fill(torch.eye(len(classes), device=logits.device).bool(), -math.inf)
+    log_others = others.logsumexp(-1) - logits.logsumexp(-1, keepdim=True)  # (B, C, C) -> (B, C)
+    losses = -(log_others * distances).sum(-1)
+    return losses if reduction == "none" else losses.mean()
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """Another loss for ordered classes.
+
+    Args:
+        changes: the row's parameters by name -> the fields of the task's `TaskKind` that are others.
+        params: by name, for the flag.
+    """
+
+    changes: Callable[..., dict] = dict
+    params: Mapping[str, Param] = field(default_factory=dict)
+
+
+CLASS_LOSSES: dict[str, ClassLoss] = {
+    "cross_entropy": ClassLoss(),
+    "coral": ClassLoss(
+        lambda: {
+            "num_outputs": lambda spec: int(spec.label_range[1]),
+            "loss": coral_loss,
+            # The likeliest class, as for every loss here; the paper takes the median, which accuracy does not
+            # ask for.
+            "decode": lambda logits: coral_probabilities(logits).argmax(-1),
+            "probabilities": coral_probabilities,
+            "shares_weight": True,
+        }
+    ),
+    "oll": ClassLoss(
+        lambda alpha: {"loss": partial(ordinal_log_loss, alpha=alpha)},
+        {"alpha": Param(1.5, number(float, 0), "power of the distance between classes")},
+    ),
+}
+
+
+def task_kind(spec: TaskSpec) -> TaskKind:
+    """The row of TASK_KINDS that a task has, with its loss if it has another."""
+    kind = TASK_KINDS[spec.kind]
+    if spec.loss is None:
+        return kind
+    name, params = parse_spec(spec.loss, CLASS_LOSSES)
+    return replace(kind, **CLASS_LOSSES[name].changes(**params))
 
 
 # --- overall scores: (kind, main score) of each task -> one number ------------------------------------------
@@ -242,7 +332,7 @@ class Model(Protocol):
 
     def train(self, mode: bool = True): ...
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-    def embed(self, input_ids, attention_mask, token_type_ids) -> torch.Tensor: ...
+    def embed(self, task, input_ids, attention_mask, token_type_ids) -> torch.Tensor: ...
     def classify(self, task: str, *vectors: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -294,14 +384,14 @@ def predict_logits(
             for chosen in cut_by_length(lengths, MAX_EVAL_TOKENS[device.type]):
                 batch = data.sequences.pad(chosen, pad_token_id)
                 try:
-                    embedded = model.embed(**to_device(batch, device))
+                    embedded = model.embed(task, **to_device(batch, device))
                     vectors[torch.from_numpy(chosen).to(device, non_blocking=True)] = embedded.float()
                 except (RuntimeError, MemoryError) as error:  # out of memory, most likely: then it says where
                     shape = tuple(batch["input_ids"].shape)
                     error.add_note(f"predicting {task}, batch (sequences, word pieces) {shape}")
                     raise
                 bar.update(int(lengths[chosen].sum()))
-        index = torch.from_numpy(data.index).to(device)  # (N, 1 or 2)
+        index = torch.from_numpy(data.index).to(device)  # (N, 1 to 4)
         logits = [
             model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
             for rows in index.split(MAX_EVAL_EXAMPLES)
@@ -320,7 +410,7 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
         (N,) on the scale of the labels: int64 classes, or float32.
     """
     logits = predict_logits(model, task, data, pad_token_id, autocast)
-    return TASK_KINDS[model.tasks[task].kind].decode(logits).cpu().numpy()
+    return task_kind(model.tasks[task]).decode(logits).cpu().numpy()
 
 
 def check_finite(task: str, logits: torch.Tensor, ids: Sequence[str]) -> None:
@@ -443,17 +533,17 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
             f" {spec.prediction_column}"
         )
     predictions = {}
-    for number, line in enumerate(lines[1:], start=2):
+    for at, line in enumerate(lines[1:], start=2):
         fields = [field.strip() for field in line.split(",")]
         if len(fields) != 2 or not fields[0] or not NUMBER.fullmatch(fields[1]):
-            raise UserError(f"{path}:{number}: row is {quote(line)}; expected an id, a comma, a number")
+            raise UserError(f"{path}:{at}: row is {quote(line)}; expected an id, a comma, a number")
         row_id, value = fields[0], float(fields[1])
         if row_id in predictions:
-            raise UserError(f"{path}:{number}: id {one_line(row_id, 60)} appears twice")
+            raise UserError(f"{path}:{at}: id {one_line(row_id, 60)} appears twice")
         if not math.isfinite(value) or not kind.is_legal(value, spec):
             low, high = spec.label_range
             expected = f"a whole number from {low:g} to {high:g}" if kind.is_discrete else "a finite number"
-            raise UserError(f"{path}:{number}: value is {one_line(fields[1], 60)}; expected {expected}")
+            raise UserError(f"{path}:{at}: value is {one_line(fields[1], 60)}; expected {expected}")
         predictions[row_id] = value
     return predictions
 

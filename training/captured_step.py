@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import TaskData
+from datasets import TaskData, batch_seed
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
 from kernels.grad_methods import combination_weights, find_method
@@ -176,7 +176,7 @@ class CapturedStep:
         with self._on_stream():
             self._take_over()
             for micro_step in range(len(examples[0][1])):
-                shape, arrays = self._pack(examples, micro_step)
+                shape, arrays = self._pack(examples, step, micro_step)
                 num_tokens += int(arrays["lengths"].sum())
                 seed = make_seed(self.settings.seed, step, micro_step)
                 arrays["rng"] = np.array([seed, with_dropout], dtype=np.int64)
@@ -189,21 +189,25 @@ class CapturedStep:
             self._run(key, partial(self._update, *key, numbers))
             return self._pending(drawn, num_tokens)
 
-    def _pack(self, examples: Sequence, micro_step: int) -> tuple[StepShape, dict[str, np.ndarray]]:
+    def _pack(
+        self, examples: Sequence, step: int, micro_step: int
+    ) -> tuple[StepShape, dict[str, np.ndarray]]:
         tasks, settings = self.memory.tasks, self.settings
         num_examples = {task: 0 for task, _ in examples}
         for task, batches in examples:
             num_examples[task] += sum(map(len, batches))
         # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
         # often as it was drawn.
-        chosen = sorted(examples, key=lambda each: tasks.index(each[0]))
+        numbers = sorted(range(len(examples)), key=lambda n: tasks.index(examples[n][0]))
+        chosen = [examples[n] for n in numbers]
+        seeds = [batch_seed(settings.seed, step, n, micro_step) for n in numbers]
         shares = [len(batches[micro_step]) / num_examples[task] for task, batches in chosen]
         num_draws = [sum(task == other for other, _ in examples) for task, _ in chosen]
         weights = [settings.task_weights.get(task, 1.0) for task, _ in chosen]
         shape, arrays = pack_step(
             [
-                self.data[task].packed_batch(batches[micro_step], tasks.index(task))
-                for task, batches in chosen
+                self.data[task].packed_batch(batches[micro_step], tasks.index(task), seed)
+                for (task, batches), seed in zip(chosen, seeds, strict=True)
             ],
             len(tasks),
             self.memory.other_grads.shape[1],

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from datasets import Rows, clean_text, tokenize
-from evaluation import TASK_KINDS, predict_logits
+from evaluation import predict_logits, task_kind
 from heads import MultitaskBERT
 from support.errors import UserError, quote
 from tokenizer import BertTokenizer
@@ -106,11 +106,10 @@ class Predictor:
         if not examples:
             return []
         rows = Rows(Path(), [str(number) for number in range(1, len(examples) + 1)], examples, None)
-        joint, max_length = self.tokens.joint[task], self.tokens.max_length
-        data = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
+        data = tokenize(rows, self.tokenizer, **self.tokens.pairs(task), max_length=self.tokens.max_length)
         logits = predict_logits(self.model, task, data, self.tokenizer.pad_token_id, self.autocast)  # (N, C)
         spec = self.model.tasks[task]
-        kind, names = TASK_KINDS[spec.kind], spec.class_names
+        kind, names = task_kind(spec), spec.class_names
         values = kind.decode(logits).tolist()
         if kind.probabilities is None:
             return [Prediction(value) for value in values]

@@ -39,6 +39,7 @@ from training.settings import (
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
+    PhraseSettings,
     RunSettings,
     StepSettings,
     TokenSettings,
@@ -56,7 +57,7 @@ NAMED_FLAGS = {
 NAMED_FLAGS |= {"sampler": ""}
 NAME_MARKS = ("result", "length", "text")  # what changes weights or scores; --precision does, too
 # What follows a task's name in the flags that it has for itself.
-TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "dev_out", "test_out")
+TASK_FLAGS = ("head", "loss", "batch_size", "train", "dev", "test", "dev_out", "test_out")
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
 
 
@@ -132,8 +133,23 @@ def batch_sizes(args: argparse.Namespace) -> dict[str, int]:
 
 def token_settings(args: argparse.Namespace) -> TokenSettings:
     joint = {task: HEADS[head_name(args, task)].joint for task in args.tasks}
+    apart = {task: bool(HEADS[head_name(args, task)].parts) for task in args.tasks}
     cache_dir = default_cache_dir() if args.cache_dir is None else Path(args.cache_dir or ".")
-    return TokenSettings(joint, args.max_length, None if args.cache_dir == "" else cache_dir)
+    cache_dir = None if args.cache_dir == "" else cache_dir
+    return TokenSettings(joint, args.max_length, cache_dir, apart, args.symmetric)
+
+
+def model_settings(args: argparse.Namespace) -> ModelSettings:
+    head_dropout_prob = args.hidden_dropout_prob
+    return ModelSettings(
+        heads={task: head_name(args, task) for task in args.tasks},
+        losses={task: getattr(args, f"{task}_loss") for task in args.tasks if TASKS[task].is_ordered},
+        pooling=args.pooling,
+        head_layers=args.head_layers,
+        head_dropout_prob=HEAD_DROPOUT_PROB if head_dropout_prob is None else head_dropout_prob,
+        freeze_encoder=args.freeze_encoder,
+        seed=args.seed,
+    )
 
 
 def output_settings(args: argparse.Namespace) -> OutputSettings:
@@ -158,18 +174,13 @@ def output_settings(args: argparse.Namespace) -> OutputSettings:
 
 def make_settings(args: argparse.Namespace) -> RunSettings:
     """The settings of a run whose flags are all resolved."""
-    head_dropout_prob = args.hidden_dropout_prob
     return RunSettings(
         data=data_settings(args),
         tokens=token_settings(args),
-        model=ModelSettings(
-            heads={task: head_name(args, task) for task in args.tasks},
-            pooling=args.pooling,
-            head_layers=args.head_layers,
-            head_dropout_prob=HEAD_DROPOUT_PROB if head_dropout_prob is None else head_dropout_prob,
-            freeze_encoder=args.freeze_encoder,
-            seed=args.seed,
+        phrases=PhraseSettings(
+            args.phrase_weight, args.phrase_min_words, args.phrase_limit, args.phrase_weighting
         ),
+        model=model_settings(args),
         step=StepSettings(
             seed=args.seed,
             grad_method=args.grad_method,
@@ -355,6 +366,11 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
             reasons[name] = "with a frozen encoder the tasks share no gradient"
         if "head_lr" in args.given:
             reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
+    if not any(HEADS[head_name(args, task)].joint for task in args.tasks):
+        reasons["symmetric"] = "no task has a head that reads a pair as one sequence"
+    if not args.phrase_weight:
+        for name in ("phrase_min_words", "phrase_limit", "phrase_weighting"):
+            reasons[name] = "--phrase_weight is 0"
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
     for task in set(TASKS) - set(args.tasks):
