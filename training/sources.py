@@ -310,7 +310,7 @@ def read_cells(
 ) -> Iterator[tuple[int, dict, float | None]]:
     """Line, cells by column, and label of each row in a source's file; `flag` is what asks for it."""
     wanted = [*source.text_columns, source.label_column]
-    lines, num_rows = CountedLines(()), 0
+    lines, num_rows, known = CountedLines(()), 0, {}  # known: label of a cell; few cells differ
     csv.field_size_limit(MAX_FIELD_SIZE)
     try:
         contents = read_bytes(path, MAX_DATA_BYTES)
@@ -325,8 +325,9 @@ def read_cells(
                 if absent:
                     raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
                 cell = (row[source.label_column] or "").strip()
-                label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
-                yield lines.number, row, label
+                if cell not in known:
+                    known[cell] = map_label(cell, source, f"{path}:{lines.number}") if cell else None
+                yield lines.number, row, known[cell]
                 num_rows += 1
                 bar.update(lines.number - bar.n)
         if not num_rows:

@@ -125,11 +125,14 @@ CHANGES = (
     "--grad_accum 2; --seed 1; --precision bf16; --lr 0.02; --head_lr 0.02; --weight_decay 0.5; "
     "--schedule constant; --warmup_steps 2; --warmup_ratio 0.7; --rectify; --clip_norm 0.001; "
     "--grad_method mean; --surgery_tasks sts; --surgery_scope layer; --loss_weighting uw; "
-    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1"
+    "--grad_reduction mean; --extra_data sick; --task_weights sts=0.1; --phrase_weight 1; --sst_loss oll"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
 TRAINING["sampler"] = ("--seed 3", "--sampler proportional --seed 3")
+TRAINING["symmetric"] = ("--para_head cross", "--para_head cross --symmetric")
+for change in ("--phrase_min_words 1", "--phrase_limit 1", "--phrase_weighting length"):
+    TRAINING[change.split()[0][2:]] = ("--phrase_weight 1", f"--phrase_weight 1 {change}")
 
 
 @slow
@@ -435,6 +438,9 @@ def test_marks_say_what_may_change():
         ("--task etpc", "--task"),
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
+        ("--phrase_weight 1 --pooling cls", "--pooling mean or attention"),
+        ("--phrase_weight 1 --tasks para,sts", "needs sst, which is not among --tasks para,sts"),
+        ("--sst_loss oll:alpha=-1", "alpha of oll"),
         ("--grad_method mgad", "--grad_method: value is 'mgad'; expected one of sum, mean, pcgrad"),
         ("--grad_method mgad", "did you mean mgda?"),
         ("--grad_method cagrad:d=1", "--grad_method: cagrad has no parameter 'd'; expected c"),
