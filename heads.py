@@ -63,7 +63,7 @@ def attention_weights(states: torch.Tensor, mask: torch.Tensor, query: torch.Ten
     """Weights of the positions, states (R, T, H); they sum to 1 where the mask (R, ..., T) is not 0."""
     # No matrix product, which autocast would make in bfloat16.
     scores = (states * query).sum(-1) / query.shape[0] ** 0.5  # (R, T)
-    scores = scores.view(len(mask), *[1] * (mask.ndim - 2), -1)  # (R, ..., T)
+    scores = scores.view(mask.shape[0], *[1] * (mask.ndim - 2), -1)  # (R, ..., T)
     # Not -inf: nothing but padding stays finite.
     return scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min).softmax(-1)
 

@@ -135,7 +135,7 @@ class TaskModel:
     def beyond_libraries(self) -> str | None:
         """What no other library's model of one sequence and one dense layer can do; None: nothing."""
         if self.head.spec.parts:
-            return f"head {self.head_name} averages two heads"
+            return f"head {self.head_name}, the average of two"
         if task_kind(self.spec).shares_weight:
             return f"loss {self.spec.loss}, whose probabilities are no softmax of its logits"
         return "--symmetric, which reads a pair in both orders" if self.both_orders else None

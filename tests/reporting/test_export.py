@@ -214,7 +214,7 @@ def make_task_model(task, head, pooling, head_layers=1):
         ("para", "cross", "cls", 1, None),
         ("sst", "cross", "pooler", 1, None),
         ("sst", "cross", "attention", 1, "pooling attention"),
-        ("sts", "diff+cross", "cls", 1, "head diff+cross averages two heads"),
+        ("sts", "diff+cross", "cls", 1, "head diff+cross, the average of two"),
     ],
 )
 def test_what_bert_for_sequence_classification_holds(task, head, pooling, layers, reason):
