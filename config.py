@@ -125,6 +125,8 @@ class TaskSpec:
     prediction_column: str  # as the course's starter spells it, misspellings included
     handout_column: str  # as the course's handout spells it
     default_head: str = "single"  # row of heads.HEADS
+    is_ordered: bool = False  # the classes have an order: the task has the flag `--NAME_loss`
+    loss: str | None = None  # row of evaluation.CLASS_LOSSES that a run has chosen; None: the kind's own
     class_names: tuple[str, ...] = ()  # of discrete labels, in order
     label_texts: tuple[
         str, ...
@@ -156,6 +158,7 @@ TASKS = {
         prediction_column="Predicted_Sentiment",
         handout_column="Predicted_Sentiment",
         class_names=("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
+        is_ordered=True,
     ),
     "para": TaskSpec(
         title="paraphrase (Quora)",

@@ -34,7 +34,7 @@ from kernels.static import PackedBatch
 from support.bars import Bar
 from support.command_line import number
 from support.errors import UserError, one_line, quote
-from support.seeds import seed_of
+from support.seeds import make_seed, seed_of
 from support.specs import Param, parse_spec
 from support.text_files import BYTE_ORDER_MARK, decode, line_at, read_data_file
 
@@ -518,20 +518,83 @@ class TokenArrays:
         }
 
 
+def batch_seed(seed: int, step: int, draw: int, micro_step: int) -> int:
+    """The seed of what a batch draws anew each time; `draw` counts the batches of a step."""
+    return make_seed(seed, step, draw, micro_step, seed_of("batch"))
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Labelled phrases inside the sentences of a task, whose loss is added to that of the sentences.
+
+    Phrase i is the positions `starts[i]` to `stops[i]` of its sequence, where [CLS] is position 0; those of
+    example n are `offsets[n]` to `offsets[n + 1]`.
+
+    Args:
+        counts_as: (P,) how much each phrase counts beside the others of a batch.
+        loss_weight: factor of the weighted mean of the phrases' losses.
+        limit: the most phrases of a sentence in a batch, drawn anew each time; None: all.
+    """
+
+    starts: np.ndarray  # int32, (P,)
+    stops: np.ndarray  # int32, (P,)
+    labels: np.ndarray  # int64, (P,)
+    counts_as: np.ndarray  # float32, (P,)
+    offsets: np.ndarray  # int64, (N + 1,)
+    loss_weight: float
+    limit: int | None = None
+
+    @property
+    def width(self) -> int:
+        """The most phrases that a sentence can have in a batch."""
+        longest = int(np.diff(self.offsets).max(initial=0))
+        return longest if self.limit is None else min(longest, self.limit)
+
+    def batch(self, examples: np.ndarray, seed: int, width: int | None = None) -> dict[str, np.ndarray]:
+        """The phrases of some examples as a rectangle of `width` phrases each, by default as many as needed.
+
+        Returns:
+            `phrase_spans` (B, n, 2), first position and the one after the last; `phrase_labels` (B, n); and
+            `phrase_weights` (B, n), with which each loss is added to the batch's: 0 for filling, and
+            `loss_weight` in all.
+        """
+        firsts, counts = self.offsets[examples], np.diff(self.offsets)[examples]  # (B,) each
+        order = np.arange(counts.max(initial=0))[None].repeat(len(examples), 0)  # (B, n)
+        if self.limit is not None and order.shape[1] > self.limit:
+            keys = np.random.default_rng(seed).random(order.shape)
+            keys[order >= counts[:, None]] = 1.0  # beyond the sentence's own: last
+            order = keys.argsort(1)[:, : self.limit]
+        if width is not None:  # what is filled up lies beyond every count
+            order = np.pad(order, ((0, 0), (0, width - order.shape[1])), constant_values=len(self.labels))
+        is_real = order < counts[:, None]
+        chosen = np.where(is_real, firsts[:, None] + order, 0)
+        weights = self.counts_as[chosen] * is_real
+        weights *= self.loss_weight / max(weights.sum(), 1e-30)  # no phrase at all: 0
+        spans = np.stack([self.starts[chosen], self.stops[chosen]], -1)
+        return {"phrase_spans": spans, "phrase_labels": self.labels[chosen], "phrase_weights": weights}
+
+
 @dataclass
 class TaskData:
     """One split of one task, tokenized.
 
-    `sequences` holds each distinct sequence once; example n consists of the sequences `index[n]`: one, or two
-    for a pair whose sentences are encoded separately.
+    `sequences` holds each distinct sequence once; example n consists of the sequences `index[n]`: the
+    sentence, or both of a pair, where they are encoded separately; then the joint pair, where it is encoded;
+    and last, where `symmetric`, the same in the other order, one of which a batch draws.
     """
 
     rows: Rows
     sequences: TokenArrays
-    index: np.ndarray  # (N, 1 or 2)
-    targets: np.ndarray | None = (
-        None  # (N,) or (N, C) float32: trained for in the labels' place, see TaskKind
-    )
+    index: np.ndarray  # (N, 1 to 4)
+    symmetric: bool = False
+    phrases: Phrases | None = None
+    # (N,) or (N, C) float32: trained for in the labels' place, see TaskKind
+    targets: np.ndarray | None = None
+
+    @property
+    def trained_for(self) -> np.ndarray | None:
+        """(N,) or (N, C): targets, or else labels, if any."""
+        return self.rows.labels if self.targets is None else self.targets
 
     def __len__(self) -> int:
         return len(self.index)
@@ -557,8 +620,10 @@ class TaskData:
             texts=[rows.texts[i] for i in examples],
             labels=None if rows.labels is None else rows.labels[examples],
         )
+        assert self.phrases is None  # of training data, which nobody cuts
         targets = None if self.targets is None else self.targets[examples]
-        return TaskData(kept, sequences, index.reshape(len(examples), -1), targets)
+        index = index.reshape(len(examples), -1)
+        return replace(self, rows=kept, sequences=sequences, index=index, targets=targets)
 
     def sample(self, limit: int | None, seed: int) -> "TaskData":
         """At most `limit` examples, chosen at random by the seed; all of them for None."""
@@ -566,40 +631,72 @@ class TaskData:
             return self
         return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:limit]))
 
-    def packed_batch(self, examples: np.ndarray, task_number: int) -> PackedBatch:
+    def _draw(self, examples: np.ndarray, seed: int) -> np.ndarray:
+        """The sequences of a batch, all first ones before all second ones; of joint pairs one order each."""
+        index = self.index[examples]
+        if self.symmetric:
+            # One, not both: a step takes as long as without, and over the epochs each pair is seen both ways.
+            orders = np.random.default_rng(seed).integers(2, size=(len(examples), 1))
+            index = np.hstack([index[:, :-2], np.take_along_axis(index[:, -2:], orders, 1)])
+        return index.T.ravel()
+
+    def packed_batch(self, examples: np.ndarray, task_number: int, seed: int = 0) -> PackedBatch:
         """`batch` for a step of static shape: the same sequences end to end, without padding."""
-        sequences, chosen = self.sequences, self.index[examples].T.ravel()
+        sequences, chosen = self.sequences, self._draw(examples, seed)
         lengths = sequences.offsets[chosen + 1] - sequences.offsets[chosen]
         firsts = np.cumsum(lengths) - lengths
         at = np.repeat(sequences.offsets[chosen] - firsts, lengths) + np.arange(lengths.sum())
         tokens = (sequences.input_ids[at], sequences.token_type_ids[at])
-        labels = self.rows.labels if self.targets is None else self.targets
-        return PackedBatch(task_number, *tokens, lengths, labels[examples])
+        phrases = self.phrases and self.phrases.batch(examples, seed, self.phrases.width)
+        return PackedBatch(task_number, *tokens, lengths, self.trained_for[examples], phrases)
 
-    def batch(self, examples: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
+    def batch(self, examples: np.ndarray, pad_token_id: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Padded sequences of the chosen examples, first sentences before second ones; labels (B,) if any.
 
         Targets, where there are some, take the labels' place: (B,), or (B, C).
+
+        Args:
+            seed: of what is drawn anew each time: the order of a joint pair, and which phrases.
         """
-        batch = self.sequences.pad(self.index[examples].T.ravel(), pad_token_id)
-        labels = self.rows.labels if self.targets is None else self.targets
-        if labels is not None:
-            batch["labels"] = torch.from_numpy(labels[examples])
+        batch = self.sequences.pad(self._draw(examples, seed), pad_token_id)
+        if self.trained_for is not None:
+            batch["labels"] = torch.from_numpy(self.trained_for[examples])
+        if self.phrases is not None:
+            found = self.phrases.batch(examples, seed)
+            batch |= {name: torch.from_numpy(values) for name, values in found.items()}
         return batch
 
 
-def tokenize(rows: Rows, tokenizer: "BertTokenizer", *, joint: bool, max_length: int) -> TaskData:
+def tokenize(
+    rows: Rows,
+    tokenizer: "BertTokenizer",
+    *,
+    joint: bool,
+    max_length: int,
+    apart: bool = False,
+    symmetric: bool = False,
+) -> TaskData:
     """Turn rows into token arrays, each distinct sentence (or joint pair) once.
 
     Args:
         joint: encode a pair as one sequence with segment ids.
         max_length: longest sequence in word pieces, special tokens included.
+        apart: with `joint`, encode its two sentences separately as well.
+        symmetric: encode joint pairs in both orders.
     """
-    examples = [(texts,) for texts in rows.texts] if joint else rows.texts
-    numbers: dict = {}
+    symmetric = symmetric and joint
+    examples = [
+        (*(texts if apart or not joint else ()), *([texts] * joint), *([texts[::-1]] * symmetric))
+        for texts in rows.texts
+    ]
+    numbers: dict = {}  # of each sequence: a sentence, or a tuple of two
     index = [[numbers.setdefault(sequence, len(numbers)) for sequence in example] for example in examples]
-    encode = tokenizer.encode_pair_batch if joint else tokenizer.encode_batch
-    return TaskData(rows, TokenArrays.from_encodings(encode(list(numbers), max_length)), np.array(index))
+    encodings: list = [None] * len(numbers)
+    for kind, encode in ((str, tokenizer.encode_batch), (tuple, tokenizer.encode_pair_batch)):
+        chosen = [sequence for sequence in numbers if isinstance(sequence, kind)]
+        for sequence, encoding in zip(chosen, encode(chosen, max_length) if chosen else (), strict=True):
+            encodings[numbers[sequence]] = encoding
+    return TaskData(rows, TokenArrays.from_encodings(encodings), np.array(index), symmetric)
 
 
 def unknown_rows(data: TaskData, special_ids: Sequence[int]) -> list[str]:
@@ -612,7 +709,7 @@ def unknown_rows(data: TaskData, special_ids: Sequence[int]) -> list[str]:
     is_known = ~np.isin(sequences.input_ids, special_ids)
     known = []  # for each sentence of an example: whether any piece of it is known, (N,)
     for n in range(num_sentences):
-        joint = num_sentences > data.index.shape[1]
+        joint = num_sentences > data.index.shape[1] - data.symmetric
         in_sentence = is_known & (sequences.token_type_ids == n) if joint else is_known
         any_known = np.logical_or.reduceat(in_sentence, sequences.offsets[:-1])  # (U,)
         known.append(any_known[data.index[:, 0 if joint else n]])

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 
 from config import DEFAULT_TASKS, TaskSpec
 from support.bars import Bar
+from support.command_line import number
 from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
+from support.specs import Param, parse_spec
 
 # --- scores -------------------------------------------------------------------------------------------------
 
@@ -78,8 +81,9 @@ class TaskKind:
 
     Args:
         num_outputs: C, from the task's row.
-        loss: mean loss of logits (B, C) float32 against labels (B,); where a teacher's answers are mixed in,
-            these are no whole numbers, and of several classes (B, C). Linear in them, but for a constant.
+        loss: mean loss of logits (B, C) float32 against labels (B,), or of several classes with
+            reduction="none" the losses (B,). Where a teacher's answers are mixed in, labels are no whole
+            numbers, and of several classes (B, classes); linear in them, but for a constant.
         decode: logits (B, C) -> predictions (B,), on the scale of the labels.
         probabilities: logits (B, C) -> probabilities of the classes (B, classes), in the order of
             `TaskSpec.class_names`; None if predictions are no classes.
@@ -96,10 +100,11 @@ class TaskKind:
         divergence: how far two predictions of the same examples are apart: logits (B, C) twice -> their mean
             over the batch, symmetric, 0 for equal ones.
         uniform_loss: mean loss of logits (B, C) if all classes were equally right; None without classes.
+        shares_weight: logits differ in their biases alone, as those of `coral_loss` have to.
     """
 
     num_outputs: Callable[[TaskSpec], int]
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    loss: Callable[..., torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     probabilities: Callable[[torch.Tensor], torch.Tensor] | None
     scores: Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -113,6 +118,7 @@ class TaskKind:
     logit_range: Callable[[TaskSpec], tuple[float, float] | None]
     divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     uniform_loss: Callable[[torch.Tensor], torch.Tensor] | None
+    shares_weight: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,10 @@ NOTHING_ADDED = Objective()
 
 def class_divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Symmetric Kullback-Leibler divergence of softmax distributions: the mean of both directions."""
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    return divergence_of(a.log_softmax(-1), b.log_softmax(-1))
+
+
+def divergence_of(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
 
 
@@ -150,9 +159,9 @@ def is_class(value: float, spec: TaskSpec) -> bool:
     return low <= value <= high and value == int(value)  # in this order: int(inf) raises
 
 
-def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def class_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy against class numbers (B,), or against probabilities of the classes (B, C)."""
-    return F.cross_entropy(logits, labels if labels.ndim == 2 else labels.long())
+    return F.cross_entropy(logits, labels if labels.ndim == 2 else labels.long(), reduction=reduction)
 
 
 TASK_KINDS = {
@@ -208,6 +217,112 @@ TASK_KINDS = {
         uniform_loss=None,
     ),
 }
+
+
+# --- losses of ordered classes, in place of the cross-entropy -----------------------------------------------
+
+
+def as_probabilities(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Probabilities of the classes (B, C), of class numbers (B,) or of what are probabilities already."""
+    return labels if labels.ndim == 2 else F.one_hot(labels.long(), num_classes).float()
+
+
+def coral_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """CORAL: for each threshold k the cross-entropy of "the class is above k", added up.
+
+    Cao, Mirjalili and Raschka 2020, https://arxiv.org/abs/1901.07884; without its weights of the thresholds.
+
+    Args:
+        logits: (B, C - 1) of the probabilities that the class is above 0, 1, ..., C - 2.
+    """
+    at_least = as_probabilities(labels, logits.shape[1] + 1).flip(-1).cumsum(-1).flip(-1)  # (B, C)
+    above = at_least[:, 1:].to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, above, reduction="none").sum(-1)
+    return losses if reduction == "none" else losses.mean()
+
+
+def uniform(logits: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """(B, num_classes) the same probability for all classes."""
+    return logits.new_full((len(logits), num_classes), 1 / num_classes)
+
+
+def coral_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the classes, (B, C - 1) -> (B, C): differences of those to be above."""
+    above = logits.sigmoid()
+    one, zero = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
+    differences = torch.cat([one, above], -1) - torch.cat([above, zero], -1)
+    # Thresholds in the wrong order, which training puts right, would make some of them negative.
+    differences = differences.clamp(min=0)
+    return differences / differences.sum(-1, keepdim=True)
+
+
+def ordinal_log_loss(
+    logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean", *, alpha: float
+) -> torch.Tensor:
+    """-sum_i log(1 - p_i) |label - i|^alpha, p being the softmax of the logits (B, C).
+
+    Far classes cost more; Castagnos, Mihelich and Dognin 2022, https://aclanthology.org/2022.coling-1.407.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    between = (classes[:, None] - classes).abs().to(logits.dtype) ** alpha  # (C, C)
+    # A weighted sum, not a product, which autocast would make in bfloat16.
+    distances = (as_probabilities(labels, len(classes))[..., None] * between).sum(1)  # (B, C)
+    # log(1 - p_i) from all logits but the i-th: finite also where p_i rounds to 1.
+    others = logits[:, None].masked_fill(torch.eye(len(classes), device=logits.device).bool(), -math.inf)
+    log_others = others.logsumexp(-1) - logits.logsumexp(-1, keepdim=True)  # (B, C, C) -> (B, C)
+    losses = -(log_others * distances).sum(-1)
+    return losses if reduction == "none" else losses.mean()
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """Another loss for ordered classes.
+
+    Args:
+        changes: the row's parameters by name -> the fields of the task's `TaskKind` that are others.
+        params: by name, for the flag.
+    """
+
+    changes: Callable[..., dict] = dict
+    params: Mapping[str, Param] = field(default_factory=dict)
+
+
+CLASS_LOSSES: dict[str, ClassLoss] = {
+    "cross_entropy": ClassLoss(),
+    "coral": ClassLoss(
+        lambda: {
+            "num_outputs": lambda spec: int(spec.label_range[1]),
+            "loss": coral_loss,
+            # The likeliest class, as for every loss here; the paper takes the median, which accuracy does not
+            # ask for.
+            "decode": lambda logits: coral_probabilities(logits).argmax(-1),
+            "probabilities": coral_probabilities,
+            "divergence": lambda a, b: divergence_of(
+                *(coral_probabilities(logits).clamp(min=1e-7).log() for logits in (a, b))
+            ),
+            "uniform_loss": lambda logits: coral_loss(logits, uniform(logits, logits.shape[1] + 1)),
+            "shares_weight": True,
+        }
+    ),
+    "oll": ClassLoss(
+        lambda alpha: {
+            "loss": partial(ordinal_log_loss, alpha=alpha),
+            "uniform_loss": lambda logits: ordinal_log_loss(
+                logits, uniform(logits, logits.shape[1]), alpha=alpha
+            ),
+        },
+        {"alpha": Param(1.5, number(float, 0), "power of the distance between classes")},
+    ),
+}
+
+
+def task_kind(spec: TaskSpec) -> TaskKind:
+    """The row of TASK_KINDS that a task has, with its loss if it has another."""
+    kind = TASK_KINDS[spec.kind]
+    if spec.loss is None:
+        return kind
+    name, params = parse_spec(spec.loss, CLASS_LOSSES)
+    return replace(kind, **CLASS_LOSSES[name].changes(**params))
 
 
 # --- overall scores: (kind, main score) of each task -> one number ------------------------------------------
@@ -289,7 +404,7 @@ class Model(Protocol):
 
     def train(self, mode: bool = True): ...
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-    def embed(self, input_ids, attention_mask, token_type_ids) -> torch.Tensor: ...
+    def embed(self, task, input_ids, attention_mask, token_type_ids) -> torch.Tensor: ...
     def classify(self, task: str, *vectors: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -341,14 +456,14 @@ def predict_logits(
             for chosen in cut_by_length(lengths, MAX_EVAL_TOKENS[device.type]):
                 batch = data.sequences.pad(chosen, pad_token_id)
                 try:
-                    embedded = model.embed(**to_device(batch, device))
+                    embedded = model.embed(task, **to_device(batch, device))
                     vectors[torch.from_numpy(chosen).to(device, non_blocking=True)] = embedded.float()
                 except (RuntimeError, MemoryError) as error:  # out of memory, most likely: then it says where
                     shape = tuple(batch["input_ids"].shape)
                     error.add_note(f"predicting {task}, batch (sequences, word pieces) {shape}")
                     raise
                 bar.update(int(lengths[chosen].sum()))
-        index = torch.from_numpy(data.index).to(device)  # (N, 1 or 2)
+        index = torch.from_numpy(data.index).to(device)  # (N, 1 to 4)
         logits = [
             model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
             for rows in index.split(MAX_EVAL_EXAMPLES)
@@ -367,7 +482,7 @@ def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast
         (N,) on the scale of the labels: int64 classes, or float32.
     """
     logits = predict_logits(model, task, data, pad_token_id, autocast)
-    return TASK_KINDS[model.tasks[task].kind].decode(logits).cpu().numpy()
+    return task_kind(model.tasks[task]).decode(logits).cpu().numpy()
 
 
 def soft_answers(spec: TaskSpec, logits: torch.Tensor) -> np.ndarray:
@@ -376,7 +491,7 @@ def soft_answers(spec: TaskSpec, logits: torch.Tensor) -> np.ndarray:
     Returns:
         float64: probabilities of the classes (N, classes), or values on the scale of the labels (N, 1).
     """
-    kind, logits = TASK_KINDS[spec.kind], logits.cpu().double()
+    kind, logits = task_kind(spec), logits.cpu().double()
     return (kind.probabilities(logits) if kind.is_discrete else kind.decode(logits)[:, None]).numpy()
 
 
@@ -506,17 +621,17 @@ def read_predictions(path: str | Path, spec: TaskSpec) -> dict[str, float]:
             f" {spec.prediction_column}"
         )
     predictions = {}
-    for number, line in enumerate(lines[1:], start=2):
+    for at, line in enumerate(lines[1:], start=2):
         fields = [field.strip() for field in line.split(",")]
         if len(fields) != 2 or not fields[0] or not NUMBER.fullmatch(fields[1]):
-            raise UserError(f"{path}:{number}: row is {quote(line)}; expected an id, a comma, a number")
+            raise UserError(f"{path}:{at}: row is {quote(line)}; expected an id, a comma, a number")
         row_id, value = fields[0], float(fields[1])
         if row_id in predictions:
-            raise UserError(f"{path}:{number}: id {one_line(row_id, 60)} appears twice")
+            raise UserError(f"{path}:{at}: id {one_line(row_id, 60)} appears twice")
         if not math.isfinite(value) or not kind.is_legal(value, spec):
             low, high = spec.label_range
             expected = f"a whole number from {low:g} to {high:g}" if kind.is_discrete else "a finite number"
-            raise UserError(f"{path}:{number}: value is {one_line(fields[1], 60)}; expected {expected}")
+            raise UserError(f"{path}:{at}: value is {one_line(fields[1], 60)}; expected {expected}")
         predictions[row_id] = value
     return predictions
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 
@@ -43,7 +44,16 @@ from tqdm import tqdm
 
 from base_bert import resolve_pretrained, weights_digest
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
-from datasets import BatchOrder, Rows, TaskData, draw_batches, draw_tasks, plan_tasks, update_sampler
+from datasets import (
+    BatchOrder,
+    Rows,
+    TaskData,
+    batch_seed,
+    draw_batches,
+    draw_tasks,
+    plan_tasks,
+    update_sampler,
+)
 from evaluation import (
     TASK_KINDS,
     evaluate,
@@ -96,12 +106,14 @@ from training.resolve import (
     resolve_machine,
 )
 from training.run_data import (
+    add_phrases,
     fingerprints,
     load_encoder,
     make_model,
     read_data,
     read_split,
     read_test_rows,
+    read_trees,
     tokenize_split,
 )
 from training.run_folder import (
@@ -544,11 +556,13 @@ def triton_kernels() -> ModuleType:
 
 def make_task_batches(run: Run, examples: Examples, train_data: dict[str, TaskData]) -> list[TaskBatch]:
     """What `draw_examples` drew, as padded tensors on the run's device."""
-    pad_token_id, device = run.tokenizer.pad_token_id, run.settings.device
-    return [
-        TaskBatch(task, [to_device(train_data[task].batch(chosen, pad_token_id), device) for chosen in drawn])
-        for task, drawn in examples
-    ]
+    pad_token_id, device, step = run.tokenizer.pad_token_id, run.settings.device, run.state.step
+    task_batches = []
+    for n, (task, drawn) in enumerate(examples):
+        seeds = [batch_seed(run.settings.step.seed, step, n, micro_step) for micro_step in range(len(drawn))]
+        pieces = map(train_data[task].batch, drawn, repeat(pad_token_id), seeds)
+        task_batches.append(TaskBatch(task, [to_device(piece, device) for piece in pieces]))
+    return task_batches
 
 
 def evaluate_run(
@@ -779,10 +793,15 @@ def start(args: Namespace) -> None:
         print(f"no effect: {line}")
     settings = make_settings(args)
     check_outputs(settings.output)
+    trees = read_trees(settings)
+    train_data, dev_data = (
+        tokenize_split(settings.tokens, rows[split], tokenizer) for split in ("train", "dev")
+    )
+    phrases = add_phrases(settings, trees, train_data, tokenizer, report)
 
     # 2. Open the run folder: a new one, or one that was started with the same data, settings and encoder.
     facts = {
-        "data": {split: fingerprints(rows[split]) for split in ("train", "dev")},
+        "data": {split: fingerprints(rows[split]) for split in ("train", "dev")} | phrases,
         "data_files": report["files"],
         "encoder": bert.load_report,
         "encoder_sha256": weights_digest(resolve_pretrained(source)),
@@ -809,9 +828,6 @@ def start(args: Namespace) -> None:
     write_text(folder / "data_report.json", json.dumps(report, indent=2) + "\n")
 
     # 3. Train, then evaluate the best checkpoint on all of dev and predict.
-    train_data, dev_data = (
-        tokenize_split(settings.tokens, rows[split], tokenizer) for split in ("train", "dev")
-    )
     train_data = add_soft_targets(settings, train_data, rows["dev"], facts.get("teacher"))
     run.trackers = Trackers(settings.output.report_to, folder, settings.flags, run.state.step)
     with closing(run.trackers), catch_signals() as stop:

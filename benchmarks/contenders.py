@@ -280,7 +280,7 @@ class StepContender(Contender):
         """Pooled vectors (R, H) and loss of a batch."""
         model = self.model
         with self.autocast():
-            pooled = model.embed(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+            pooled = model.embed(task, batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
             return pooled, self.loss(task, pooled, batch)
 
     def loss(self, task: str, pooled: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -446,10 +446,10 @@ class OneTaskData:
         self.lengths = np.concatenate([part.lengths for part in self.parts])
         self.firsts = np.cumsum([0, *map(len, self.parts)])
 
-    def packed_batch(self, examples: np.ndarray, number: int):
+    def packed_batch(self, examples: np.ndarray, number: int, seed: int = 0):
         """`TaskData.packed_batch` of examples of one task."""
         n = int(np.searchsorted(self.firsts, examples[0], "right")) - 1
-        return self.parts[n].packed_batch(examples - self.firsts[n], number)
+        return self.parts[n].packed_batch(examples - self.firsts[n], number, seed)
 
 
 class OneTaskBERT(MultitaskBERT):

@@ -17,7 +17,7 @@ Shapes: K tasks, R sequences of a micro-batch of all tasks, M rows, T width of a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -32,6 +32,7 @@ PIECE = 128  # rows that are added up in one go, see `TableRows`
 TABLES = ("words", "positions", "segments")
 TOKEN_FIELDS = ("input_ids", "position_ids", "token_type_ids")  # what looks up a row in each table
 ROWS_FIELDS = ("order", "pieces", "sums", "offsets")  # of a `TableRows`
+PHRASE_FIELDS = {"phrase_spans": 2, "phrase_labels": 1, "phrase_weights": 1}  # numbers for each phrase
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Draw:
         num_sequences: two for each example of a two-vector head.
         label_shape: (b,), or (b, C) where labels are probabilities of classes.
         float_labels: labels are numbers, not classes.
+        num_phrases: room for labelled phrases of each example.
     """
 
     task: int
     num_sequences: int
     label_shape: tuple[int, ...]
     float_labels: bool
+    num_phrases: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class StepShape:
             sizes |= {f"{table}.order": self.num_rows, f"{table}.pieces": self.num_pieces(table) + 1}
             sizes |= {f"{table}.sums": self.num_pieces(table) + 1, f"{table}.offsets": self.num_pieces(table)}
         sizes |= {f"labels.{n}": math.prod(draw.label_shape) for n, draw in enumerate(self.draws)}
+        for name, width in PHRASE_FIELDS.items():
+            sizes |= {
+                f"{name}.{n}": draw.label_shape[0] * draw.num_phrases * width
+                for n, draw in enumerate(self.draws)
+            }
         sizes["loss_weights"] = len(self.draws)
         sizes["shares"] = len(self.draws)
         stops = accumulate(sizes.values())
@@ -104,6 +112,7 @@ class PackedBatch:
     token_type_ids: np.ndarray  # (m,)
     lengths: np.ndarray  # (r,)
     labels: np.ndarray  # (b,) int64 or float32, or (b, C) float32
+    phrases: Mapping[str, np.ndarray] | None = None  # PHRASE_FIELDS, of b times as many phrases
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,13 @@ def pack_step(
     lengths = np.concatenate([batch.lengths for batch in batches])
     shape = StepShape(
         tuple(
-            Draw(each.task, len(each.lengths), each.labels.shape, each.labels.dtype.kind == "f")
+            Draw(
+                each.task,
+                len(each.lengths),
+                each.labels.shape,
+                each.labels.dtype.kind == "f",
+                each.phrases["phrase_labels"].shape[1] if each.phrases else 0,
+            )
             for each in batches
         ),
         num_tasks,
@@ -221,6 +236,8 @@ def pack_step(
             tables[f"{table}.order"] = real[table_rows.order]
 
     labels = {f"labels.{n}": batch.labels.ravel() for n, batch in enumerate(batches)}
+    for n, batch in enumerate(batches):
+        labels |= {f"{name}.{n}": values.ravel() for name, values in (batch.phrases or {}).items()}
     return shape, rows | {
         "ends": np.array(ends),
         "starts": real[firsts],
@@ -266,7 +283,12 @@ def read_field(shape: StepShape, buffer: torch.Tensor, name: str) -> torch.Tenso
     field = buffer[shape.fields[name]]
     if name in ("loss_weights", "shares"):
         return field.view(torch.float32)
-    if name.startswith("labels."):
-        draw = shape.draws[int(name.removeprefix("labels."))]
-        return (field.view(torch.float32) if draw.float_labels else field.long()).view(draw.label_shape)
+    name, _, number = name.partition(".")
+    if name in ("labels", *PHRASE_FIELDS):
+        draw = shape.draws[int(number)]
+        is_float = draw.float_labels if name == "labels" else name == "phrase_weights"
+        field = field.view(torch.float32) if is_float else field.long()
+        if name == "labels":
+            return field.view(draw.label_shape)
+        return field.view(draw.label_shape[0], draw.num_phrases, *([2] if name == "phrase_spans" else []))
     return field.view(torch.int64) if name == "rng" else field

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.packing import Packing
-from kernels.static import ROWS_FIELDS, TABLES, TOKEN_FIELDS, StepShape, read_field
+from kernels.static import PHRASE_FIELDS, ROWS_FIELDS, TABLES, TOKEN_FIELDS, StepShape, read_field
 
 if TYPE_CHECKING:
     from kernels.task_grads import GradTarget
@@ -57,6 +57,10 @@ class StaticPacking(Packing):
         self.ends = read("ends")  # (K,) where each task's rows end
         self.starts, self.lengths = read("starts"), read("lengths")  # (R,)
         self.labels = [read(f"labels.{n}") for n in range(len(shape.draws))]
+        self.phrases = [  # of each draw, as in `TaskData.batch`
+            {name: read(f"{name}.{n}") for name in PHRASE_FIELDS} if draw.num_phrases else {}
+            for n, draw in enumerate(shape.draws)
+        ]
         self.loss_weights, self.shares = read("loss_weights"), read("shares")  # (draws,)
         self.table_rows = {  # id of a table's target -> its `static.TableRows`
             id(targets[id(param)]): [read(f"{table}.{name}") for name in ROWS_FIELDS]

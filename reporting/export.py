@@ -22,8 +22,6 @@ from pathlib import Path
 import torch
 
 from base_bert import first_line, is_repo_id
-from config import TASKS
-from heads import MultitaskBERT
 from reporting.export_formats import FORMATS, TaskModel, check_packages, write_json
 from reporting.model_card import Source, make_card
 from reporting.report import read_settings
@@ -31,8 +29,8 @@ from support.command_line import OneLineParser, run_script
 from support.errors import UserError
 from support.files import sync
 from training.checkpoint import load_model, need_checkpoint, remove
-from training.resolve import fit_to_encoder, head_name
-from training.run_data import load_encoder
+from training.resolve import fit_to_encoder, model_settings, token_settings
+from training.run_data import load_encoder, make_model
 from training.run_parser import run_tasks
 
 MARK = "export.json"  # a folder that holds it is an export, and may be replaced by another
@@ -52,12 +50,15 @@ def load_run(run_dir: Path) -> tuple[Source, list[TaskModel]]:
     checkpoint = need_checkpoint(run_dir / "best")
     bert, tokenizer = load_encoder(checkpoint, args.hidden_dropout_prob)
     fit_to_encoder(args, bert.config)
-    heads = {task: head_name(args, task) for task in args.tasks}
-    tasks = {task: TASKS[task] for task in args.tasks}
-    model = MultitaskBERT(bert, tasks, heads, pooling=args.pooling, head_layers=args.head_layers)
+    settings = model_settings(args)
+    model = make_model(settings, bert)
     load_model(checkpoint, model)
     model.eval()
-    chosen = [TaskModel(task, model, heads[task], tokenizer, args.max_length) for task in args.tasks]
+    tokens = token_settings(args)
+    chosen = [
+        TaskModel(task, model, head, tokenizer, args.max_length, both_orders=tokens.pairs(task)["symmetric"])
+        for task, head in settings.heads.items()
+    ]
     return Source(run_dir, args, stored, checkpoint), chosen
 
 
@@ -131,7 +132,7 @@ def export_task(folder: Path, source: Source, chosen: TaskModel, format_name: st
         "task": chosen.task,
         "labels": chosen.labels,
         "head": chosen.head_name,
-        "head_layers": len(chosen.head.dense),
+        "head_layers": chosen.num_layers,
         "pooling": chosen.model.pooling,
         "max_length": chosen.max_length,
     }

@@ -17,7 +17,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from bert import BertModel
 from config import TaskSpec
-from evaluation import TASK_KINDS
-from heads import MultitaskBERT, TaskHead
+from evaluation import TASK_KINDS, task_kind
+from heads import CombinedHead, MultitaskBERT, TaskHead
 from reporting.plain_model import PlainModel
 from support.errors import UserError
 from tokenizer import BertTokenizer
@@ -101,14 +101,21 @@ class TaskModel:
     head_name: str  # a key of heads.HEADS
     tokenizer: BertTokenizer
     max_length: int  # word pieces
+    both_orders: bool = False  # joint pairs are read in both orders, and their logits averaged
 
     @property
     def spec(self) -> TaskSpec:
         return self.model.tasks[self.task]
 
     @property
-    def head(self) -> TaskHead:
+    def head(self) -> TaskHead | CombinedHead:
         return self.model.heads[self.task]
+
+    @property
+    def num_layers(self) -> int:
+        """Dense layers of the head."""
+        head = self.head.parts[0] if self.head.spec.parts else self.head
+        return len(head.dense)
 
     @property
     def bert(self) -> BertModel:
@@ -116,11 +123,22 @@ class TaskModel:
 
     @property
     def output(self) -> KindOutput:
-        return KIND_OUTPUTS[self.spec.kind]
+        output, kind = KIND_OUTPUTS[self.spec.kind], task_kind(self.spec)
+        # Probabilities that are no softmax of the logits.
+        return replace(output, scores=kind.probabilities) if kind.shares_weight else output
 
     @property
     def is_two_vector(self) -> bool:
         return self.head.spec.features is not None
+
+    @property
+    def beyond_libraries(self) -> str | None:
+        """What no other library's model of one sequence and one dense layer can do; None: nothing."""
+        if self.head.spec.parts:
+            return f"head {self.head_name}, the average of two"
+        if task_kind(self.spec).shares_weight:
+            return f"loss {self.spec.loss}, whose probabilities are no softmax of its logits"
+        return "--symmetric, which reads a pair in both orders" if self.both_orders else None
 
     @property
     def labels(self) -> list[str]:
@@ -170,8 +188,10 @@ HF_POOLERS = {"pooler": own_pooler, "cls": pooler_that_does_nothing}
 
 
 def refuse_hf(chosen: TaskModel) -> str | None:
-    pooling, num_layers = chosen.model.pooling, len(chosen.head.dense)
+    pooling, num_layers = chosen.model.pooling, chosen.num_layers
     holds = "BertForSequenceClassification has"
+    if chosen.beyond_libraries:
+        return chosen.beyond_libraries
     if chosen.is_two_vector:
         return f"head {chosen.head_name} compares two vectors; {holds} one sequence and one vector"
     if pooling not in HF_POOLERS:
@@ -229,6 +249,8 @@ ST_POOLINGS = {"mean": ("mean_tokens", False), "cls": ("cls_token", False), "poo
 
 
 def refuse_st(chosen: TaskModel) -> str | None:
+    if chosen.beyond_libraries:
+        return chosen.beyond_libraries
     if chosen.model.pooling in ST_POOLINGS:
         return None
     return f"pooling {chosen.model.pooling}; sentence-transformers has {', '.join(ST_POOLINGS)}"
@@ -347,9 +369,20 @@ def limits_of_st(chosen: TaskModel) -> list[str]:
 # --- onnx ---------------------------------------------------------------------------------------------------
 
 
+def input_groups(chosen: TaskModel) -> dict[str, str]:
+    """How the names of a sequence's inputs begin -> the sequences, in Python: a head's in their order."""
+    if not chosen.spec.is_pair:
+        return {"": "texts"}
+    groups = {"first_": "[a for a, b in pairs]", "second_": "[b for a, b in pairs]"}
+    if not chosen.head.spec.joint:
+        return groups
+    groups = groups if chosen.head.spec.parts else {}
+    groups |= {"pair_": "pairs"} | ({"swapped_": "[(b, a) for a, b in pairs]"} if chosen.both_orders else {})
+    return groups if len(groups) > 1 else {"": "pairs"}
+
+
 def input_names(chosen: TaskModel) -> list[str]:
-    groups = ("first_", "second_") if chosen.is_two_vector else ("",)
-    return [group + name for group in groups for name in INPUTS]
+    return [group + name for group in input_groups(chosen) for name in INPUTS]
 
 
 def write_onnx(folder: Path, chosen: TaskModel) -> None:
@@ -386,9 +419,7 @@ def write_onnx(folder: Path, chosen: TaskModel) -> None:
 
 
 def use_onnx(chosen: TaskModel) -> list[str]:
-    sequences = ["texts"]
-    if chosen.spec.is_pair:
-        sequences = ["[a for a, b in pairs]", "[b for a, b in pairs]"] if chosen.is_two_vector else ["pairs"]
+    sequences = input_groups(chosen).values()
     pad = chosen.tokenizer.pad_token_id
     return [
         "import numpy as np",
@@ -416,6 +447,9 @@ def limits_of_onnx(chosen: TaskModel) -> list[str]:
         lines.append(
             "The two sentences are encoded apart: inputs first_ and second_, each with its own length."
         )
+    elif len(input_groups(chosen)) > 1:
+        names = ", ".join(input_groups(chosen))
+        lines.append(f"A pair is encoded several times: inputs {names}, each with its own length.")
     return lines
 
 

@@ -152,7 +152,7 @@ def wants_table(chosen: TaskModel) -> Table:
         ("output", chosen.output.columns),
         ("classes" if TASK_KINDS[spec.kind].is_discrete else "value", ", ".join(chosen.labels)),
         ("scale of the labels", f"{spec.label_range[0]:g} to {spec.label_range[1]:g}"),
-        ("pooling, head", f"{chosen.model.pooling}, {chosen.head_name} ({len(chosen.head.dense)} dense)"),
+        ("pooling, head", f"{chosen.model.pooling}, {chosen.head_name} ({chosen.num_layers} dense)"),
         ("longest input", f"{chosen.max_length} word pieces; what is longer is cut"),
     ]
     return Table(("what", ""), rows)

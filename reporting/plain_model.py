@@ -25,15 +25,16 @@ class PlainModel(nn.Module):
     def __init__(self, model: MultitaskBERT, task: str, scores: Callable[[Tensor], Tensor]):
         super().__init__()
         self.bert, self.head = model.bert, model.heads[task]
-        self.pool, self.scores = POOLINGS[model.pooling], scores
+        self.pool, self.scores = POOLINGS[model.pooling].pool, scores
         self.eval()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and scores, each (B, C).
 
         Args:
-            inputs: `input_ids`, `attention_mask`, `token_type_ids`, each (B, T); for a two-vector head these
-                of the first sentences, then of the second ones, which may have another T.
+            inputs: `input_ids`, `attention_mask`, `token_type_ids`, each (B, T); for a head that sees several
+                sequences of an example, these of the first ones, then of the second ones, which may have
+                another T, and so on.
         """
         vectors = [self.embed(*inputs[n : n + 3]) for n in range(0, len(inputs), 3)]  # (B, H) each
         logits = self.head(*vectors)  # (B, C)
@@ -51,7 +52,7 @@ class PlainModel(nn.Module):
         for layer in self.bert.encoder.layer:
             x = plain_layer(layer, x, key_mask)
         outputs = {"last_hidden_state": x, "pooler_output": self.bert.pooler.dense(x[:, 0]).tanh()}
-        return self.pool(outputs, attention_mask)
+        return self.pool(outputs, attention_mask, self.head.query)
 
 
 def plain_layer(layer: BertLayer, x: Tensor, key_mask: Tensor) -> Tensor:

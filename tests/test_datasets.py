@@ -8,6 +8,7 @@ import hashlib
 import math
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from datasets import (
     MAX_FIELD_SIZE,
     SAMPLERS,
     BatchOrder,
+    Phrases,
     Rows,
     TaskData,
     TokenArrays,
@@ -270,6 +272,46 @@ def test_batch_has_all_first_sentences_before_all_second_ones():
         [CLS, B, C, SEP, PAD],  # second sentence of example 0
     ]
     assert batch["labels"].tolist() == [2.5, 0.5]
+
+
+def test_symmetric_pairs_are_kept_in_both_orders_and_drawn_in_one():
+    rows = make_rows([("a", "b c"), ("d", "d")] * 20, labels=[0.5, 1.5] * 20)
+    data = tokenize(rows, TOKENIZER, joint=True, apart=True, symmetric=True, max_length=16)
+    pair, swapped = [CLS, A, SEP, B, C, SEP], [CLS, B, C, SEP, A, SEP]
+    assert sequences(data)[:4] == [[CLS, A, SEP], [CLS, B, C, SEP], pair, swapped]
+    assert data.index[:2].tolist() == [[0, 1, 2, 3], [4, 4, 5, 5]]
+    even = np.arange(0, 40, 2)
+    batch = data.batch(even, PAD, seed=1)
+    assert batch["input_ids"].shape == (3 * len(even), 6)
+    drawn = [row.tolist() for row in batch["input_ids"][2 * len(even) :]]
+    assert {True, False} == {row == pair for row in drawn} and all(row in (pair, swapped) for row in drawn)
+    assert batch["input_ids"].equal(data.batch(even, PAD, seed=1)["input_ids"])
+    assert not batch["input_ids"].equal(data.batch(even, PAD, seed=2)["input_ids"])
+    packed = data.packed_batch(even, 0, seed=1)
+    assert packed.input_ids.tolist() == batch["input_ids"][batch["attention_mask"] == 1].tolist()
+    assert unknown_rows(data, [CLS, SEP, UNK]) == []
+
+
+def test_phrases_of_a_batch_are_drawn_and_weigh_as_much_as_asked_for():
+    numbers = np.arange(6)
+    weights = np.array([1, 2, 3, 1, 1, 4], dtype=np.float32)
+    phrases = Phrases(numbers, numbers + 1, numbers % 5, weights, np.array([0, 3, 3, 5, 6]), 0.5)
+    batch = phrases.batch(np.array([0, 1, 2]), seed=0)
+    assert batch["phrase_spans"][0].tolist() == [[0, 1], [1, 2], [2, 3]]
+    assert batch["phrase_labels"][2, :2].tolist() == [3, 4]
+    expected = np.array([[1, 2, 3], [0, 0, 0], [1, 1, 0]]) / 16  # of 8 in all, half
+    np.testing.assert_allclose(batch["phrase_weights"], expected, rtol=1e-6)
+    assert not phrases.batch(np.array([1]), seed=0)["phrase_weights"].any()
+    limited = replace(phrases, limit=2)
+    assert (phrases.width, limited.width) == (3, 2)
+    for number in (0, 1, 2, 3):
+        drawn = [limited.batch(np.array([number]), seed) for seed in range(30)]
+        assert all(np.isclose(each["phrase_weights"].sum(), 0.5 * (number != 1)) for each in drawn)
+        found = {tuple(sorted(each["phrase_spans"][each["phrase_weights"] > 0][:, 0])) for each in drawn}
+        assert found == [{(0, 1), (0, 2), (1, 2)}, {()}, {(3, 4)}, {(5,)}][number]
+        filled = limited.batch(np.array([number]), 7, width=4)
+        assert filled["phrase_weights"].shape == (1, 4)
+        assert filled["phrase_weights"].sum() == limited.batch(np.array([number]), 7)["phrase_weights"].sum()
 
 
 @pytest.mark.parametrize("joint", [False, True])

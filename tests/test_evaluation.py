@@ -18,6 +18,7 @@ from bert import BertModel
 from config import TASKS
 from datasets import Rows, tokenize
 from evaluation import (
+    CLASS_LOSSES,
     OVERALLS,
     PREDICTION_STYLES,
     TASK_KINDS,
@@ -36,6 +37,7 @@ from evaluation import (
     select_score,
     spearman,
     summarise,
+    task_kind,
 )
 from heads import MultitaskBERT
 from support.errors import UserError
@@ -160,6 +162,52 @@ def test_probabilities_are_those_that_the_loss_is_made_of(kind):
     assert probabilities.sum(-1).tolist() == pytest.approx([1.0] * len(labels), abs=1e-6)
     chosen = probabilities[torch.arange(len(labels)), torch.tensor(labels).long()]
     assert -chosen.log().mean().item() == pytest.approx(expected_loss, rel=1e-5)  # float32
+
+
+# Loss -> logits (B, outputs), labels, the losses and the probabilities of three classes, worked by hand.
+HAND_LOSSES = {
+    "cross_entropy": ([[0, math.log(2), 0]], [1], [math.log(2)], [[0.25, 0.5, 0.25]]),
+    # 3/4 to be above 0, 1/4 to be above 1. In the wrong order, 1/4 and 3/4, class 1 has -1/2, so none.
+    "coral": (
+        [[math.log(3), -math.log(3)]] * 2 + [[-math.log(3), math.log(3)]],
+        [1, 0, 2],
+        [-2 * math.log(3 / 4), -math.log(3 / 16), -math.log(3 / 16)],
+        [[0.25, 0.5, 0.25]] * 2 + [[0.5, 0, 0.5]],
+    ),
+    # Of 1/4, 1/2, 1/4, and of a certain class, of which float32 makes 1: far from the label, and it.
+    "oll:alpha=1.5": (
+        [[0, math.log(2), 0], [0, 0, 90], [0, 0, 90]],
+        [0, 0, 2],
+        [-math.log(1 / 2) - 2**1.5 * math.log(3 / 4), 2**1.5 * (90 - math.log(2)), 0],
+        [[0.25, 0.5, 0.25], [0, 0, 1], [0, 0, 1]],
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", HAND_LOSSES)
+def test_losses_of_ordered_classes_by_hand(loss):
+    assert {name.partition(":")[0] for name in HAND_LOSSES} == CLASS_LOSSES.keys()
+    logits, labels, losses, probabilities = map(torch.tensor, HAND_LOSSES[loss])
+    kind = task_kind(replace(TASKS["sst"], label_range=(0, 2), loss=loss))
+    assert kind.num_outputs(replace(TASKS["sst"], label_range=(0, 2))) == logits.shape[1]
+    torch.testing.assert_close(kind.loss(logits, labels.float(), reduction="none"), losses)
+    torch.testing.assert_close(kind.loss(logits, labels.float()), losses.mean())
+    found = kind.probabilities(logits)
+    torch.testing.assert_close(found, probabilities)
+    assert torch.equal(kind.decode(logits), found.argmax(-1))
+
+
+def test_a_joint_pair_in_both_orders_has_the_prediction_of_the_swapped_pair():
+    model = make_model({"sts": "cross"})
+    rows = make_data("sts", 5).rows
+    options = {"joint": True, "symmetric": True, "max_length": 24}
+    found = [
+        predict(model, "sts", tokenize(replace(rows, texts=texts), TOKENIZER, **options), PAD)
+        for texts in (rows.texts, [text[::-1] for text in rows.texts])
+    ]
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
+    one_order = predict(model, "sts", tokenize(rows, TOKENIZER, joint=True, max_length=24), PAD)
+    assert np.abs(one_order - found[0]).max() > 1e-3
 
 
 def test_binary_threshold_is_the_one_that_the_loss_trains_for():
@@ -411,7 +459,7 @@ def test_predict_restores_the_mode_and_needs_no_gradient(training, frozen):
 
 def test_lack_of_memory_says_where(monkeypatch):
     model, data = make_model(), make_data("sts")
-    monkeypatch.setattr(model, "embed", lambda **batch: torch.empty(2**60))
+    monkeypatch.setattr(model, "embed", lambda task, **batch: torch.empty(2**60))
     with pytest.raises(RuntimeError) as caught:
         predict(model, "sts", data, PAD)
     shape = (len(data.sequences.lengths), data.lengths.max())

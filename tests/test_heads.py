@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import heads
-from evaluation import Objective
-from heads import HEADS, PAIR_HEADS, POOLINGS, TaskHead
+from config import TASKS
+from evaluation import TASK_KINDS, Objective
+from heads import HEADS, PAIR_HEADS, PHRASE_POOLINGS, POOLINGS, CombinedHead, TaskHead, pool_phrases
 from kernels.fused import PLAIN, Kernels
-from tests.tiny import make_batch, make_model, shared_grads
+from tests.tiny import make_batch, make_model, randomise, shared_grads
 
 B, H = 13, 6
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 # --- pooling ------------------------------------------------------------------------------------------------
 
@@ -29,7 +31,10 @@ OUTPUTS = {
     "pooler_output": torch.tensor([[0.5, -0.5], [0.25, 1.0]]),
 }
 ATTENTION_MASK = torch.tensor([[1, 1, 0], [1, 0, 1]])
+# Scores 2/3 and 5/3 ln 3, weights 1/4 and 3/4; and 0 and -2 ln 3, weights 9/10 and 1/10.
+QUERY = torch.tensor([0.0, math.sqrt(2) * math.log(3) / 3])
 POOLED = {
+    "attention": [[2.5, 4.25], [-0.5, -0.6]],
     "cls": [[1.0, 2.0], [-1.0, 0.0]],
     "mean": [[2.0, 3.5], [1.5, -3.0]],
     "pooler": [[0.5, -0.5], [0.25, 1.0]],
@@ -42,13 +47,29 @@ def test_pooling_by_hand_ignores_padding(mask_type):
     mask = ATTENTION_MASK.to(mask_type)
     changed = OUTPUTS["last_hidden_state"].masked_fill(ATTENTION_MASK[:, :, None] == 0, -7.0)
     longer = OUTPUTS | {"last_hidden_state": F.pad(changed, (0, 0, 0, 4), value=9.0)}  # (R, T + 4, H)
-    for name, pool in POOLINGS.items():
-        assert pool(OUTPUTS, mask).tolist() == pool(longer, F.pad(mask, (0, 4))).tolist() == POOLED[name]
+    for name, row in POOLINGS.items():
+        for found in (row.pool(OUTPUTS, mask, QUERY), row.pool(longer, F.pad(mask, (0, 4)), QUERY)):
+            # float32; only the attention's softmax rounds
+            torch.testing.assert_close(found, torch.tensor(POOLED[name]), rtol=0, atol=1e-6)
 
 
 def test_mean_of_nothing_is_finite():
-    pooled = POOLINGS["mean"](OUTPUTS, torch.zeros(2, 3, dtype=torch.long))
+    pooled = POOLINGS["mean"].pool(OUTPUTS, torch.zeros(2, 3, dtype=torch.long))
     assert pooled.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", PHRASE_POOLINGS)
+def test_a_phrase_is_pooled_as_a_sentence_of_its_positions_would_be(name):
+    torch.manual_seed(0)
+    states, query, row = torch.randn(2, 7, H), torch.randn(H), POOLINGS[name]
+    spans = torch.tensor([[[0, 7], [2, 3], [0, 0]], [[1, 4], [5, 7], [3, 3]]])  # two of them empty: filling
+    vectors = pool_phrases(row, states, spans, query)  # (2, 3, H)
+    assert vectors.isfinite().all()
+    for sentence, phrases in enumerate(spans.tolist()):
+        for number, (start, stop) in enumerate(phrases[:2]):
+            part = {"last_hidden_state": states[sentence : sentence + 1, start:stop]}
+            expected = row.pool(part, torch.ones(1, stop - start), query)[0]
+            torch.testing.assert_close(vectors[sentence, number], expected)
 
 
 # --- features -----------------------------------------------------------------------------------------------
@@ -106,13 +127,33 @@ def make_vectors(name, seed=0):
 
 
 def test_every_head_has_a_row():
-    assert EXPECTED_HEADS.keys() == HEADS.keys()
-    assert PAIR_HEADS == ("concat", "cosine", "diff", "cross")
+    assert EXPECTED_HEADS.keys() == {name for name, spec in HEADS.items() if not spec.parts}
+    assert PAIR_HEADS == ("concat", "cosine", "diff", "cross", "diff+cross")
+
+
+def test_joint_pairs_in_both_orders_and_two_heads_are_averaged():
+    torch.manual_seed(0)
+    u, v, joint, swapped = torch.randn(4, B, H)
+    head = CombinedHead("diff+cross", H, 1).eval()
+    diff, cross = head.parts
+    assert [part.spec for part in head.parts] == [HEADS["diff"], HEADS["cross"]]
+    torch.testing.assert_close(cross(joint, swapped), (cross(joint) + cross(swapped)) / 2)
+    expected = (diff(u, v) + (cross(joint) + cross(swapped)) / 2) / 2
+    torch.testing.assert_close(head(u, v, joint, swapped), expected)
+
+
+def test_thresholds_share_their_weight_and_start_with_classes_equally_likely():
+    head = TaskHead("single", H, 4, num_layers=2, shares_weight=True)
+    logits = head(*make_vectors("single"))
+    assert head.dense[-1].weight.shape == (1, H) and logits.shape == (B, 4)
+    expected = torch.tensor([0.8, 0.6, 0.4, 0.2]).logit()
+    torch.testing.assert_close(logits - logits[:, :1], (expected - expected[0]).expand(B, 4))
+    torch.testing.assert_close(head.dense[-1].bias, expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", EXPECTED_HEADS)
 def test_shapes_and_dropout_before_every_layer(monkeypatch, name, num_layers, training):
     """But not of a single number: dropping it would only be noise."""
     calls = []
@@ -161,7 +202,7 @@ def test_initial_weights():
 @pytest.mark.parametrize("num_outputs", [1, 5])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_logits_start_in_the_middle_and_the_cosine_at_its_range(num_layers, num_outputs):
-    for name in HEADS.keys() - {"cosine"}:
+    for name in EXPECTED_HEADS.keys() - {"cosine"}:
         nothing = [torch.zeros(1, H)] * EXPECTED_HEADS[name][1]  # then the last bias alone speaks
         for middle, options in ((3.0, {"logit_range": (1, 5)}), (0.0, {})):
             head = TaskHead(name, H, num_outputs, num_layers, **options).eval()
@@ -178,7 +219,7 @@ def test_logits_start_in_the_middle_and_the_cosine_at_its_range(num_layers, num_
 
 # --- the multitask model ------------------------------------------------------------------------------------
 
-TASK_HEADS = {"sst": "single", "para": "diff", "sts": "cross"}
+TASK_HEADS = {"sst": "single", "para": "diff", "sts": "diff+cross"}
 SIZES = [("sts", 3, 7), ("sst", 4, 18), ("para", 2, 1), ("sts", 2, 16), ("para", 3, 5)]
 
 
@@ -199,6 +240,14 @@ def test_losses_together_are_those_of_each_batch_alone(pooling, freeze_encoder):
     for loss, (task, batch) in zip(together, batches, strict=True):
         assert loss.shape == () and loss.requires_grad
         torch.testing.assert_close(loss, model.loss(task, batch), rtol=1e-5, atol=1e-6)  # float32
+        pooled = model.embed(task, *(batch[name] for name in INPUTS)).chunk(
+            HEADS[TASK_HEADS[task]].num_inputs
+        )
+        losses = [
+            TASK_KINDS[TASKS[task].kind].loss(logits, batch["labels"])
+            for logits in model.heads[task].each(*pooled)
+        ]
+        torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
     assert len({round(loss.item(), 4) for loss in together}) == len(batches)
     memory = model.move_to_flat_memory()
     memory.start_step()
@@ -240,6 +289,26 @@ def test_samples_of_dropout_are_drawn_for_each_example_and_in_training_only():
     logits = model.train().logits("para", pooled)
     assert logits.shape == (6, 1) and len(logits.unique()) == 6
     assert model.eval().logits("para", pooled).shape == (2, 1)
+
+
+@pytest.mark.parametrize("pooling", PHRASE_POOLINGS)
+def test_the_weighted_losses_of_phrases_are_added(pooling):
+    model, batch = make_model(tasks=("sst",), pooling=pooling).eval(), make_batch("sst")
+    randomise(model.heads)
+    plain = model.loss("sst", batch)
+    spans = torch.tensor([[[1, 3], [2, 3]], [[1, 2], [0, 0]], [[0, 3], [0, 0]]])
+    labels, weights = torch.tensor([[0, 4], [2, 0], [1, 0]]), torch.tensor([[0.5, 0.25], [1.0, 0], [2.0, 0]])
+    given = {"phrase_spans": spans, "phrase_labels": labels, "phrase_weights": weights}
+    states = model.bert(*(batch[name] for name in INPUTS))["last_hidden_state"]
+    expected = plain
+    for sentence, phrase in weights.nonzero().tolist():
+        start, stop = spans[sentence, phrase].tolist()
+        part = {"last_hidden_state": states[sentence : sentence + 1, start:stop]}
+        logits = model.classify("sst", model.pool("sst", part, torch.ones(1, stop - start)))
+        label = labels[sentence, phrase : phrase + 1]
+        expected = expected + weights[sentence, phrase] * F.cross_entropy(logits, label)
+    torch.testing.assert_close(model.loss("sst", batch | given), expected)
+    assert expected > plain + 0.1
 
 
 def test_gradients_by_task_land_in_the_order_of_the_tasks():

@@ -40,6 +40,8 @@ from training.run_folder import Run
 
 TINY = "--batch_size 4 --device cpu --precision fp32 --lr 0.003 --head_lr 0.01 --log_every 2"
 SHORT = "--max_steps 4 --eval_every 2 --warmup_steps 0"
+INGREDIENTS = "--phrase_weight 1 --phrase_limit 2 --sst_loss coral --pooling attention"
+INGREDIENTS += " --para_head cross --sts_head diff+cross --symmetric"
 slow = pytest.mark.slow
 
 
@@ -187,7 +189,7 @@ INGREDIENTS += (
         "--sampler proportional --grad_accum 2 --sts_head cross --para_head cosine --rectify",
         "--precision fp16 --sampler sqrt --task_weights sts=5",  # so large that the first steps overflow
         "--grad_method cr_mogm --surgery_scope layer --loss_weighting famo --sampler pike --gram ema",
-        INGREDIENTS,
+        f"--grad_accum 2 {INGREDIENTS}",
     ],
 )
 def test_resumed_run_has_the_same_bits(place, whole, monkeypatch, tmp_path, flags, capsys):

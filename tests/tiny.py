@@ -4,7 +4,8 @@ Shapes: R sequences in a batch, T padded length, K tasks, P parameters of the en
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def make_encoder(folder: Path, seed: int = 0, **changes) -> Path:
 def make_data(folder: Path, start: int = 0) -> Path:
     """Copy a few rows of each file of the embedded sample, from row `start` on.
 
-    CFIMDB gets rows of SST, halved; SICK, an additional source, later rows of STS.
+    CFIMDB gets rows of SST, halved; SICK, an additional source, later rows of STS. SST's trees branch to the
+    right, with the labels 0, 1, 2, ... from the last word on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for task, spec in TASKS.items():
@@ -73,6 +75,17 @@ def make_data(folder: Path, start: int = 0) -> Path:
                 csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
     with open(SAMPLE / TASKS["sts"].files["train"], encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))[start + 100 : start + 110]
+    with open(folder / TASKS["sst"].files["train"], encoding="utf-8", newline="") as file:
+        sentences = [row["sentence"].split() for row in csv.DictReader(file, delimiter="\t")]
+    trees = []
+    for words in sentences:
+        tree = f"(0 {words[-1]})"
+        for number, word in enumerate(words[-2::-1], start=1):
+            tree = f"({number % 5} (2 {word}) {tree})"
+        trees.append(tree + "\n")
+    path = folder / EXTRA_SOURCES["sst_trees"].files[0]
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(trees), encoding="utf-8")
     path = folder / EXTRA_SOURCES["sick"].files[0]
     path.parent.mkdir(parents=True)
     lines = [
@@ -98,6 +111,7 @@ def make_model(
     heads: dict[str, str] | str = "diff",
     tasks: Sequence[str] = DEFAULT_TASKS,
     dropout: bool = True,
+    losses: Mapping[str, str] | None = None,
     **options,
 ) -> MultitaskBERT:
     """A multitask model with random weights; `heads` by task, or one for all pairs."""
@@ -105,7 +119,8 @@ def make_model(
     if isinstance(heads, str):
         heads = {task: heads if TASKS[task].is_pair else "single" for task in tasks}
     bert = BertModel(make_config(50, initializer_range=0.2))
-    model = MultitaskBERT(bert, {task: TASKS[task] for task in tasks}, heads, **options)
+    specs = {task: replace(TASKS[task], loss=(losses or {}).get(task)) for task in tasks}
+    model = MultitaskBERT(bert, specs, heads, **options)
     if not dropout:
         for module in model.modules():
             if hasattr(module, "dropout_prob"):
@@ -116,7 +131,7 @@ def make_model(
 def make_batch(task: str, head: str = "diff", size: int = 3, seed: int = 0, positions: int = 7) -> dict:
     """A random batch of a task with padding on the right, as `TaskData.batch` makes it."""
     rng = np.random.default_rng(seed)
-    num_sequences = size * (2 if TASKS[task].is_pair and not HEADS[head].joint else 1)
+    num_sequences = size * (HEADS[head].num_inputs if TASKS[task].is_pair else 1)
     lengths = rng.integers(min(3, positions), positions + 1, (num_sequences, 1))
     mask = torch.from_numpy((np.arange(positions) < lengths).astype(np.int64))  # (R, T)
     low, high = TASKS[task].label_range

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import TaskData
+from datasets import TaskData, batch_seed
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
 from kernels.grad_methods import combination_weights, find_method
@@ -208,14 +208,16 @@ class CapturedStep:
             num_examples[task] += sum(map(len, batches))
         # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
         # often as it was drawn.
-        chosen = sorted(examples, key=lambda each: tasks.index(each[0]))
+        numbers = sorted(range(len(examples)), key=lambda n: tasks.index(examples[n][0]))
+        chosen = [examples[n] for n in numbers]
+        seeds = [batch_seed(settings.seed, step, n, micro_step) for n in numbers]
         shares = [len(batches[micro_step]) / num_examples[task] for task, batches in chosen]
         num_draws = [sum(task == other for other, _ in examples) for task, _ in chosen]
         weights = [settings.task_weight(task, step) for task, _ in chosen]
         shape, arrays = pack_step(
             [
-                self.data[task].packed_batch(batches[micro_step], tasks.index(task))
-                for task, batches in chosen
+                self.data[task].packed_batch(batches[micro_step], tasks.index(task), seed)
+                for (task, batches), seed in zip(chosen, seeds, strict=True)
             ],
             len(tasks),
             self.memory.other_grads.shape[1],

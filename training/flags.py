@@ -10,8 +10,8 @@ from pathlib import Path
 
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, RECIPES, TASKS
 from datasets import SAMPLERS, find_sampler
-from evaluation import OVERALLS, PREDICTION_STYLES, TASK_KINDS
-from heads import PAIR_HEADS, POOLINGS
+from evaluation import CLASS_LOSSES, OVERALLS, PREDICTION_STYLES, TASK_KINDS
+from heads import PAIR_HEADS, PHRASE_POOLINGS, POOLINGS
 from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
 from kernels.grad_noise import GRAMS
 from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
@@ -20,6 +20,7 @@ from support.command_line import FlagType, OneLineParser, number
 from support.errors import UserError
 from support.specs import describe_specs, spec_type
 from training.args_file import ARGS_FILE, read_args_file
+from training.phrases import PHRASE_WEIGHTINGS, phrase_sources
 from training.run_parser import (
     COUNT,
     COUNT_OR_NONE,
@@ -116,6 +117,16 @@ def add_data_flags(parser: RunParser) -> None:
     add("--max_length", "text", type=number(int, 3), default=512, help=text)
     text = "more training examples, out of {}; COUNT: only as many, drawn at random (default: none)"
     add("--extra_data", "result", type=source_list, default={}, help=text.format(", ".join(EXTRA_SOURCES)))
+    text = "factor of the loss of labelled phrases inside the training sentences of sst; 0: without them"
+    add("--phrase_weight", "result", type=NOT_NEGATIVE, default=0.0, help=text)
+    text = "words of the shortest of these phrases; 1: single words, too"
+    add("--phrase_min_words", "result", type=COUNT, default=2, help=text)
+    text = "the most phrases of a sentence in a batch, drawn anew each time (default: all)"
+    add("--phrase_limit", "result", type=COUNT, help=text)
+    text = (
+        "how much a phrase counts: equally, by its length in word pieces, or less the more its label occurs"
+    )
+    add("--phrase_weighting", "result", choices=PHRASE_WEIGHTINGS, default="equal", help=text)
 
 
 def add_model_flags(parser: RunParser) -> None:
@@ -128,6 +139,12 @@ def add_model_flags(parser: RunParser) -> None:
         if spec.is_pair:
             text = f"how the two sentences are compared for {spec.title}"
             add(f"--{task}_head", "result", choices=PAIR_HEADS, default=spec.default_head, help=text)
+    text = "joint pairs (cross) in training in either order, drawn anew each time, and in both at prediction"
+    add("--symmetric", "result", action="store_true", help=text)
+    for task, spec in TASKS.items():
+        if spec.is_ordered:
+            text = f"loss of {spec.title}, whose classes have an order: {describe_specs(CLASS_LOSSES)}"
+            add(f"--{task}_loss", "result", type=spec_type(CLASS_LOSSES), default="cross_entropy", help=text)
     add("--head_layers", "result", type=COUNT, default=1, help="dense layers of each head but cosine")
     text = "probability of dropout, in [0, 1), in the encoder and before the heads"
     text += f" (default: the checkpoint's own in the encoder, {HEAD_DROPOUT_PROB} before the heads)"
@@ -465,6 +482,14 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.freeze_encoder and args.fgm:
         parser.error("--fgm changes the embeddings, which --freeze_encoder leaves without gradients")
     check_sources(parser, args)
+    if args.phrase_weight and not phrase_sources(args.tasks):
+        tasks = ",".join(phrase_sources(TASKS))
+        parser.error(f"--phrase_weight needs {tasks}, which is not among --tasks {','.join(args.tasks)}")
+    if args.phrase_weight and args.pooling not in PHRASE_POOLINGS:
+        parser.error(
+            f"--phrase_weight and --pooling {args.pooling} contradict each other: a phrase has no vector of"
+            f" that kind; give --pooling {' or '.join(PHRASE_POOLINGS)}"
+        )
 
 
 def needs_noise(args: argparse.Namespace) -> bool:

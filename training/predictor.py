@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from datasets import Rows, clean_text, tokenize
-from evaluation import TASK_KINDS, predict_logits, soft_answers
+from evaluation import predict_logits, soft_answers, task_kind
 from heads import MultitaskBERT
 from support.errors import UserError, quote
 from tokenizer import BertTokenizer
@@ -118,7 +118,7 @@ class Predictor:
         rows = Rows(Path(), [str(number) for number in range(1, len(examples) + 1)], examples, None)
         logits = self.logits(task, rows)  # (N, C)
         spec = self.model.tasks[task]
-        kind, names = TASK_KINDS[spec.kind], spec.class_names
+        kind, names = task_kind(spec), spec.class_names
         values = kind.decode(logits).tolist()
         if kind.probabilities is None:
             return [Prediction(value) for value in values]
@@ -129,8 +129,7 @@ class Predictor:
 
     def logits(self, task: str, rows: Rows) -> torch.Tensor:
         """Logits (N, C) float32 of a task for rows whose texts are clean."""
-        joint, max_length = self.tokens.joint[task], self.tokens.max_length
-        data = tokenize(rows, self.tokenizer, joint=joint, max_length=max_length)
+        data = tokenize(rows, self.tokenizer, **self.tokens.pairs(task), max_length=self.tokens.max_length)
         return predict_logits(self.model, task, data, self.tokenizer.pad_token_id, self.autocast)
 
     def answers(self, task: str, rows: Rows) -> np.ndarray:

@@ -42,6 +42,7 @@ from training.settings import (
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
+    PhraseSettings,
     RunSettings,
     StepSettings,
     TeacherSettings,
@@ -61,7 +62,7 @@ NAMED_FLAGS = {
 NAMED_FLAGS |= {"sampler": "", "recipe": ""}
 NAME_MARKS = ("result", "length", "text")  # what changes weights or scores; --precision does, too
 # What follows a task's name in the flags that it has for itself.
-TASK_FLAGS = ("head", "batch_size", "train", "dev", "test", "unlabelled", "dev_out", "test_out")
+TASK_FLAGS = ("head", "loss", "batch_size", "train", "dev", "test", "unlabelled", "dev_out", "test_out")
 # The noise of gradients is measured with as many batches as cost about 4 % of the steps between evaluations.
 NOISE_INTERVAL, MAX_NOISE_BATCHES = 25, 16
 LOOP_FLAGS = [field.name for field in fields(LoopSettings) if field.name != "batch_sizes"]
@@ -154,8 +155,25 @@ def batch_sizes(args: argparse.Namespace) -> dict[str, int]:
 
 def token_settings(args: argparse.Namespace) -> TokenSettings:
     joint = {task: HEADS[head_name(args, task)].joint for task in args.tasks}
+    apart = {task: bool(HEADS[head_name(args, task)].parts) for task in args.tasks}
     cache_dir = default_cache_dir() if args.cache_dir is None else Path(args.cache_dir or ".")
-    return TokenSettings(joint, args.max_length, None if args.cache_dir == "" else cache_dir)
+    cache_dir = None if args.cache_dir == "" else cache_dir
+    return TokenSettings(joint, args.max_length, cache_dir, apart, args.symmetric)
+
+
+def model_settings(args: argparse.Namespace) -> ModelSettings:
+    head_dropout_prob = args.hidden_dropout_prob
+    return ModelSettings(
+        heads={task: head_name(args, task) for task in args.tasks},
+        losses={task: getattr(args, f"{task}_loss") for task in args.tasks if TASKS[task].is_ordered},
+        pooling=args.pooling,
+        head_layers=args.head_layers,
+        head_dropout_prob=HEAD_DROPOUT_PROB if head_dropout_prob is None else head_dropout_prob,
+        freeze_encoder=args.freeze_encoder,
+        objective=Objective(args.label_smoothing, args.rdrop, args.head_dropout_samples),
+        seed=args.seed,
+        redraw_layers=args.redraw_layers,
+    )
 
 
 def output_settings(args: argparse.Namespace) -> OutputSettings:
@@ -186,20 +204,13 @@ def teacher_settings(args: argparse.Namespace) -> TeacherSettings | None:
 
 def make_settings(args: argparse.Namespace) -> RunSettings:
     """The settings of a run whose flags are all resolved."""
-    head_dropout_prob = args.hidden_dropout_prob
     return RunSettings(
         data=data_settings(args),
         tokens=token_settings(args),
-        model=ModelSettings(
-            heads={task: head_name(args, task) for task in args.tasks},
-            pooling=args.pooling,
-            head_layers=args.head_layers,
-            head_dropout_prob=HEAD_DROPOUT_PROB if head_dropout_prob is None else head_dropout_prob,
-            freeze_encoder=args.freeze_encoder,
-            objective=Objective(args.label_smoothing, args.rdrop, args.head_dropout_samples),
-            seed=args.seed,
-            redraw_layers=args.redraw_layers,
+        phrases=PhraseSettings(
+            args.phrase_weight, args.phrase_min_words, args.phrase_limit, args.phrase_weighting
         ),
+        model=model_settings(args),
         step=StepSettings(
             seed=args.seed,
             grad_method=args.grad_method,
@@ -433,6 +444,11 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
         reasons["layer_lr_decay"] = "the encoder is frozen"
         if "head_lr" in args.given:
             reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
+    if not any(HEADS[head_name(args, task)].joint for task in args.tasks):
+        reasons["symmetric"] = "no task has a head that reads a pair as one sequence"
+    if not args.phrase_weight:
+        for name in ("phrase_min_words", "phrase_limit", "phrase_weighting"):
+            reasons[name] = "--phrase_weight is 0"
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
         reasons["head_dropout_samples"] = "a cosine head has no dropout"

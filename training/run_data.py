@@ -20,7 +20,8 @@ from support.seeds import make_seed, seed_of
 from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
 from training.checkpoint import SUMS_FILE, find_damage
-from training.settings import DataSettings, ModelSettings, TokenSettings
+from training.phrases import Tree, make_phrases, phrase_sources, read_tree_file, tree_files
+from training.settings import DataSettings, ModelSettings, RunSettings, TokenSettings
 from training.sources import EXTRA_SOURCES, add_sources, held_out_keys, text_key
 from training.token_cache import tokenize_cached
 
@@ -48,10 +49,13 @@ def read_test_rows(settings: DataSettings) -> dict[str, Rows]:
     return read_split(settings, "test", present)
 
 
-def keys_of_splits(settings: DataSettings, splits: Iterable[str]) -> set[tuple[str, ...]]:
-    """Keys of all examples of these splits, of every task that there is: not to be trained on."""
+def keys_of_splits(
+    settings: DataSettings, splits: Iterable[str], tasks: Iterable[str] | None = None
+) -> set[tuple[str, ...]]:
+    """Keys of all examples of these splits, of some tasks or of every task that there is."""
     present = []
-    for task, spec in TASKS.items():
+    for task in TASKS if tasks is None else tasks:
+        spec = TASKS[task]
         for split in splits:
             path = settings.files[task, split]
             if path.exists():
@@ -166,7 +170,7 @@ def tokenize_split(
         data[task] = tokenize_cached(
             rows,
             tokenizer,
-            joint=settings.joint[task],
+            **settings.pairs(task),
             max_length=settings.max_length,
             cache_dir=settings.cache_dir,
         )
@@ -181,6 +185,51 @@ def tokenize_split(
                 f" ([UNK]), kept (id{'' if len(unknown) == 1 else 's'} {ids})"
             )
     return data
+
+
+def read_trees(settings: RunSettings) -> dict[str, list[Tree]]:
+    """The trees that --phrase_weight asks for, by task; read early, as all files are."""
+    if not settings.phrases.weight:
+        return {}
+    paths = {task: tree_files(task, settings.data.data_dir) for task in phrase_sources(settings.data.tasks)}
+    return {task: [tree for path in paths[task] for tree in read_tree_file(path, task)] for task in paths}
+
+
+def add_phrases(
+    settings: RunSettings,
+    trees: dict[str, list[Tree]],
+    data: dict[str, TaskData],
+    tokenizer: BertTokenizer,
+    report: dict,
+) -> dict[str, dict[str, str]]:
+    """Give training data their labelled phrases, in place, and the run's report what is known of them.
+
+    Returns:
+        their fingerprints, by task under the name `phrases`; nothing if there are none.
+
+    Raises:
+        UserError: if no phrase of a task's trees belongs to its training sentences.
+    """
+    if not trees:
+        return {}
+    report["phrases"], digests = {}, {}
+    for task, found in trees.items():
+        held_out = keys_of_splits(settings.data, ("dev", "test"), [task])
+        phrases, line = make_phrases(data[task], found, tokenizer, settings.phrases, held_out)
+        paths = tree_files(task, settings.data.data_dir)
+        if not len(phrases.labels):
+            raise UserError(
+                f"--phrase_weight {settings.phrases.weight:g}: no phrase of --phrase_min_words"
+                f" {settings.phrases.min_words} or more in {', '.join(map(str, paths))} belongs to a training"
+                f" sentence of {task}"
+            )
+        print(f"{task:6s} phrases {line}")
+        report["phrases"][task] = line
+        report["files"] |= {str(path): file_digest(path) for path in paths}
+        data[task] = replace(data[task], phrases=phrases)
+        arrays = (phrases.starts, phrases.stops, phrases.labels, phrases.offsets)
+        digests[task] = f"{zlib.crc32(b''.join(array.tobytes() for array in arrays)):08x}"
+    return {"phrases": digests}
 
 
 def fingerprints(rows: dict[str, Rows]) -> dict[str, str]:
@@ -212,7 +261,7 @@ def make_model(settings: ModelSettings, bert: BertModel) -> MultitaskBERT:
     torch.manual_seed(make_seed(settings.seed))
     return MultitaskBERT(
         bert,
-        {task: TASKS[task] for task in settings.heads},
+        {task: replace(TASKS[task], loss=settings.losses.get(task)) for task in settings.heads},
         settings.heads,
         pooling=settings.pooling,
         head_layers=settings.head_layers,

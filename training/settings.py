@@ -47,6 +47,26 @@ class TokenSettings:
     joint: Mapping[str, bool]  # task -> whether its pairs are encoded as one sequence
     max_length: int
     cache_dir: Path | None  # None: keep no tokens between runs
+    apart: Mapping[str, bool] = field(default_factory=dict)  # task -> ... and each sentence by itself, too
+    symmetric: bool = False  # joint pairs in both orders
+
+    def pairs(self, task: str) -> dict[str, bool]:
+        """How the pairs of a task are encoded, for `datasets.tokenize`."""
+        return {
+            "joint": self.joint[task],
+            "apart": self.apart.get(task, False),
+            "symmetric": self.symmetric and self.joint[task],
+        }
+
+
+@dataclass(frozen=True)
+class PhraseSettings:
+    """Labelled phrases inside the training sentences, see training.phrases."""
+
+    weight: float  # factor of their loss; 0: none
+    min_words: int
+    limit: int | None  # of each sentence in a batch; None: all
+    weighting: str  # a key of phrases.PHRASE_WEIGHTINGS
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,7 @@ class ModelSettings:
     """What is built on the encoder."""
 
     heads: Mapping[str, str]  # task -> a key of heads.HEADS
+    losses: Mapping[str, str]  # task -> a row of evaluation.CLASS_LOSSES; absent: the kind's own loss
     pooling: str
     head_layers: int
     head_dropout_prob: float
@@ -173,6 +194,7 @@ class RunSettings:
 
     data: DataSettings
     tokens: TokenSettings
+    phrases: PhraseSettings
     model: ModelSettings
     step: StepSettings
     optimizer: OptimizerSettings

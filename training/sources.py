@@ -213,7 +213,10 @@ def triplets(lines: Iterable[str], columns=None) -> Iterator[dict]:
 
 
 def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
-    """One bracketed tree a line, `(3 (2 word) ...)`, with a label on each node (SST): each node is a row."""
+    """One bracketed tree a line, `(3 (2 word) ...)`, with a label on each node (SST): each node is a row.
+
+    Beside its text it has the line's `words` so far, which a node is from `first` up to `last`.
+    """
     for line in lines:
         if len(line) > MAX_FIELD_SIZE:
             raise ValueError(f"a line of more than {MAX_FIELD_SIZE} characters; expected one sentence")
@@ -230,7 +233,8 @@ def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
                 )
             elif token == ")":
                 label, start = opened.pop()
-                yield {"phrase": " ".join(words[start:]), "label": label}
+                phrase = {"phrase": " ".join(words[start:]), "label": label}
+                yield phrase | {"words": words, "first": start, "last": len(words)}
             else:
                 words.append(token)
         if opened:
@@ -297,13 +301,21 @@ def read_source(name: str, data_dir: str | Path) -> tuple[list[tuple[tuple[str, 
 
 def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...], float | None]]:
     """Texts and label of each row in a source's file; the label is None if it is missing or left out."""
+    for _, row, label in read_cells(path, source):
+        yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+
+
+def read_cells(
+    path: Path, source: SourceSpec, flag: str = "--extra_data"
+) -> Iterator[tuple[int, dict, float | None]]:
+    """Line, cells by column, and label of each row in a source's file; `flag` is what asks for it."""
     wanted = [*source.text_columns, source.label_column]
-    lines, num_rows = CountedLines(()), 0
+    lines, num_rows, known = CountedLines(()), 0, {}  # known: label of a cell; few cells differ
     csv.field_size_limit(MAX_FIELD_SIZE)
     try:
         contents = read_bytes(path, MAX_DATA_BYTES)
     except UserError as error:
-        raise UserError(f"--extra_data: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
     try:
         text = decode(contents, path)
         lines = CountedLines(io.StringIO(text, newline=""))
@@ -313,8 +325,9 @@ def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...],
                 if absent:
                     raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
                 cell = (row[source.label_column] or "").strip()
-                label = map_label(cell, source, f"{path}:{lines.number}") if cell else None
-                yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+                if cell not in known:
+                    known[cell] = map_label(cell, source, f"{path}:{lines.number}") if cell else None
+                yield lines.number, row, known[cell]
                 num_rows += 1
                 bar.update(lines.number - bar.n)
         if not num_rows:

@@ -6,6 +6,7 @@
     texts = ["premise", "hypothesis"]        # one or two columns
     label = "label"                          # column of the labels
     classes = ["no", "maybe", "yes"]         # in the order of their numbers; of a regression: range = [0, 5]
+    ordered = true                           # may be left out: neighbours are alike (the flag --nli_loss)
     files = { train = "train.csv", dev = "dev.jsonl", test = "test.tsv" }     # beside the TOML file
 
 A run keeps the content in its `args.json`, so it is resumed, evaluated and asked without the file.
@@ -37,6 +38,7 @@ OPTIONAL = {
     "id": str,
     "head": str,
     "format": str,
+    "ordered": bool,
 }
 LABELS = ("names", "numbers")  # what stands in the label's column: names of classes, or their numbers from 0
 
@@ -118,6 +120,8 @@ def make_task(content: object, place: str) -> TaskSpec:
         refuse("labels", " or ".join(LABELS))
     if content.get("format", "csv") not in FORMS:
         refuse("format", f"one of {', '.join(FORMS)}; without it, the ending of a file's name tells")
+    if content.get("ordered") and kind != "classification":
+        refuse("ordered", 'it with kind = "classification" only')
     classes = find_classes(content, refuse)
     return TaskSpec(
         title=content.get("title", name),
@@ -131,6 +135,7 @@ def make_task(content: object, place: str) -> TaskSpec:
         handout_column=f"predicted_{name}",
         default_head="single" if len(texts) == 1 else head,
         class_names=classes,
+        is_ordered=content.get("ordered", False),
         label_texts=classes if content.get("labels", "names") == "names" else (),
         id_column=content.get("id"),
         form=content.get("format"),
@@ -158,7 +163,12 @@ def check_keys(content: object, place: str) -> None:
         if key not in known:
             raise UserError(f"{place}: key {one_line(key, 60)!r} is not known; expected {', '.join(known)}")
         if not isinstance(value, known[key]):
-            types = {str: "text in quotation marks", list: "a list", dict: "a table"}
+            types = {
+                str: "text in quotation marks",
+                list: "a list",
+                dict: "a table",
+                bool: "true or false",
+            }
             raise UserError(f"{place}: {key} is {quote(str(value))}; expected {types[known[key]]}")
     for key in NEEDED:
         if key not in content:

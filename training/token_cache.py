@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +29,31 @@ def default_cache_dir() -> Path:
 
 
 def tokenize_cached(
-    rows: Rows, tokenizer: BertTokenizer, *, joint: bool, max_length: int, cache_dir: Path | None
+    rows: Rows,
+    tokenizer: BertTokenizer,
+    *,
+    joint: bool,
+    max_length: int,
+    cache_dir: Path | None,
+    **pairs: bool,
 ) -> TaskData:
     """As `datasets.tokenize`, from the cache if it is there; None means without a cache."""
+    options = {"joint": joint, "max_length": max_length, **pairs}
     if cache_dir is None or len(rows.texts) < MIN_EXAMPLES:
-        return tokenize(rows, tokenizer, joint=joint, max_length=max_length)
+        return tokenize(rows, tokenizer, **options)
     digest = hashlib.blake2b(digest_size=16)
-    for part in (FORMAT, tokenizers.__version__, tokenizer.settings(), joint, max_length, rows.texts):
+    wanted = [name for name, value in pairs.items() if value]
+    for part in (
+        *(FORMAT, tokenizers.__version__, tokenizer.settings(), joint, max_length, rows.texts),
+        *wanted,  # none by default: files written before keep their names
+    ):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
     path = cache_dir / f"{digest.hexdigest()}.npz"
     data = load_tokens(path, rows)
     if data is None:
-        data = tokenize(rows, tokenizer, joint=joint, max_length=max_length)
+        data = tokenize(rows, tokenizer, **options)
         save_tokens(path, data)
-    return data
+    return replace(data, symmetric=pairs.get("symmetric", False))
 
 
 def load_tokens(path: Path, rows: Rows) -> TaskData | None:

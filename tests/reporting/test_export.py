@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -13,7 +14,7 @@ from evaluation import TASK_KINDS
 from heads import HEADS, PAIR_HEADS, POOLINGS, MultitaskBERT
 from reporting import export_formats
 from reporting.export import MARK, check_folder, load_run, main, write_folder
-from reporting.export_formats import FOLDER, FORMATS, KIND_OUTPUTS, TaskModel
+from reporting.export_formats import FOLDER, FORMATS, KIND_OUTPUTS, TaskModel, input_names
 from reporting.plain_model import PlainModel
 from support.errors import UserError
 from tests.tiny import make_batch, make_encoder, make_model, randomise
@@ -179,8 +180,8 @@ def test_plain_model_gives_our_logits(pooling, head):
         name = head if TASKS[task].is_pair else "single"
         batch = make_batch(task, name)
         rows = [batch[key] for key in export_formats.INPUTS]
-        if HEADS[name].features is not None:
-            rows = [part for half in zip(*(row.chunk(2) for row in rows), strict=True) for part in half]
+        parts = zip(*(row.chunk(HEADS[name].num_inputs) for row in rows), strict=True)
+        rows = [row for part in parts for row in part]
         with torch.no_grad():
             logits, scores = PlainModel(model, task, lambda z: z.sigmoid())(*rows)
             expected = model(task, batch)
@@ -212,6 +213,8 @@ def make_task_model(task, head, pooling, head_layers=1):
         ("para", "cross", "pooler", 2, "head_layers 2"),
         ("para", "cross", "cls", 1, None),
         ("sst", "cross", "pooler", 1, None),
+        ("sst", "cross", "attention", 1, "pooling attention"),
+        ("sts", "diff+cross", "cls", 1, "head diff+cross, the average of two"),
     ],
 )
 def test_what_bert_for_sequence_classification_holds(task, head, pooling, layers, reason):
@@ -221,8 +224,24 @@ def test_what_bert_for_sequence_classification_holds(task, head, pooling, layers
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_sentence_transformers_and_onnx_hold_every_pooling(pooling):
-    for form in ("sentence-transformers", "onnx"):
-        assert FORMATS[form].refuse(make_task_model("sst", "diff", pooling)) is None
+    """But the one that no module of sentence-transformers is."""
+    chosen = make_task_model("sst", "diff", pooling)
+    assert FORMATS["onnx"].refuse(chosen) is None
+    refused = FORMATS["sentence-transformers"].refuse(chosen)
+    assert refused is None if pooling != "attention" else refused.startswith("pooling attention")
+
+
+def test_what_only_onnx_holds_is_refused_by_name_elsewhere():
+    chosen = make_task_model("sts", "diff+cross", "cls")
+    both = replace(make_task_model("sts", "cross", "cls"), both_orders=True)
+    coral = TaskModel("sst", make_model(losses={"sst": "coral"}), "single", None, 64)
+    for each, reason in ((chosen, "head diff+cross"), (both, "--symmetric"), (coral, "loss coral")):
+        assert FORMATS["onnx"].refuse(each) is None
+        for form in ("hf", "sentence-transformers"):
+            assert FORMATS[form].refuse(each).startswith(reason)
+    assert input_names(both)[::3] == ["pair_input_ids", "swapped_input_ids"]
+    assert input_names(chosen)[::3] == ["first_input_ids", "second_input_ids", "pair_input_ids"]
+    assert torch.allclose(coral.output.scores(torch.zeros(1, 4)), torch.tensor([[0.5, 0, 0, 0, 0.5]]))
 
 
 def test_pooling_that_is_new_is_refused_by_name():

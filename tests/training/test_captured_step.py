@@ -13,7 +13,7 @@ import torch
 
 import multitask_classifier
 from config import DEFAULT_TASKS, TASKS
-from datasets import Rows, TaskData, TokenArrays
+from datasets import Phrases, Rows, TaskData, TokenArrays, batch_seed
 from evaluation import Objective
 from heads import HEADS, PAIR_HEADS
 from kernels import static
@@ -34,10 +34,10 @@ EMA = {"gram": "ema:b=0.9"}
 def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> TaskData:
     """Random sequences of 3 to 40 word pieces with random labels."""
     rng = np.random.default_rng(seed)
-    per_example = 2 if TASKS[task].is_pair and not HEADS[head].joint else 1
+    per_example = HEADS[head].num_inputs if TASKS[task].is_pair else 1
     lengths = rng.integers(3, max_length + 1, NUM_EXAMPLES * per_example)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    segments = np.concatenate([np.arange(n) >= n // 2 for n in lengths]) & HEADS[head].joint
+    segments = np.concatenate([np.arange(n) >= n // 2 for n in lengths]) & HEADS[head].joint  # roughly
     low, high = TASKS[task].label_range
     labels = rng.integers(low, high + 1, NUM_EXAMPLES)
     labels = labels.astype(np.float32 if TASKS[task].kind == "regression" else np.int64)
@@ -51,11 +51,9 @@ def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> Tas
 class Pair:
     """The same model twice: one makes plain steps, the other steps of static shape, of the same examples."""
 
-    def __init__(
-        self, head="diff", tasks=DEFAULT_TASKS, optimizer=None, model=None, ops=plain_kernels, **settings
-    ):
+    def __init__(self, head="diff", tasks=DEFAULT_TASKS, optimizer=None, model=None, change=dict, **settings):
         heads = {task: head if TASKS[task].is_pair else "single" for task in tasks}
-        self.data = {task: make_task_data(task, heads[task], n) for n, task in enumerate(tasks)}
+        self.data = change({task: make_task_data(task, heads[task], n) for n, task in enumerate(tasks)})
         self.settings = StepSettings(**{"seed": 3, **settings})
         self.plain, self.static = (make_model(heads, tasks, False, **(model or {})) for _ in range(2))
         # A large eps: Adam would blow rounding up where a gradient is 0, as that of a key's bias always is.
@@ -63,7 +61,9 @@ class Pair:
         self.plain_training, self.static_training = (
             make_training(model, **options) for model in (self.plain, self.static)
         )
-        self.captured = CapturedStep(self.static, *self.static_training, self.data, self.settings, ops)
+        self.captured = CapturedStep(
+            self.static, *self.static_training, self.data, self.settings, plain_kernels
+        )
         self.ema = None
 
     def examples(self, step, tasks=None, sizes=(4,)):
@@ -77,8 +77,14 @@ class Pair:
         for step in range(num_steps):
             examples = self.examples(step, **options)
             batches = [
-                TaskBatch(task, [self.data[task].batch(chosen, 0) for chosen in pieces])
-                for task, pieces in examples
+                TaskBatch(
+                    task,
+                    [
+                        self.data[task].batch(each, 0, batch_seed(3, step, n, i))
+                        for i, each in enumerate(pieces)
+                    ],
+                )
+                for n, (task, pieces) in enumerate(examples)
             ]
             expected = train_step(
                 self.plain, *self.plain_training, batches, self.settings, step=step, cosine_ema=self.ema
@@ -130,6 +136,28 @@ def test_what_needs_the_host_is_refused_by_name(settings):
 
 
 OBJECTIVE = Objective({"sst": 0.1, "para": 0.2}, {"sst": 1.0, "para": 2.0, "sts": 0.1}, 2)
+
+
+def with_phrases(data):
+    """Up to five phrases in each sentence, at most three of them in a batch."""
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], rng.integers(0, 6, NUM_EXAMPLES).cumsum()])
+    starts = rng.integers(0, 2, offsets[-1])
+    counts_as = rng.random(len(starts)).astype(np.float32)
+    arrays = (starts, starts + rng.integers(1, 3, len(starts)), starts % 5, counts_as, offsets)
+    return data | {"sst": replace(data["sst"], phrases=Phrases(*arrays, 2.0, 3))}
+
+
+def in_both_orders(data):
+    """The same pairs, each now one with the next one's sequence for the other order."""
+    return {
+        task: replace(each, index=np.hstack([each.index, each.index ^ 1]), symmetric=True)
+        if TASKS[task].is_pair
+        else each
+        for task, each in data.items()
+    }
+
+
 CASES = {  # settings of the step, model and optimizer; and what is drawn
     "a task drawn twice, another not at all": (
         {"task_weights": {"sts": 2.0}},
@@ -147,6 +175,11 @@ CASES = {  # settings of the step, model and optimizer; and what is drawn
     "learning rates by layer": ({"optimizer": {"layer_decay": 0.5}}, {}),
     "a task that fades": ({"loss_schedule": {"sts": [[0.0, 2.0], [1.0, 0.5]]}, "total_steps": 3}, {}),
     "more in the losses": ({"model": {"objective": OBJECTIVE}}, {}),
+    "phrases in micro-batches": ({"change": with_phrases}, {"sizes": (4, 2)}),
+    "phrases by attention": ({"change": with_phrases, "model": {"pooling": "attention"}}, {}),
+    "coral": ({"change": with_phrases, "model": {"losses": {"sst": "coral"}}}, {}),
+    "oll": ({"model": {"losses": {"sst": "oll"}}}, {}),
+    "both orders": ({"head": "cross", "change": in_both_orders}, {"tasks": ["sts", "para", "sts"]}),
 }
 
 

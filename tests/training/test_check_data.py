@@ -441,7 +441,7 @@ def test_good_folder(tmp_path, capsys):
     make_data(tmp_path / "data")
     code, out, err = run_check(tmp_path / "data", capsys, "--batch_size", "4")
     assert code == 0 and err == "" and out[-1] == "0 errors, 0 warnings"
-    assert len(out) == 3 * len(TASKS) + len(("sick", "cfimdb")) + 1
+    assert len(out) == 3 * len(TASKS) + len(("sick", "sst_trees", "cfimdb")) + 1
     path = tmp_path / "data" / SST.files["train"]
     assert out[0].startswith(f"sst    train     24 examples from {path} (labels: 0: ")
 

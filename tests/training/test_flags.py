@@ -127,7 +127,8 @@ CHANGES = (
     "--clip_norm 0.001; --grad_method mean; --surgery_tasks sts; --surgery_scope layer; --gram ema; "
     "--loss_weighting uw; --grad_reduction mean; --extra_data sick; --task_weights sts=0.1; "
     "--loss_schedule sts=0:0.1; --draw_schedule sts=0:0; --label_smoothing 0.2; --rdrop sst=1; --fgm 1; "
-    "--head_dropout_samples 3; --layer_lr_decay 0.5"
+    "--head_dropout_samples 3; --layer_lr_decay 0.5; "
+    "--phrase_weight 1; --sst_loss oll"
 )
 # flag -> (what to compare with, the change)
 TRAINING = {change.split()[0][2:].replace("-", "_"): ("", change) for change in CHANGES.split("; ")}
@@ -138,6 +139,9 @@ TRAINING |= {
     change.split()[0][2:]: (TAUGHT, f"{TAUGHT} {change}")
     for change in ("--teacher_weight 1", "--unlabelled_ratio 0.5", "--transductive sts")
 }
+TRAINING["symmetric"] = ("--para_head cross", "--para_head cross --symmetric")
+for change in ("--phrase_min_words 1", "--phrase_limit 1", "--phrase_weighting length"):
+    TRAINING[change.split()[0][2:]] = ("--phrase_weight 1", f"--phrase_weight 1 {change}")
 
 
 @slow
@@ -477,6 +481,9 @@ def test_marks_say_what_may_change():
         ("--task etpc", "--task"),
         ("--use_gpu --device cpu", "contradict"),
         ("--grad_method mean --grad_reduction sum", "contradict"),
+        ("--phrase_weight 1 --pooling cls", "--pooling mean or attention"),
+        ("--phrase_weight 1 --tasks para,sts", "needs sst, which is not among --tasks para,sts"),
+        ("--sst_loss oll:alpha=-1", "alpha of oll"),
         ("--grad_method mgad", "--grad_method: value is 'mgad'; expected one of sum, mean, pcgrad"),
         ("--grad_method mgad", "did you mean mgda?"),
         ("--grad_method cagrad:d=1", "--grad_method: cagrad has no parameter 'd'; expected c"),

@@ -173,6 +173,8 @@ def test_device_that_is_not_there(flags):
         ("--freeze_encoder --lr 1 --head_lr 1", ["lr"]),
         ("--head_layers 2 --tasks sts --sts_head cosine", ["head_layers"]),
         ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
+        ("--symmetric --phrase_limit 2", ["phrase_limit", "symmetric"]),
+        ("--symmetric --sts_head diff+cross --tasks sts --sst_loss oll", ["sst_loss"]),
     ],
 )
 def test_flags_without_effect_are_named(flags, idle):

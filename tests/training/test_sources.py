@@ -72,7 +72,8 @@ def test_every_form_has_a_case_and_every_source_a_form():
 @pytest.mark.parametrize("form", FORM_CASES)
 def test_form_by_hand(form):
     lines, columns, expected = FORM_CASES[form]
-    assert list(FORMS[form](lines, columns)) == expected
+    names = expected[0] if expected else ()  # trees have more cells; their words are tested with phrases
+    assert [{name: row[name] for name in names} for row in FORMS[form](lines, columns)] == expected
 
 
 @pytest.mark.parametrize("name", EXTRA_SOURCES)

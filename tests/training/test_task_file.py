@@ -81,6 +81,8 @@ BAD = {
     "key 'classnames' is not known": {"classnames": ["no"]},
     "key 'label' is missing": {"label": None},
     "title is '3'; expected text": {"title": 3},
+    "ordered is 'yes'; expected true or false": {"ordered": "yes"},
+    "ordered is 'True'; expected it with": {"ordered": True, "kind": "binary"},
 }
 
 
@@ -102,8 +104,9 @@ def test_what_is_no_toml_is_one_line_and_exit_code_2(text, tmp_path, capsys):
 
 
 def test_flags_of_tasks_from_files(tmp_path):
-    (tmp_path / "own.toml").write_text(NLI.read_text().replace('"nli"', '"own"'))
+    (tmp_path / "own.toml").write_text("ordered = true\n" + NLI.read_text().replace('"nli"', '"own"'))
     flags = ["--task_file", f"{NLI},{tmp_path / 'own.toml'}", "--own_head", "cross", "--nli_batch_size", "3"]
+    flags += ["--own_loss", "coral"]
     args = get_args(flags)
     assert args.tasks == ("nli", "own") and args.own_head == "cross" and args.nli_batch_size == 3
     assert TASKS["own"].files["dev"] == str(tmp_path / "nli-dev.jsonl")
