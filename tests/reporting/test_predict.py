@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,19 +311,21 @@ def test_python_on_the_page(code_blocks, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 and names["logits"].shape == (2, 5)
 
 
-@pytest.mark.slow
-def test_hugging_face_datasets_on_the_page(code_blocks, place, tmp_path):
-    """With a stand-in for the package; in the project's folder, our file would be imported instead."""
-    (tmp_path / "datasets").mkdir()
-    stand_in = f"load_dataset = lambda name, split: {{'text': {['two' + chr(10) + 'lines', *SST]!r}}}"
-    (tmp_path / "datasets" / "__init__.py").write_text(stand_in)
-    code = code_blocks[2].replace("path/to/this/project", str(ROOT))
-    code = code.replace('"python"', repr(sys.executable)) + "print(json.dumps(answers))"
-    (tmp_path / "script.py").write_text(code)
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [answer["sentence"] for answer in json.loads(done.stdout)] == ["two lines", *SST]
+def test_hugging_face_datasets_on_the_page(code_blocks, monkeypatch, standard_input, capsys):
+    """With stand-ins for the package, and for the process that answers."""
+
+    def run(command, cwd, input, **options):
+        assert command[:3] == ["python", "-m", "reporting.predict"] and cwd == "path/to/this/project"
+        assert options == {"capture_output": True, "text": True, "check": True}
+        standard_input(input.encode())
+        assert main(command[3:]) == 0
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    texts, names = {"text": ["two\nlines", *SST]}, {}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: texts))
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(code_blocks[2], names)  # noqa: S102
+    assert [answer["sentence"] for answer in names["answers"]] == ["two lines", *SST]
 
 
 # --- what it leaves alone, and errors -----------------------------------------------------------------------
