@@ -31,7 +31,7 @@ from datasets import (
 )
 from support.errors import UserError
 from support.specs import parse_spec
-from tests.tiny import SAMPLE, any_text
+from tests.tiny import any_text
 from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 SST, SST_TEST = "\tid\tsentence\tsentiment\n", "0\t\tid\tsentence\n"
@@ -103,14 +103,6 @@ def test_test_rows_are_all_kept(write):
     assert rows.texts == [("one", "uno"), ("", "dos"), ("three", "")]
     kinds = ("label in a test file", "empty sentence, kept", "too few fields, kept")
     assert rows.warnings == {kind: [line] for line, kind in enumerate(kinds, start=2)}
-
-
-def test_the_sample_that_comes_with_the_project_can_be_read():
-    for task in ("sst", "para", "sts"):
-        for split, name in TASKS[task].files.items():
-            rows = read_rows(SAMPLE / name, TASKS[task], split)
-            assert len(rows.ids) == len(rows.texts) > 50
-            assert (rows.labels is None) == (split == "test")
 
 
 @pytest.mark.parametrize("text", ["-0.1", "5.01", "nan", "-inf", "3,5", "much"])
