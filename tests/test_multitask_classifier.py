@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from evaluation import TASK_KINDS, read_predictions, summarise
 from heads import MultitaskBERT
 from multitask_classifier import main
 from reporting.read_run import read_metrics
-from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
 from tests.tiny import fresh_modules, make_config, make_data, make_encoder
@@ -162,12 +160,6 @@ def test_average_by_hand():
     assert averaged["cosine"] == {"a-b": -0.5} and averaged["conflict"] == {"a-b": 1.0}
     assert averaged["layer_cosine"] == {"embeddings": {"a-b": -0.25}, "layer.0": {"a-b": -0.25}}
     assert averaged["layer_conflict"] == {"embeddings": {"a-b": 0.5}, "layer.0": {"a-b": 0.5}}
-
-
-def test_autocast_is_only_made_for_bf16():
-    assert make_autocast("cpu", "fp32") is nullcontext
-    with make_autocast("cpu", "bf16")():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 # --- stopped and resumed ------------------------------------------------------------------------------------
