@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import heads
 from heads import HEADS, PAIR_HEADS, POOLINGS, TaskHead
+from kernels.fused import PLAIN, Kernels
 from tests.tiny import make_batch, make_model, shared_grads
 
 B, H = 13, 6
@@ -217,6 +218,19 @@ def test_gradients_by_task_land_in_the_order_of_the_tasks():
         assert rows[k].any() and not rows[[n for n in range(3) if n != k]].any()
         assert all(memory.head_grad(other).any() == (other == task) for other in memory.tasks)
     assert all(param.grad is None for param in model.bert.parameters())
+
+
+def test_memory_has_the_types_and_kernels_that_were_asked_for():
+    kernels = Kernels(gram_matrix=len)
+    for frozen in (False, True):
+        model = make_model(freeze_encoder=frozen)
+        memory = model.move_to_flat_memory(torch.bfloat16, torch.bfloat16, kernels)
+        assert memory.matrix_grads.dtype == torch.bfloat16 and memory.kernels is kernels
+        assert frozen or memory.weight_copy.dtype == torch.bfloat16
+        assert (memory.layout.num_shared == 0) == frozen
+    memory = make_model().move_to_flat_memory()
+    assert memory.weight_copy is None and memory.matrix_grads.dtype == torch.float32
+    assert memory.kernels is PLAIN
 
 
 @pytest.mark.parametrize("freeze_encoder", [False, True])
