@@ -176,7 +176,7 @@ def test_cleaning_twice_changes_nothing_more():
         ]
         # With spaces around its marks, as the course's files have it.
         tokenized = rng.choice((" ", "\t", "  ", "\u00a0", "\n")).join(words)
-        for raw in (any_text(rng), any_text(rng, "\"'`\\/* -lrbLRB.a"), tokenized):
+        for raw in ("`` a \"\" b ''", any_text(rng), any_text(rng, "\"'`\\/* -lrbLRB.a"), tokenized):
             clean = clean_text(raw)
             assert clean_text(clean) == clean == " ".join(clean.split())
         assert not any(escape in clean.lower() for escape in ESCAPES)
