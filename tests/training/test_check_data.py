@@ -25,7 +25,6 @@ from datasets import (
     warning_lines,
 )
 from support.errors import UserError
-from support.files import ROOT
 from tests.tiny import SAMPLE, make_data
 from training.check_data import MAX_SHOWN, CrossCheck, check_folder, cross_checks, main, make_report
 from training.sources import EXTRA_SOURCES
@@ -243,36 +242,6 @@ def test_what_is_accepted_is_counted_and_named(folder, capsys):
         kinds |= set(rows.warnings)
         write(path, GOOD_FILES[split])
     assert kinds == set(WARNINGS)
-
-
-# Each kind of error, by words of its message, and each kind of warning: the words for it in docs/data.md.
-ERRORS_ON_THE_PAGE = """
-no such file: missing; is a folder: a folder; is a pipe or device: a pipe; looks like: UTF-16, gzip, zip;
-NUL byte: NUL bytes; not UTF-8 text: not UTF-8; the file is empty: empty; no usable row: usable row;
-separated by: other separators; Git LFS: Git LFS; no column: column is missing; two columns: twice;
-quotation mark in: quotation marks; text after the quotation: text after the closing one;
-a field of more than: 131,072 characters; more fields than: more fields than; no id: ids: missing;
-appears twice: twice; id is: would break a prediction file; sentiment is: labels: not a number
-"""
-WARNINGS_ON_THE_PAGE = """
-byte order mark: byte order mark; blanks in the header: blanks around the header's names; CRLF: Windows;
-CR: old Mac line ends; no label: without a label; empty sentence: empty sentence;
-too few fields: too few fields; empty sentence, kept: kept in test; too few fields, kept: kept in test;
-label in a test file: labels in a test file
-"""
-
-
-def test_the_page_about_data_names_each_kind_of_error_and_warning():
-    errors, warnings = (
-        dict(pair.strip().split(": ", 1) for pair in text.split(";"))
-        for text in (ERRORS_ON_THE_PAGE, WARNINGS_ON_THE_PAGE)
-    )
-    messages = [message for _, _, message in ERRORS.values()]
-    assert all(any(kind in message for kind in errors) for message in messages)
-    assert all(any(kind in message for message in messages) for kind in errors)
-    assert set(warnings) == set(WARNINGS)
-    page = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
-    assert not [words for words in {*errors.values(), *warnings.values()} if words not in page]
 
 
 def test_what_is_accepted_is_read_rightly(folder):
