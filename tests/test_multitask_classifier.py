@@ -345,7 +345,7 @@ def test_full_disk_ends_in_one_line_and_keeps_the_last_good_state(folder, capsys
     before = read_run(folder)[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
         assert again(folder, "--resume --max_steps 5") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -67,15 +67,13 @@ def make_config(vocab_size: int, **changes) -> BertConfig:
 
 
 def make_encoder(folder: Path, seed: int = 0, **changes) -> Path:
-    """Save a random encoder of one layer whose vocabulary is single letters."""
+    """Save a random encoder whose vocabulary is single letters."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'\"$%-:;()/&"
     pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
     tokenizer = BertTokenizer({piece: number for number, piece in enumerate(pieces)})
     torch.manual_seed(seed)
     # A larger initializer_range than BERT's, so that a few steps leave the start.
-    model = BertModel(
-        make_config(len(tokenizer), **{"initializer_range": 0.2, "num_hidden_layers": 1} | changes)
-    )
+    model = BertModel(make_config(len(tokenizer), initializer_range=0.2, **changes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

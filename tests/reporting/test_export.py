@@ -52,7 +52,7 @@ needs_onnx = pytest.mark.skipif(
 def runs(tmp_path_factory):
     """Run folders with random weights, by the names of RUNS; never trained, never evaluated on all of dev."""
     root = tmp_path_factory.mktemp("runs")
-    encoder = make_encoder(root / "encoder", num_hidden_layers=2)
+    encoder = make_encoder(root / "encoder")
     for name, flags in RUNS.items():
         folder = root / name
         args = get_args(["--pretrained", str(encoder), "--output_dir", str(folder), *flags])
