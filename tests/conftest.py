@@ -23,7 +23,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
-    """A test that reaches for another machine fails at once, with or without a network."""
+    """A test that reaches for another machine fails at once, with or without a network.
+
+    Nor does one wait for a disk: only the power failing would show what it had not yet written.
+    """
     connect = socket.socket.connect
 
     def connect_here(self, address):
@@ -33,6 +36,7 @@ def no_network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_here)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
@@ -78,6 +82,23 @@ def run_transformers(tmp_path_factory):
     with server:
         yield run
         server.stdin.close()
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls a command's `main`, which has to end with exit code 2 and one line of error: that line."""
+
+    def refused(main, *args):
+        capsys.readouterr()
+        try:
+            code = main(*args)
+        except SystemExit as end:
+            code = end.code
+        error = capsys.readouterr().err
+        assert code == 2 and error.count("\n") == 1, error
+        return error
+
+    return refused
 
 
 @pytest.fixture

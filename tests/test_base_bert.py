@@ -28,7 +28,6 @@ from config import SIZES, BertConfig
 from support.errors import UserError
 from support.files import ROOT, file_digest
 from tests.tiny import make_config, randomise, refusal
-from tokenizer import BertTokenizer
 
 CONFIG = replace(make_config(99), max_position_embeddings=11)
 NUM_WEIGHTS = 5 + 16 * CONFIG.num_hidden_layers + 2  # embeddings, layers, pooler
@@ -461,18 +460,6 @@ def test_saved_views_of_one_buffer_load_exactly(tmp_path):
     assert size < 4 * len(flat) + 10_000  # the buffer is not written once per view
     again = BertModel.from_pretrained(folder)
     assert again.config == model.config and is_ours(again)
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_saved_files_follow_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        make_model().save_pretrained(tmp_path / "encoder")
-        BertTokenizer.from_pretrained("minilm").save_pretrained(tmp_path / "encoder")
-    finally:
-        os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "encoder").iterdir()}
-    assert len(modes) == 4 and set(modes.values()) == {0o666 & ~umask}
 
 
 REFERENCE = """

@@ -28,7 +28,6 @@ from evaluation import (
     correlation_scores,
     evaluate,
     format_predictions,
-    is_class,
     majority_baseline,
     pearson,
     predict,
@@ -357,11 +356,6 @@ def test_prediction_file_that_is_no_file(tmp_path, make):
         read_predictions(tmp_path / "p.csv", TASKS["sst"])
     with pytest.raises(UserError, match=r"absent\.csv: no such file"):
         read_predictions(tmp_path / "absent.csv", TASKS["sst"])
-
-
-def test_what_is_no_class():
-    bad = [math.inf, -math.inf, math.nan, 1e308, -1, 5, 0.5]
-    assert not [value for value in bad if is_class(value, TASKS["sst"])]
 
 
 def test_check_predictions_holds_them_against_the_ids_and_warns_of_collapse(tmp_path):

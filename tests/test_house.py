@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.files import ROOT
+from tests.tiny import fresh_modules
 
 # From the ground up. A file may import from its own layer and from those below it.
 LAYERS = (
@@ -116,18 +117,13 @@ def test_help(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-def test_help_imports_no_model():
-    code = """
-import runpy, sys
-sys.argv = ["multitask_classifier.py", "--help"]
-try:
-    runpy.run_path("multitask_classifier.py", run_name="__main__")
-except SystemExit:
-    print(*sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert "training.flags" in loaded and "--lr" in done.stdout
+def test_help_imports_no_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["multitask_classifier.py", "--help"])
+    with fresh_modules():
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "multitask_classifier.py"), run_name="__main__")
+        loaded = set(sys.modules)
+    assert "training.flags" in loaded and "--lr" in capsys.readouterr().out
     assert not {"bert", "base_bert", "tokenizer", "training.checkpoint", "training.run_folder"} & loaded
 
 

@@ -11,11 +11,10 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -30,10 +29,9 @@ from evaluation import TASK_KINDS, read_predictions, summarise
 from heads import MultitaskBERT
 from multitask_classifier import main
 from reporting.read_run import read_metrics
-from support.device import make_autocast
 from support.files import ROOT, lock_folder
 from support.seeds import make_seed
-from tests.tiny import make_config, make_data, make_encoder
+from tests.tiny import fresh_modules, make_config, make_data, make_encoder
 from training.metrics import average
 from training.progress import Progress
 from training.run_folder import Run
@@ -163,12 +161,6 @@ def test_average_by_hand():
     assert averaged["cosine"] == {"a-b": -0.5} and averaged["conflict"] == {"a-b": 1.0}
     assert averaged["layer_cosine"] == {"embeddings": {"a-b": -0.25}, "layer.0": {"a-b": -0.25}}
     assert averaged["layer_conflict"] == {"embeddings": {"a-b": 0.5}, "layer.0": {"a-b": 0.5}}
-
-
-def test_autocast_is_only_made_for_bf16():
-    assert make_autocast("cpu", "fp32") is nullcontext
-    with make_autocast("cpu", "bf16")():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 # --- stopped and resumed ------------------------------------------------------------------------------------
@@ -706,28 +698,25 @@ def test_evaluation_in_another_way_leaves_the_runs_scores(folder, tmp_path, caps
 
 
 @slow
-def test_command_line_from_end_to_end(place, tmp_path):
-    """As a user runs it, in a process of its own, and what they find afterwards."""
-    argv = [
-        sys.executable,
-        ROOT / "multitask_classifier.py",
-        *command(place, tmp_path / "run", "--max_steps 2"),
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stdout + done.stderr  # no progress bar when piped
-    folder = tmp_path / "run"
+def test_command_line_from_end_to_end(place, tmp_path, monkeypatch, capsys):
+    """As a user runs it, with all modules imported anew, and what they find afterwards."""
+    folder, script = tmp_path / "run", str(ROOT / "multitask_classifier.py")
+    monkeypatch.setattr(sys, "argv", [script, *command(place, folder, "--max_steps 2")])
+    with fresh_modules(), pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and "\r" not in out + err  # no progress bar when piped
     for task in DEFAULT_TASKS:
         for split in ("dev", "test"):
             path = folder / "predictions" / f"{task}-{split}-output.csv"
-            assert str(path) in done.stdout and path.exists()
+            assert str(path) in out and path.exists()
     names = "args.json data_report.json metrics.jsonl scores.json curves.png best last last.1 predictions"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     scores = json.loads((folder / "scores.json").read_text())["dev"]
     mains = [scores["tasks"][task][TASK_KINDS[TASKS[task].kind].main_score] for task in DEFAULT_TASKS]
     assert scores["mean"] == pytest.approx(sum(mains) / 3)
     assert scores["mean_2024"] == pytest.approx((mains[0] + mains[1] + (mains[2] + 1) / 2) / 3)
-    printed = re.findall(r"overall.*: (\S+)", done.stdout)
+    printed = re.findall(r"overall.*: (\S+)", out)
     assert printed == [f"{scores['mean']:.4f}", f"{scores['mean_2024']:.4f}"]
 
 

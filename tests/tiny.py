@@ -4,9 +4,13 @@ Shapes: R sequences in a batch, T padded length, K tasks, P parameters of the en
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ from training.sources import EXTRA_SOURCES
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 SIZES = {"train": 24, "dev": 11, "test": 9}
+ANY_CHARACTER = (range(128), range(128), range(0x80, 0x800), range(0x800, 0x10000), range(0x10000, 0x110000))
 
 
 def refusal(function, *args) -> str:
@@ -36,6 +41,25 @@ def refusal(function, *args) -> str:
         assert message.isprintable() and len(message) < 600
         return message
     raise AssertionError("no UserError was raised")
+
+
+@contextmanager
+def fresh_modules() -> Iterator[None]:
+    """As in a new process: nothing of the project is imported, while torch and others still are."""
+    root = SAMPLE.parent.parent
+    own = {path.stem for path in root.glob("*.py")} | {path.parent.name for path in root.glob("*/*.py")}
+    with patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] in own - {"tests"}]:
+            del sys.modules[name]
+        yield
+
+
+def any_text(rng: random.Random, characters: str = "") -> str:
+    """Of these characters; else any, lone surrogates and unassigned ones included."""
+    length = rng.randrange(40)
+    if characters:
+        return "".join(rng.choices(characters, k=length))
+    return "".join(chr(rng.choice(rng.choice(ANY_CHARACTER))) for _ in range(length))
 
 
 def make_config(vocab_size: int, **changes) -> BertConfig:

@@ -34,7 +34,7 @@ from reporting.table_statistics import DevData, read_finished_run
 from support.errors import UserError
 from support.files import ROOT
 from tests.campaign.forks import PNG_END, Strike, comparable, find_differences, find_problems, run_forked
-from tests.tiny import SAMPLE
+from tests.tiny import SAMPLE, any_text
 from tokenizer import BertTokenizer
 from training import checkpoint, download, flags, resolve, token_cache
 from training.checkpoint import SUMS_FILE
@@ -61,7 +61,6 @@ NASTY_JSON = (
 # Whole runs take no random values of these flags: they write elsewhere, take long, or need a network.
 NOT_IN_RUNS = {"help", "output_dir", "cache_dir", "pretrained", "compile", "epochs", "max_steps"}
 NOT_IN_RUNS |= {"grad_accum", "overwrite"}
-ANY_CHARACTER = (range(128), range(128), range(0x80, 0x800), range(0x800, 0x10000), range(0x10000, 0x110000))
 
 
 class Hung(BaseException):
@@ -69,11 +68,6 @@ class Hung(BaseException):
 
 
 # --- made-up input ------------------------------------------------------------------------------------------
-
-
-def any_text(rng: random.Random) -> str:
-    """Any characters, lone surrogates and unassigned ones included."""
-    return "".join(chr(rng.choice(rng.choice(ANY_CHARACTER))) for _ in range(rng.randrange(40)))
 
 
 def any_value(rng: random.Random, depth: int = 0):

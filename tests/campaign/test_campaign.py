@@ -1,8 +1,9 @@
 """The fault campaign notices code that is broken on purpose, and a few of its cases pass.
 
-It forks, which a process with threads must not, so it has a process of its own. For all of it: `make faults`.
+It works in a fork of this process, which need not import anything. For all of it: `make faults`.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -29,9 +30,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def apart():
-    """Calls a function in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context) as executor:
+    """Calls a function in a process of its own, which changes nothing here."""
+    context = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, context, faulthandler.disable) as executor,
+    ):
         yield lambda function, *args: executor.submit(function, folder, *args).result(timeout=900)
         executor.submit(os._exit, 0)  # an orderly end takes seconds
 
@@ -48,11 +52,11 @@ def make_fuzzer(folder):
 
 
 def few_cases(folder):
-    bench, later_kinds = make_bench(folder), list(faults.KINDS)[2:]
+    bench, later_kinds = make_bench(folder), list(faults.KINDS)[2:4] + list(faults.KINDS)[-1:]
     outcomes = [
-        faults.run_kills(bench, 2, num_settings=1),
+        faults.run_kills(bench, 1, num_settings=1),
         faults.run_matrix(bench, faults.all_rows()[300:301]),
-        faults.run_fuzz(bench, 30, make_fuzzer(folder)),
+        faults.run_fuzz(bench, 20, make_fuzzer(folder)),
     ]
     wrong = [text for outcome in outcomes for text in outcome.wrong]
     with tempfile.TemporaryDirectory() as work:
@@ -72,7 +76,7 @@ def careless_files(folder):
     bench, wrong, rng = make_bench(folder), [], random.Random(0)
     setting = faults.draw_settings(bench, 0)
     with patch.object(files, "whole_file", careless), tempfile.TemporaryDirectory() as work:
-        for number in range(1, 9):
+        for number in range(4, 9):
             strike = {"strike": forks.Strike(number, "middle")}
             with patch.object(faults, "draw_kill", lambda *args, strike=strike: strike):
                 kinds = ["SIGKILL at a file operation"]
@@ -133,7 +137,7 @@ def deaths(folder):
 def test_a_few_cases_pass(apart):
     num_cases, wrong, num_kills = apart(few_cases)
     assert not wrong, "\n".join(wrong)
-    assert num_cases == 1 + 2 + 1 + 30 and num_kills
+    assert num_cases == 1 + 1 + 1 + 20 and num_kills
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def no_compiling(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiled_kernels_equal_their_plain_twins(monkeypatch, capsys):
     monkeypatch.setattr(fused, "MIN_SIZE", 64)
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no processes, which import torch first
     torch.compiler.reset()  # what other tests compiled counts against torch's limit
     kernels = compile_kernels()
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,14 +52,18 @@ def predictor(place):
 
 
 @pytest.fixture
-def ask(place, capsys):
-    """Run the command on the run of all tasks; returns what it printed."""
+def command(place):
+    """The command on the run of all tasks."""
+    return lambda *words, run="run": [str(place / run), "--device", "cpu", "--precision", "fp32", *words]
 
-    def ask(*words, run="run", expected_code=0):
-        code = main([str(place / run), "--device", "cpu", "--precision", "fp32", *words])
-        captured = capsys.readouterr()
-        assert code == expected_code, captured.err
-        return captured.out if code == 0 else captured.err
+
+@pytest.fixture
+def ask(command, capsys):
+    """Run it; returns what it printed."""
+
+    def ask(*words, **options):
+        assert main(command(*words, **options)) == 0
+        return capsys.readouterr().out
 
     return ask
 
@@ -235,13 +240,13 @@ def test_the_courses_files_are_read_as_they_are(ask, place):
         assert [tuple(each[column] for column in TASKS[task].text_columns) for each in found] == rows.texts
 
 
-def test_other_columns(ask, tmp_path):
+def test_other_columns(ask, command, refused, tmp_path):
     (tmp_path / "posts.csv").write_text("user,text\n1,a gripping film\n")
     words = ["--task", "sst", "--format", "tsv", "--file", str(tmp_path / "posts.csv")]
     assert "a gripping film\t" in ask(*words, "--columns", "text")
-    assert "expected the columns sentence, separated" in ask(*words, expected_code=2)
-    assert "expected the columns titel" in ask(*words, "--columns", "titel", expected_code=2)
-    assert "--columns a,b: expected 1 name" in ask(*words, "--columns", "a,b", expected_code=2)
+    assert "expected the columns sentence, separated" in refused(main, command(*words))
+    assert "expected the columns titel" in refused(main, command(*words, "--columns", "titel"))
+    assert "--columns a,b: expected 1 name" in refused(main, command(*words, "--columns", "a,b"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4096])
@@ -310,19 +315,21 @@ def test_python_on_the_page(code_blocks, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 and names["logits"].shape == (2, 5)
 
 
-@pytest.mark.slow
-def test_hugging_face_datasets_on_the_page(code_blocks, place, tmp_path):
-    """With a stand-in for the package; in the project's folder, our file would be imported instead."""
-    (tmp_path / "datasets").mkdir()
-    stand_in = f"load_dataset = lambda name, split: {{'text': {['two' + chr(10) + 'lines', *SST]!r}}}"
-    (tmp_path / "datasets" / "__init__.py").write_text(stand_in)
-    code = code_blocks[2].replace("path/to/this/project", str(ROOT))
-    code = code.replace('"python"', repr(sys.executable)) + "print(json.dumps(answers))"
-    (tmp_path / "script.py").write_text(code)
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [answer["sentence"] for answer in json.loads(done.stdout)] == ["two lines", *SST]
+def test_hugging_face_datasets_on_the_page(code_blocks, monkeypatch, standard_input, capsys):
+    """With stand-ins for the package, and for the process that answers."""
+
+    def run(command, cwd, input, **options):
+        assert command[:3] == ["python", "-m", "reporting.predict"] and cwd == "path/to/this/project"
+        assert options == {"capture_output": True, "text": True, "check": True}
+        standard_input(input.encode())
+        assert main(command[3:]) == 0
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    texts, names = {"text": ["two\nlines", *SST]}, {}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: texts))
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(code_blocks[2], names)  # noqa: S102
+    assert [answer["sentence"] for answer in names["answers"]] == ["two lines", *SST]
 
 
 # --- what it leaves alone, and errors -----------------------------------------------------------------------
@@ -354,14 +361,12 @@ def test_empty_sentences_keep_their_place_and_are_warned_about(place, standard_i
     )
 
 
-def test_a_damaged_checkpoint_is_refused(place, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_refused(place, tmp_path, refused):
     shutil.copytree(place / "run", tmp_path / "run")
     path = tmp_path / "run" / "best" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     for run in ("run", "run/best"):
-        assert main([str(tmp_path / run), "--task", "sst", "a"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "damaged (its checksum" in error
+        assert "damaged (its checksum" in refused(main, [str(tmp_path / run), "--task", "sst", "a"])
 
 
 @pytest.mark.parametrize(
@@ -378,19 +383,14 @@ def test_a_damaged_checkpoint_is_refused(place, tmp_path, capsys):
         ("--task sst \ufeff", "is empty; expected some text"),
     ],
 )
-def test_wrong_use_ends_in_one_line(place, flags, message, capsys):
-    try:
-        code = main([str(place / "run"), *flags.format(place=place).split(" ")])
-    except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and message in error
+def test_wrong_use_ends_in_one_line(place, flags, message, refused):
+    assert message in refused(main, [str(place / "run"), *flags.format(place=place).split(" ")])
 
 
 @pytest.mark.parametrize("folder", ["none", "data"])
-def test_no_run_there(place, folder, capsys):
-    assert main([str(place / folder), "--task", "sst", "a"]) == 2
-    assert "no run there (no args.json); expected a folder that training wrote" in capsys.readouterr().err
+def test_no_run_there(place, folder, refused):
+    message = "no run there (no args.json); expected a folder that training wrote"
+    assert message in refused(main, [str(place / folder), "--task", "sst", "a"])
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,6 @@ def test_no_run_there(place, folder, capsys):
         ("sst", b'id,sentence\n1,"open\n', "standard input:2: a quotation mark in this row is never closed"),
     ],
 )
-def test_bad_input_ends_in_one_line(ask, standard_input, task, content, message):
+def test_bad_input_ends_in_one_line(command, refused, standard_input, task, content, message):
     standard_input(content)
-    error = ask("--task", task, expected_code=2)
-    assert error.count("\n") == 1 and message in error
+    assert message in refused(main, command("--task", task))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows
 from evaluation import OVERALLS, TASK_KINDS, format_predictions
+from reporting import figures
 from reporting.report import MAX_TEXT, main, plot_run, training_seconds
 from tests.fake_runs import SCRIPT, all_tasks, make_run
 from tests.reporting.read_pages import NASTY, HtmlPage, markdown_rows
@@ -23,10 +24,17 @@ from training.flags import get_args
 @pytest.fixture(autouse=True)
 def no_drawing(request, monkeypatch):
     """Pictures take most of a page's time; only tests that are about them wait for it."""
-    if "picture" not in request.node.name and "plot" not in request.node.name:
-        monkeypatch.setattr(
-            Figure, "savefig", lambda figure, buffer, **settings: buffer.write(b"\x89PNG Matplotlib")
-        )
+    real = Figure.savefig
+
+    def savefig(figure, buffer, **settings):
+        if "picture" in request.node.name:
+            real(figure, buffer, **settings | {"dpi": 20})
+        else:
+            buffer.write(b"\x89PNG Matplotlib")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(figures, "plot_predictions", lambda *args: Figure())
 
 
 def change_json(path, change):

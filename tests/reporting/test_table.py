@@ -1,16 +1,21 @@
 """The table's command: its flags, its guards against mixed settings, and small tables from end to end.
 
-Training runs in this process where a process of its own is not what is tested; test_jobs.py has those.
+Training runs in this process or in forks of it, which need not import anything; that commands start, stop
+and inherit what they need is tested in test_jobs.py.
 """
 
 import csv
+import importlib
 import json
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +68,24 @@ def change_given(folder, **flags):
 def snapshot(folder):
     """When each file was last written."""
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """In place of `subprocess.Popen`: the `main` that a command would call, in a fork."""
+
+    def __init__(self, command, stdout, env, **options):
+        super().__init__(target=self.work, args=(command[1:], stdout, env))
+        self.start()
+
+    def work(self, command, stdout, env):
+        sys.stdout = sys.stderr = stdout
+        os.environ.update(env)
+        sys.argv = command[1:] if command[0] == "-m" else command
+        module = importlib.import_module(Path(sys.argv[0]).name.removesuffix(".py"))
+        sys.exit(module.main(sys.argv[1:]))
+
+    returncode = property(lambda process: process.exitcode)
+    poll, wait = returncode.fget, multiprocessing.process.BaseProcess.join
 
 
 @pytest.fixture
@@ -170,13 +193,11 @@ for flags, why in ((OWN, "the table has to know it"), (DIFFER, "rows of the tabl
     WRONG |= {f"-- {flag}": f"{flag.split()[0]} is given after --, but {why}" for flag in flags.split(", ")}
 
 
-def test_wrong_flags_end_in_one_line(tmp_path, monkeypatch, one_line):
+def test_wrong_flags_end_in_one_line(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     for flags, message in WRONG.items():
-        with pytest.raises(SystemExit) as end:
-            main(["--dry_run", *flags.split()])
-        error = one_line()
-        assert end.value.code == 2 and " error: " in error and message in error, flags
+        error = refused(main, ["--dry_run", *flags.split()])
+        assert " error: " in error and message in error, flags
     assert not any(tmp_path.iterdir())
 
 
@@ -324,11 +345,15 @@ def test_table_from_end_to_end(place, started, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_what_fails_is_named_and_the_table_of_the_rest_is_written(place, made, tmp_path, monkeypatch, capsys):
-    """In processes of their own, in a folder other than the project's, with paths relative to it.
+    """In a folder other than the project's, with paths relative to it.
 
     A row whose data are missing, and missing test data: the other rows get their table all the same, and
     further pre-training gives its run the encoder.
     """
+    pipes = {"DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+    monkeypatch.setattr("reporting.jobs.subprocess", SimpleNamespace(Popen=Forked, **pipes))
+    monkeypatch.setattr("reporting.jobs.POLL_SECONDS", 0.02)
+    monkeypatch.setattr(multitask_classifier, "plot_run", lambda folder: None)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "encoder", "encoder")
     shutil.copytree(place / "data", "data")

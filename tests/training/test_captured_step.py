@@ -115,7 +115,7 @@ class Pair:
 )
 def test_steps_equal_plain_ones(method, head):
     pair = Pair(head, grad_method=method, clip_norm=1.0)
-    pair.steps(3)
+    pair.steps(2)
     pair.compare_parameters()
 
 
