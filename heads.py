@@ -452,9 +452,10 @@ class MultitaskBERT(nn.Module):
         states, query = outputs["last_hidden_state"], self.heads[task].query
         vectors = pool_phrases(POOLINGS[self.pooling], states, phrases["phrase_spans"], query)  # (R, P, H)
         logits = self.classify(task, vectors.flatten(0, 1))  # (R * P, C), or S times as many
-        num_samples = len(logits) // phrases["phrase_labels"].numel()
-        phrase_labels = torch.cat([phrases["phrase_labels"].flatten()] * num_samples)
-        losses = kind.loss(logits, phrase_labels, reduction="none").unflatten(0, (num_samples, -1)).mean(0)
+        num_samples = self.heads[task].dropout_samples if self.training else 1
+        phrase_labels = phrases["phrase_labels"].flatten()
+        losses = kind.loss(logits, torch.cat([phrase_labels] * num_samples), reduction="none")
+        losses = losses.view(num_samples, len(phrase_labels)).mean(0)
         return loss + (losses * phrases["phrase_weights"].flatten()).sum()  # `@` would be autocast
 
     def total_loss(self, task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
