@@ -12,7 +12,9 @@ without bias. (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, use the
 Gradients of neighbouring steps would cost nothing, but are not independent: a step moves the weights against
 its own noise, which the next gradient sees, and a signal of 1 % may drown in that bias. The halves of one
 batch are alike in length, since batches are. Hence a probe: random batches of its own, without an update.
-Only every COLUMN_STRIDE-th column of the gradients is kept.
+Only every COLUMN_STRIDE-th column of the gradients is kept. Which ones adds an error that no interval holds:
+of 12 batches (MiniLM, new heads), a cosine of -0.08 with every 5th column was -0.26 with every 61st, and
+shares of signal of 7 and 10 % were 6 and 9 %.
 
 Shapes: n batches of each of K tasks, m columns kept of a layer group, L layer groups, G gram matrices (1, or
 L).
@@ -28,7 +30,7 @@ from kernels.flat_memory import FlatMemory
 from support.command_line import number
 from support.specs import Param, parse_spec
 
-COLUMN_STRIDE = 61  # a prime: the columns kept go through all rows and columns of every weight matrix
+COLUMN_STRIDE = 13  # a prime: the columns kept go through all rows and columns of every weight matrix
 
 
 # --- the estimate -------------------------------------------------------------------------------------------
