@@ -18,7 +18,7 @@ from tokenizer import BertTokenizer
 from training.check_data import cross_checks, make_report
 from training.checkpoint import SUMS_FILE, find_damage
 from training.settings import DataSettings, ModelSettings, TokenSettings
-from training.sources import EXTRA_SOURCES, add_sources, held_out_keys
+from training.sources import EXTRA_SOURCES, add_sources, held_out_keys, source_paths
 from training.token_cache import tokenize_cached
 
 
@@ -80,8 +80,8 @@ def read_data(settings: DataSettings) -> tuple[dict[str, dict[str, Rows]], dict]
     report = make_report(files, checks) | {"extra_data": extra_lines}
     digests = {found.path: found.sha256 for split in files.values() for found in split.values()}
     for source in settings.extra_data:
-        for name in EXTRA_SOURCES[source].files:
-            digests[settings.data_dir / name] = file_digest(settings.data_dir / name)
+        for path in source_paths(source, settings.data_dir):
+            digests[path] = file_digest(path)
     report["files"] = {str(path): digest for path, digest in digests.items()}
     return rows, report
 
