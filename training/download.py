@@ -1,13 +1,14 @@
-"""Download the course's data into data/, and check every file.
+"""Download the course's data, or the sources of --extra_data, into data/, and check every file.
 
     python -m training.download
     python -m training.download --files ids-sst-train ids-sst-dev --base_url file:///mnt/data
+    python -m training.download --extra_data sick,mrpc
     python -m training.download --check
 
-The files come from the public repository https://github.com/gpoesia/minbert-default-final-project (commit
-7ac8260, folder `data`). Each one is compared with the blob id that git gave it in that commit, so it does not
-matter which mirror it came from. Running the command again fetches only what is missing or wrong; a wrong
-file, which may be somebody's own, is kept as NAME.csv.old.
+The course's files come from the public repository https://github.com/gpoesia/minbert-default-final-project
+(commit 7ac8260, folder `data`), the others from where `training.source_table` says. Each one is compared with
+the blob id that git gave it there, so it does not matter which mirror it came from. Running the command again
+fetches only what is missing or wrong; a wrong file, which may be somebody's own, is kept as NAME.old.
 """
 
 if __name__ == "__main__":
@@ -22,6 +23,8 @@ import os
 import socket
 import sys
 import urllib.parse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,10 +34,13 @@ import torch.hub
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
 from support.files import ROOT, is_regular, whole_file
+from training.run_parser import name_list
+from training.source_table import EXTRA_SOURCES
 
 BASE_URL = "https://github.com/gpoesia/minbert-default-final-project/raw/7ac8260/data"
 TIMEOUT_SECONDS = 30  # of silence, not for the whole file
-# Git blob id of each NAME.csv. Paths on disk are made from these names only.
+ALL = "all"  # of the sources
+# Git blob id of each NAME.csv of the course. Paths on disk are made from these names only.
 BLOB_IDS = {
     "ids-sst-train": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
     "ids-sst-dev": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
@@ -49,6 +55,51 @@ BLOB_IDS = {
     "ids-cfimdb-dev": "8a0f5dcf3d40189b96c801a12cd79bf8003e61de",
     "ids-cfimdb-test-student": "1e789c709b3ca0511f027a309b6d8bd21cde41b2",
 }
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where a file is published, and the git blob id of its content."""
+
+    url: str
+    blob_id: str
+
+
+def course_files(names: Iterable[str]) -> dict[str, Remote]:
+    """Files of the course, by their place under --output_dir."""
+    return {f"{name}.csv": Remote(f"{BASE_URL}/{name}.csv", BLOB_IDS[name]) for name in names}
+
+
+def source_files(name: str) -> dict[str, Remote]:
+    """The files of a source of additional data, by their place under --output_dir.
+
+    Raises:
+        UserError: if it is not published.
+    """
+    source = EXTRA_SOURCES[name]
+    published = source.published
+    if published is None:
+        raise UserError(f"--extra_data {name}: cannot be downloaded, since nobody publishes it as it is")
+    base_url = f"https://github.com/{published.repository}/raw/{published.commit}"
+    return {
+        file_name: Remote(f"{base_url}/{urllib.parse.quote(path)}", blob_id)
+        for file_name, (path, blob_id) in zip(source.files, published.files.items(), strict=True)
+    }
+
+
+def find_files(args: argparse.Namespace) -> dict[str, Remote]:
+    """The files that a command line asks for; says under which licence those of additional data are."""
+    wants_all = ALL in args.extra_data
+    names = tuple(EXTRA_SOURCES) if wants_all else args.extra_data
+    files = course_files(args.files if args.files or names else BLOB_IDS)
+    for name in names:
+        published = EXTRA_SOURCES[name].published
+        if wants_all and published is None:
+            print(f"{name}: not downloaded, since nobody publishes it as it is")
+            continue
+        files |= source_files(name)
+        print(f"{name}: from {published.repository}; licence of the data: {published.licence}")
+    return files
 
 
 def git_blob_id(path: Path) -> str:
@@ -70,8 +121,11 @@ def find_problem(path: Path, blob_id: str) -> str | None:
     return None if actual == blob_id else f"wrong (blob id {actual}, expected {blob_id})"
 
 
-def fetch(url: str, path: Path, blob_id: str) -> None:
+def fetch(url: str, name: str, path: Path, blob_id: str) -> None:
     """Put the checked content of `url` at `path`, or leave `path` as it was.
+
+    Args:
+        name: of the file, for messages.
 
     Raises:
         UserError: if the content cannot be fetched, or is not what `blob_id` names.
@@ -87,14 +141,12 @@ def fetch(url: str, path: Path, blob_id: str) -> None:
                 "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
             )
             raise UserError(
-                f"{path.name}: {url} cannot be fetched ({one_line(reason)}); try again later, or name another"
+                f"{name}: {url} cannot be fetched ({one_line(reason)}); try again later, or name another"
                 " source by --base_url"
             ) from None
         problem = find_problem(temporary, blob_id)
         if problem:
-            raise UserError(
-                f"{path.name}: what came from {url} is {problem}; name another source by --base_url"
-            )
+            raise UserError(f"{name}: what came from {url} is {problem}; name another source by --base_url")
         keep_aside(path)
 
 
@@ -108,33 +160,39 @@ def keep_aside(path: Path) -> None:
     print(f"{path.name}: what was there is now {kept.name}")
 
 
-def download(names: list[str], base_url: str, folder: Path) -> None:
-    """Fetch what is missing or wrong; stop at the first file that cannot be fetched."""
+def download(files: Mapping[str, Remote], base_url: str | None, folder: Path) -> None:
+    """Fetch what is missing or wrong; stop at the first file that cannot be fetched.
+
+    Args:
+        files: by their place under `folder`.
+        base_url: of a mirror, which has the same names as `folder`; None: from where they are published.
+    """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch's downloader sets none
     try:
-        for name in names:
-            path = folder / f"{name}.csv"
-            problem = find_problem(path, BLOB_IDS[name])
-            print(f"{path.name}: {f'{problem}; downloading' if problem else 'already right'}", flush=True)
+        for name, remote in files.items():
+            path = folder / name
+            problem = find_problem(path, remote.blob_id)
+            print(f"{name}: {f'{problem}; downloading' if problem else 'already right'}", flush=True)
             if problem:
-                fetch(f"{base_url}/{path.name}", path, BLOB_IDS[name])
+                url = remote.url if base_url is None else f"{base_url}/{urllib.parse.quote(name)}"
+                fetch(url, name, path, remote.blob_id)
     finally:
         socket.setdefaulttimeout(before)
 
 
-def check(names: list[str], folder: Path) -> None:
+def check(files: Mapping[str, Remote], folder: Path) -> None:
     """Print which files on disk are right.
 
     Raises:
         UserError: if any is not.
     """
-    problems = {name: find_problem(folder / f"{name}.csv", BLOB_IDS[name]) for name in names}
+    problems = {name: find_problem(folder / name, remote.blob_id) for name, remote in files.items()}
     for name, problem in problems.items():
-        print(f"{name}.csv: {problem or 'right'}")
+        print(f"{name}: {problem or 'right'}")
     num_wrong = len(problems) - list(problems.values()).count(None)
     if num_wrong:
-        raise UserError(f"{folder}: {num_wrong} of {len(names)} files missing or wrong, listed above")
+        raise UserError(f"{folder}: {num_wrong} of {len(problems)} files missing or wrong, listed above")
 
 
 def resolve_base_url(base_url: str) -> str:
@@ -157,7 +215,8 @@ def resolve_base_url(base_url: str) -> str:
 def get_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="training.download",
-        description="Download the course's data and check every file; exit code 2 for an error.",
+        description="Download the course's data, or additional data, and check every file; exit code 2 for an"
+        " error.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -165,15 +224,26 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=lambda text: text.removesuffix(".csv"),
         choices=list(BLOB_IDS),
-        default=list(BLOB_IDS),
+        default=[],
         metavar="NAME",
-        help=f"which files, with or without .csv: {', '.join(BLOB_IDS)} (default: all)",
+        help=f"files of the course, with or without .csv: {', '.join(BLOB_IDS)} (default: all, or none"
+        " with --extra_data)",
+    )
+    some_sources = name_list(
+        (*EXTRA_SOURCES, ALL), f"some of {','.join(EXTRA_SOURCES)}, or {ALL}", "NAME,..."
+    )
+    parser.add_argument(
+        "--extra_data",
+        type=some_sources,
+        default=(),
+        metavar=some_sources.metavar,
+        help=f"sources of additional data: {', '.join(EXTRA_SOURCES)}, or {ALL}",
     )
     parser.add_argument(
         "--base_url",
-        default=BASE_URL,
         metavar="URL",
-        help="folder that holds the files, or its http://, https:// or file:// URL (default: %(default)s)",
+        help="folder that holds the files as --output_dir does, or its http://, https:// or file:// URL"
+        " (default: where each file is published)",
     )
     parser.add_argument(
         "--output_dir",
@@ -188,10 +258,12 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
 
 def work(argv: list[str] | None) -> None:
     args = get_args(argv)
+    base_url = None if args.base_url is None else resolve_base_url(args.base_url)
+    files = find_files(args)
     if args.check:
-        check(args.files, args.output_dir)
+        check(files, args.output_dir)
     else:
-        download(args.files, resolve_base_url(args.base_url), args.output_dir)
+        download(files, base_url, args.output_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from datasets import Phrases, TaskData, clean_text
 from training.settings import PhraseSettings
-from training.sources import EXTRA_SOURCES, read_cells, text_key
+from training.sources import EXTRA_SOURCES, read_cells, source_paths, text_key
 
 if TYPE_CHECKING:  # the flags take their choices from here; see datasets
     from tokenizer import BertTokenizer
@@ -64,7 +64,7 @@ def phrase_sources(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def tree_files(task: str, data_dir: Path) -> list[Path]:
-    return [data_dir / name for name in EXTRA_SOURCES[phrase_sources([task])[task]].files]
+    return source_paths(phrase_sources([task])[task], data_dir)
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,13 @@ from training.run_parser import (
     SEED,
     RunParser,
     check_sources,
+    find_task_files,
     source_list,
+    task_files,
     task_list,
 )
 from training.sources import EXTRA_SOURCES, add_sources, text_key
+from training.task_file import set_own_tasks
 
 LAST = "last"  # the checkpoint that an unfinished run goes on from
 NEW = "encoder.new"  # the finished encoder, before its files get their names
@@ -197,8 +200,13 @@ def make_parser() -> RunParser:
     )
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_dir", "place", type=DIR, default="data", help="folder with the data files")
-    text = f"tasks whose sentences to train on, out of {', '.join(TASKS)}"
+    text = (
+        f"tasks whose sentences to train on, out of {', '.join(TASKS)}; with --task_file, its tasks alone if"
+    )
+    text += " not given"
     add("--tasks", "result", type=task_list(), default=",".join(DEFAULT_TASKS), help=text)
+    text = "tasks of your own, a TOML file each (docs/data.md)"
+    add("--task_file", "result", type=task_files, default={}, help=text)
     text = f"more text, out of {', '.join(EXTRA_SOURCES)} (default: none)"
     add("--extra_data", "result", type=source_list, default={}, help=text)
     text = "longest sentence, in word pieces; at most what the encoder can take"
@@ -249,7 +257,11 @@ RESUME_MAY_CHANGE = make_parser().marked(*RESUME_MARKS)
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 and one line if a flag is wrong."""
+    own_tasks = find_task_files(argv)
+    set_own_tasks(own_tasks)  # before the parser lists all tasks
     parser = make_parser()
+    if own_tasks:
+        parser.set_defaults(tasks=tuple(own_tasks))
     args = parser.parse_args(argv)
     check_sources(parser, args)
     return args
@@ -344,14 +356,18 @@ def read_sentences(
     train_rows = read_rows_of_split(data_dir, tasks, "train")
     dev_rows = read_rows_of_split(data_dir, tasks, "dev")
     held_out = set()  # sentences of any dev or test file that is there, of whatever task
+    single_held_out = set()  # those of tasks of single sentences
     for spec in TASKS.values():
         for split in ("dev", "test"):
             path = data_file(data_dir, spec, split)
             for texts in read_rows(path, spec, split).texts if path.exists() else ():
-                held_out |= {text_key((sentence,)) for sentence in texts}
+                keys = {text_key((sentence,)) for sentence in texts}
+                held_out |= keys
+                single_held_out |= set() if spec.is_pair else {key for (key,) in keys}
     for task in tasks:
         sources = {name: n for name, n in extra_data.items() if EXTRA_SOURCES[name].task == task}
-        train_rows[task], lines = add_sources(train_rows[task], sources, data_dir, set())
+        # Rows that are held-out examples are left in; their sentences are taken out below.
+        train_rows[task], lines = add_sources(train_rows[task], sources, data_dir, set(), single_held_out)
         for line in lines:
             print(f"{task:6s} extra {line}")
     sentences, dev = distinct_sentences(train_rows), distinct_sentences(dev_rows)

@@ -22,7 +22,7 @@ from training.check_data import cross_checks, make_report
 from training.checkpoint import SUMS_FILE, find_damage
 from training.phrases import Tree, make_phrases, phrase_sources, read_tree_file, tree_files
 from training.settings import DataSettings, ModelSettings, RunSettings, TokenSettings
-from training.sources import EXTRA_SOURCES, add_sources, held_out_keys, text_key
+from training.sources import EXTRA_SOURCES, add_sources, held_out_keys, source_paths, text_key
 from training.token_cache import tokenize_cached
 
 
@@ -143,8 +143,8 @@ def read_data(settings: DataSettings) -> tuple[dict[str, dict[str, Rows]], dict]
     report = make_report(files, checks) | {"extra_data": extra_lines}
     digests = {found.path: found.sha256 for split in files.values() for found in split.values()}
     for source in settings.extra_data:
-        for name in EXTRA_SOURCES[source].files:
-            digests[settings.data_dir / name] = file_digest(settings.data_dir / name)
+        for path in source_paths(source, settings.data_dir):
+            digests[path] = file_digest(path)
     rows["train"], unlabelled_lines, more = add_unlabelled(settings, rows["train"])
     for line in unlabelled_lines:
         print(line)

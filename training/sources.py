@@ -2,17 +2,22 @@
 
 EXTRA_SOURCES says of each source which task it feeds and how its labels become that task's. Rows that occur
 in any of our dev or test files are dropped, because the public releases of STS-B, Quora and SST overlap the
-class's splits; so are rows that the training data already have, whatever label the source gives them.
+class's splits; so are rows that the training data already have, whatever label the source gives them. Reviews
+that SST took its sentences from may contain one as well: `HeldOut` finds those.
 """
 
 import ast
 import csv
 import io
+import json
+import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,139 +25,13 @@ from config import TASKS, TaskSpec
 from datasets import MAX_FIELD_SIZE, Rows, clean_text, parse_label, read_rows
 from support.bars import Bar
 from support.errors import UserError, one_line
-from support.files import MAX_DATA_BYTES, read_bytes
+from support.files import MAX_DATA_BYTES, read_bytes, unique_keys
 from support.seeds import seed_of
 from support.text_files import decode
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """A data set that adds training rows to a task.
-
-    `labels` turns its labels into the task's: a dict from a cell's text to a label (rows with any other text
-    are left out), or (low, high), a scale that is stretched to the task's; None if they are the task's
-    already.
-    """
-
-    task: str  # whose training rows it adds to
-    files: tuple[str, ...]  # under --data_dir
-    form: str  # row of FORMS
-    text_columns: tuple[str, ...]
-    label_column: str
-    labels: dict[str, float] | tuple[float, float] | None = None
-    columns: tuple[str, ...] | None = None  # of files without a header
-    max_examples: int | None = None  # how many are taken, at random; None: all
-
-
-NLI_LABELS = {"entailment": 1.0, "contradiction": 0.0}  # neutral pairs say nothing about paraphrase
-# The most frequent SST labels among the negative and among the positive sentences of Movie Review.
-POLARITY_LABELS = {"0": 1.0, "1": 3.0}
-
-EXTRA_SOURCES = {
-    "sick": SourceSpec(
-        task="sts",
-        files=("extra/sick/SICK.txt",),
-        form="plain",
-        text_columns=("sentence_A", "sentence_B"),
-        label_column="relatedness_score",
-        labels=(1, 5),
-    ),
-    "mrpc": SourceSpec(
-        task="para",
-        files=("extra/mrpc/msr_paraphrase_train.txt", "extra/mrpc/msr_paraphrase_test.txt"),
-        form="plain",
-        text_columns=("#1 String", "#2 String"),
-        label_column="Quality",
-    ),
-    "paws_wiki": SourceSpec(
-        task="para",
-        files=("extra/paws_wiki/dev.tsv", "extra/paws_wiki/test.tsv"),
-        form="plain",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-        columns=("id", "sentence1", "sentence2", "label"),
-    ),
-    "paws_qqp": SourceSpec(
-        task="para",
-        files=("extra/paws_qqp/dev_and_test.tsv",),
-        form="byte_literals",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-    ),
-    "quora_positives": SourceSpec(
-        task="para",
-        files=("extra/quora_positives/quora-positives.tsv",),
-        form="quoted",
-        text_columns=("sentence1", "sentence2"),
-        label_column="is_duplicate",
-        max_examples=10_000,  # all of them would reverse the majority of the training labels
-    ),
-    "snli": SourceSpec(
-        task="para",
-        files=("extra/snli_sample/train.tsv", "extra/snli_sample/dev.tsv"),
-        form="quoted",
-        text_columns=("text_a", "text_b"),
-        label_column="label",
-        labels=NLI_LABELS,
-    ),
-    "mnli": SourceSpec(
-        task="para",
-        files=("extra/mnli_sample/train.tsv", "extra/mnli_sample/dev.tsv"),
-        form="quoted",
-        text_columns=("text_a", "text_b"),
-        label_column="label",
-        labels=NLI_LABELS,
-    ),
-    "nli_triplets": SourceSpec(
-        task="para",
-        files=("extra/nli_triplets/nli_for_simcse-dev.csv",),
-        form="triplets",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-        labels=NLI_LABELS,
-        max_examples=20_000,
-    ),
-    "sst_trees": SourceSpec(
-        task="sst",
-        files=("extra/sst_trees/train.txt",),
-        form="trees",
-        text_columns=("phrase",),
-        label_column="label",
-        max_examples=20_000,
-    ),
-    "movie_review": SourceSpec(
-        task="sst",
-        files=("extra/rotten_tomatoes_mr/rt-polarity.tsv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="label",
-        labels=POLARITY_LABELS,
-    ),
-    "rotten_tomatoes": SourceSpec(
-        task="sst",
-        files=("extra/rotten_tomatoes_5class/rotten15k.csv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="sentiment",
-    ),
-    "kindle": SourceSpec(
-        task="sst",
-        files=("extra/kindle_5class/kindle15k.csv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="sentiment",
-    ),
-    "cfimdb": SourceSpec(
-        task="sst",
-        files=("ids-cfimdb-train.csv",),
-        form="quoted",
-        text_columns=("sentence",),
-        label_column="sentiment",
-        labels=POLARITY_LABELS,
-    ),
-}
+from training.source_table import EXTRA_SOURCES, SourceSpec
 
 TREE_TOKEN = re.compile(r"\(|\)|[^\s()]+")
+MAX_STOCK_PHRASE = 15  # letters and digits
 MAX_TREE_DEPTH = 100  # each level repeats its words; a sentence of SST has at most 57
 BYTE_LITERAL = re.compile(r"""b'(?:[^'\\\n]|\\.)*'|b"(?:[^"\\\n]|\\.)*\"""")
 
@@ -212,15 +91,33 @@ def triplets(lines: Iterable[str], columns=None) -> Iterator[dict]:
             yield {"sentence1": row["sent0"], "sentence2": row[column], "label": label}
 
 
+def json_object(lines: Iterable[str], columns=None) -> Iterator[dict]:
+    """One JSON object whose values are the rows, objects of texts by column (samples of SNLI and MNLI)."""
+    rows = json.loads("".join(lines), object_pairs_hook=unique_keys)
+    for row in rows.values() if isinstance(rows, dict) else [rows]:
+        if not isinstance(row, dict) or not all(isinstance(cell, str) for cell in row.values()):
+            raise ValueError("expected an object of objects, each with a text for every column")
+        yield row
+
+
+def sentences(lines: Iterable[str], columns=None, *, label: str) -> Iterator[dict]:
+    """A sentence a line, all with the same label (Movie Review)."""
+    for line in lines:
+        if len(line) > MAX_FIELD_SIZE:
+            raise ValueError(f"a line of more than {MAX_FIELD_SIZE} characters; expected one sentence")
+        yield {"sentence": line, "label": label}
+
+
 def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
     """One bracketed tree a line, `(3 (2 word) ...)`, with a label on each node (SST): each node is a row.
 
-    Beside its text it has the line's `words` so far, which a node is from `first` up to `last`.
+    Beside its text it has the line's `sentence` and its `words`, which a node is from `first` up to `last`.
     """
     for line in lines:
         if len(line) > MAX_FIELD_SIZE:
             raise ValueError(f"a line of more than {MAX_FIELD_SIZE} characters; expected one sentence")
-        words, opened = [], []  # opened: (label, number of words before) of nodes not yet closed
+        words, nodes = [], []
+        opened = []  # (label, number of words before) of nodes not yet closed
         tokens = iter(TREE_TOKEN.findall(line))
         for token in tokens:
             if token == "(":
@@ -233,12 +130,14 @@ def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
                 )
             elif token == ")":
                 label, start = opened.pop()
-                phrase = {"phrase": " ".join(words[start:]), "label": label}
-                yield phrase | {"words": words, "first": start, "last": len(words)}
+                words_of_node = {"words": words, "first": start, "last": len(words)}
+                nodes.append({"phrase": " ".join(words[start:]), "label": label} | words_of_node)
             else:
                 words.append(token)
         if opened:
             raise ValueError(f"{len(opened)} brackets are not closed")
+        sentence = " ".join(words)
+        yield from (node | {"sentence": sentence} for node in nodes)
 
 
 FORMS: dict[str, Callable[..., Iterator[dict]]] = {
@@ -247,6 +146,10 @@ FORMS: dict[str, Callable[..., Iterator[dict]]] = {
     "byte_literals": byte_literals,
     "triplets": triplets,
     "trees": trees,
+    # By the ending of a file's name.
+    "json": json_object,
+    "pos": partial(sentences, label="1"),
+    "neg": partial(sentences, label="0"),
 }
 
 
@@ -278,31 +181,53 @@ class CountedLines:
             yield line
 
 
-def read_source(name: str, data_dir: str | Path) -> tuple[list[tuple[tuple[str, ...], float]], int]:
+class SourceRow(NamedTuple):
+    """One row of a source; `whole` is the sentence that it must not take from a held-out one, if any."""
+
+    texts: tuple[str, ...]
+    label: float | None  # None: missing, or left out
+    whole: str | None
+
+
+def source_paths(name: str, data_dir: str | Path) -> list[Path]:
+    """The files of a source: as they are published, unless only its others are there."""
+    source = EXTRA_SOURCES[name]
+    published, others = (
+        [Path(data_dir) / file_name for file_name in names] for names in (source.files, source.other_files)
+    )
+    use_others = others and all(map(os.path.lexists, others)) and not any(map(os.path.lexists, published))
+    return others if use_others else published
+
+
+def read_source(name: str, data_dir: str | Path) -> tuple[list[SourceRow], int]:
     """Read all files of a source.
 
     Returns:
-        texts and label of each usable row, and the number of rows without a usable label or sentence.
+        each usable row, and the number of rows without a usable label or sentence.
 
     Raises:
         UserError: for a missing or unreadable file, a missing column, a bad label; naming file:line if there
             is one.
     """
-    source = EXTRA_SOURCES[name]
     found, unusable = [], 0
-    for file_name in source.files:
-        for texts, label in read_file(Path(data_dir) / file_name, source):
-            if label is None or not all(texts):
+    for path in source_paths(name, data_dir):
+        if not os.path.lexists(path) and EXTRA_SOURCES[name].published:
+            raise UserError(
+                f"--extra_data: {path}: no such file; 'make extra_data NAMES={name}' downloads it"
+            )
+        for row in read_file(path, EXTRA_SOURCES[name]):
+            if row.label is None or not all(row.texts):
                 unusable += 1
             else:
-                found.append((texts, label))
+                found.append(row)
     return found, unusable
 
 
-def read_file(path: Path, source: SourceSpec) -> Iterator[tuple[tuple[str, ...], float | None]]:
-    """Texts and label of each row in a source's file; the label is None if it is missing or left out."""
+def read_file(path: Path, source: SourceSpec) -> Iterator[SourceRow]:
+    """Every row in a source's file."""
     for _, row, label in read_cells(path, source):
-        yield tuple(clean_text(row[column] or "") for column in source.text_columns), label
+        texts = tuple(clean_text(row[column] or "") for column in source.text_columns)
+        yield SourceRow(texts, label, row.get(source.screened_column))
 
 
 def read_cells(
@@ -310,6 +235,8 @@ def read_cells(
 ) -> Iterator[tuple[int, dict, float | None]]:
     """Line, cells by column, and label of each row in a source's file; `flag` is what asks for it."""
     wanted = [*source.text_columns, source.label_column]
+    ending = path.suffix.removeprefix(".")
+    form = ending if ending in FORMS else source.form
     lines, num_rows, known = CountedLines(()), 0, {}  # known: label of a cell; few cells differ
     csv.field_size_limit(MAX_FIELD_SIZE)
     try:
@@ -320,7 +247,7 @@ def read_cells(
         text = decode(contents, path)
         lines = CountedLines(io.StringIO(text, newline=""))
         with Bar(text.count("\n"), " lines", f"reading {path.name}") as bar:
-            for row in FORMS[source.form](lines, source.columns):
+            for row in FORMS[form](lines, source.columns):
                 absent = [column for column in wanted if column not in row]
                 if absent:
                     raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")
@@ -331,12 +258,18 @@ def read_cells(
                 num_rows += 1
                 bar.update(lines.number - bar.n)
         if not num_rows:
-            raise UserError(f"{path}: holds no row; expected the form {source.form}")
+            raise UserError(f"{path}: holds no row; expected the form {form}")
     except UserError:  # a ValueError too, but one that already says where
         raise
-    except (csv.Error, ValueError, SyntaxError, KeyError) as error:  # what a form cannot parse
+    except (
+        csv.Error,
+        ValueError,
+        SyntaxError,
+        KeyError,
+        RecursionError,
+    ) as error:  # what a form cannot parse
         reason = f"no column {error}" if isinstance(error, KeyError) else one_line(error)
-        raise UserError(f"{path}:{lines.number}: not readable as {source.form} ({reason})") from None
+        raise UserError(f"{path}:{lines.number}: not readable as {form} ({reason})") from None
 
 
 def held_out_keys(files: Iterable[tuple[Path, TaskSpec, str]]) -> set[tuple[str, ...]]:
@@ -348,8 +281,36 @@ def held_out_keys(files: Iterable[tuple[Path, TaskSpec, str]]) -> set[tuple[str,
     return {text_key(texts) for path, spec, split in files for texts in read_rows(path, spec, split).texts}
 
 
+class HeldOut:
+    """Finds sentences that have a held-out one in them.
+
+    Args:
+        keys: text keys of held-out sentences. Short ones, of at most MAX_STOCK_PHRASE letters and digits, are
+            in many a text by chance.
+    """
+
+    def __init__(self, keys: Iterable[str]):
+        self.size = MAX_STOCK_PHRASE + 1
+        self.by_start: dict[str, list[str]] = {}
+        for key in keys:
+            if len(key) >= self.size:
+                self.by_start.setdefault(key[: self.size], []).append(key)
+
+    def is_in(self, key: str) -> bool:
+        places = range(len(key) - self.size + 1)
+        return any(
+            key.startswith(held_out, place)
+            for place in places
+            for held_out in self.by_start.get(key[place : place + self.size], ())
+        )
+
+
 def add_sources(
-    rows: Rows, sources: Mapping[str, int | None], data_dir: str | Path, held_out: set[tuple[str, ...]]
+    rows: Rows,
+    sources: Mapping[str, int | None],
+    data_dir: str | Path,
+    held_out: Collection[tuple[str, ...]],
+    sentences_held_out: Collection[str] | None = None,
 ) -> tuple[Rows, list[str]]:
     """Training rows of a task, followed by those of its additional sources.
 
@@ -357,18 +318,31 @@ def add_sources(
         sources: name -> how many examples to take, None for the source's own `max_examples`. They are drawn
             with a seed made from the name, so that runs with different seeds see the same data.
         held_out: keys of the examples that must not be trained on.
+        sentences_held_out: keys of the sentences that no row of a screened source may contain. One that the
+            training data themselves contain does not keep out the phrases of that training sentence. None:
+            the single sentences of `held_out`.
 
     Returns:
         the rows, and a line for each source that says what was taken and what was dropped.
     """
     ids, texts, labels, lines = list(rows.ids), list(rows.texts), rows.labels.tolist(), []
     taken = {text_key(example) for example in texts}
+    train_keys = frozenset(taken)
+    if sentences_held_out is None:
+        sentences_held_out = {key[0] for key in held_out if len(key) == 1}
+    inside = HeldOut(sentences_held_out)
+
+    @cache  # a tree's sentence is that of all its phrases
+    def has_leak(whole: str) -> bool:
+        key = text_key((clean_text(whole),))
+        return key not in train_keys and (key[0] in sentences_held_out or inside.is_in(key[0]))
+
     for name, limit in sources.items():
         found, unusable = read_source(name, data_dir)
         fresh, leaked, known = [], 0, 0
-        for example, label in found:
+        for example, label, whole in found:
             key = text_key(example)
-            if key in held_out:
+            if key in held_out or (whole is not None and has_leak(whole)):
                 leaked += 1
             elif key in taken:
                 known += 1

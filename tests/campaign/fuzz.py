@@ -309,6 +309,13 @@ class Fuzzer:
                         'a dog runs,"a dog, moving",no dog',
                         "rain falls,wet,dry",
                     ]
+                elif path.suffix == ".json":
+                    row = dict.fromkeys(
+                        [*source.text_columns, source.label_column], next(iter(source.labels))
+                    )
+                    lines = [json.dumps({str(n): row for n in range(8)}, indent=1)]
+                elif path.suffix in (".pos", ".neg"):
+                    lines = [f"some words {n}" for n in range(8)]
                 else:
                     label = next(iter(source.labels)) if isinstance(source.labels, dict) else "1"
                     words = ["some words", "other words"][: len(source.text_columns)]

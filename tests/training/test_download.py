@@ -7,10 +7,13 @@ import os
 import re
 import socket
 import threading
+from dataclasses import astuple, replace
 
 import pytest
 
 from training import download
+from training.run_parser import name_list
+from training.source_table import EXTRA_SOURCES, Published
 
 CONTENTS = {"first": b"id\tsentence\n" * 9000, "second": b"hello\n"}  # several chunks, and one
 # Worked out by git's own rule: printf 'blob 6\0hello\n' | sha1sum
@@ -68,6 +71,58 @@ def test_table_has_the_twelve_files():
     assert list(download.BLOB_IDS) == [f"{prefix}-{split}" for prefix in sets for split in splits]
     assert len(set(download.BLOB_IDS.values())) == 12
     assert all(re.fullmatch("[0-9a-f]{40}", blob_id) for blob_id in download.BLOB_IDS.values())
+
+
+def test_every_source_says_where_each_of_its_files_is():
+    for source in EXTRA_SOURCES.values():
+        if source.published:
+            assert len(source.files) == len(source.published.files) and source.published.licence
+            assert re.fullmatch("[0-9a-f]{40}", source.published.commit)
+            assert all(re.fullmatch("[0-9a-f]{40}", blob_id) for blob_id in source.published.files.values())
+    places = [place for source in EXTRA_SOURCES.values() for place in (*source.files, *source.other_files)]
+    assert len(set(places)) == len(places)
+    url, blob_id = astuple(download.source_files("cfimdb")["ids-cfimdb-train.csv"])
+    assert blob_id == download.BLOB_IDS["ids-cfimdb-train"]
+    assert url == download.BASE_URL.replace("7ac8260", "7ac8260577fc12a86c7aaf38918056c30054ef39") + (
+        "/ids-cfimdb-train.csv"
+    )
+
+
+@pytest.fixture
+def source(server, monkeypatch):
+    """A source of two files, one of which the web server lacks."""
+    published = Published(
+        "who/what", "0" * 40, "free of charge", {"a b/x": HELLO_BLOB_ID, "y": FIRST_BLOB_ID}
+    )
+    spec = replace(EXTRA_SOURCES["mrpc"], files=("extra/x y.txt", "extra/y.txt"), published=published)
+    monkeypatch.setattr(download, "EXTRA_SOURCES", {"ours": spec, "nobody's": replace(spec, published=None)})
+    monkeypatch.setattr(download, "name_list", lambda names, *_: name_list(("ours", "nobody's", "all"), *_))
+    server.replies["/extra/x%20y.txt"] = (200, {}, b"hello\n")
+
+
+def test_sources_from_a_mirror_go_on_where_they_stopped(source, server, tmp_path, capsys):
+    flags = ["--base_url", server.url, "--extra_data"]
+    assert run(tmp_path, *flags, "ours") == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(
+        "ours: from who/what; licence of the data: free of charge\nextra/x y.txt: missing"
+    )
+    assert f"error: extra/y.txt: {server.url}/extra/y.txt cannot be fetched (Not Found)" in said.err
+    assert files_in(tmp_path / "extra") == {"x y.txt": b"hello\n"}
+    server.replies["/extra/y.txt"] = (200, {}, CONTENTS["first"])
+    assert run(tmp_path, *flags, "all") == 0
+    said = capsys.readouterr().out
+    assert "nobody's: not downloaded" in said and "x y.txt: already right\nextra/y.txt: missing" in said
+    assert server.requests == ["/extra/x%20y.txt", "/extra/y.txt", "/extra/y.txt"]
+    assert run(tmp_path, "--check", "--extra_data", "ours") == 0
+    assert run(tmp_path, *flags, "nobody's") == 2
+    assert "--extra_data nobody's: cannot be downloaded" in capsys.readouterr().err
+
+
+def test_sources_come_from_where_they_are_published(source):
+    assert [remote.url for remote in download.source_files("ours").values()] == [
+        f"https://github.com/who/what/raw/{'0' * 40}/{path}" for path in ("a%20b/x", "y")
+    ]
 
 
 def test_blob_id_is_that_of_git(tmp_path):

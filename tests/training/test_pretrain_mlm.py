@@ -44,6 +44,7 @@ from training.pretrain_mlm import (
     train_step,
 )
 from training.sources import EXTRA_SOURCES
+from training.task_file import set_own_tasks
 
 V = 60
 NUM_SPECIAL = 5
@@ -463,6 +464,13 @@ def test_additional_text_and_variants_of_dev_sentences(tmp_path, capsys):
     after, _ = read_text(data, {"sick": None})
     assert "A new sentence" in after and f"{dev[0].upper()} !" not in after
     assert set(before) < set(after) and "11 examples from sick" in capsys.readouterr().out
+    review = max((text for (text,) in texts_of(data, "sst", "dev")), key=len)
+    path = data / EXTRA_SOURCES["rotten_tomatoes"].files[0]
+    path.parent.mkdir()
+    path.write_text(f"sentence\tsentiment\nA new review\t1\nAs they say: {review}\t1\n", encoding="utf-8")
+    assert [text for text in read_text(data, {"rotten_tomatoes": None})[0] if text not in before] == [
+        "A new review"
+    ]
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -608,6 +616,23 @@ def test_epochs_give_the_length(place, capsys):
     assert main([*args.split(), "--output_dir", str(place / "epochs")]) == 0
     num_sentences = int(capsys.readouterr().out.split()[0])
     assert log_of(place / "epochs")[-1]["step"] == math.ceil(1.2 * math.ceil(num_sentences / 64))
+
+
+def test_text_of_own_tasks(place, tmp_path, capsys):
+    """A task of one's own gives its training sentences, and its dev sentences are kept out of everything."""
+    lines = ['name = "own"', 'kind = "regression"', 'texts = ["t"]', 'label = "y"', "range = [0, 9]"]
+    lines += ['files = { train = "train.csv", dev = "dev.csv" }']
+    (tmp_path / "own.toml").write_text("\n".join(lines))
+    (tmp_path / "train.csv").write_text("t,y\nOne.,1\nTwo.,2\nThree.,3\n")
+    taken = texts_of(place / "data", "sst", "train")[0][0]
+    (tmp_path / "dev.csv").write_text(f't,y\ntwo,1\n"{taken}",2\n')
+    flags = f"--task_file {tmp_path}/own.toml --max_steps 1"
+    assert run(place, flags, "own") == 0
+    assert "2 sentences to train on (1 more are also dev or test sentences)" in capsys.readouterr().out
+    assert run(place, f"{flags} --tasks sst,own", "both") == 0
+    set_own_tasks({})
+    alone = len(read_sentences(place / "data", ("sst",), {}, seed=1, eval_max_examples=9)[0])
+    assert f"{2 + alone - 1} sentences to train on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

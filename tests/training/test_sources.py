@@ -53,20 +53,28 @@ FORM_CASES = {
         ["(3 (2 The) (4 (1 bad) (3 film)))\n", "(0 no)\n"],
         None,
         [
-            {"phrase": "The", "label": "2"},
-            {"phrase": "bad", "label": "1"},
-            {"phrase": "film", "label": "3"},
-            {"phrase": "bad film", "label": "4"},
-            {"phrase": "The bad film", "label": "3"},
-            {"phrase": "no", "label": "0"},
+            {"phrase": "The", "label": "2", "sentence": "The bad film"},
+            {"phrase": "bad", "label": "1", "sentence": "The bad film"},
+            {"phrase": "film", "label": "3", "sentence": "The bad film"},
+            {"phrase": "bad film", "label": "4", "sentence": "The bad film"},
+            {"phrase": "The bad film", "label": "3", "sentence": "The bad film"},
+            {"phrase": "no", "label": "0", "sentence": "no"},
         ],
     ),
+    "json": (
+        ['{"0": {"a": "x, y", "b": "1"},\n', '"1": {"a": "z", "b": "2"}}\n'],
+        None,
+        [{"a": "x, y", "b": "1"}, {"a": "z", "b": "2"}],
+    ),
+    "pos": (['a "fine"\tfilm \n'], None, [{"sentence": 'a "fine"\tfilm \n', "label": "1"}]),
+    "neg": (["dull\n", "\n"], None, [{"sentence": s, "label": "0"} for s in ("dull\n", "\n")]),
 }
 
 
 def test_every_form_has_a_case_and_every_source_a_form():
     assert set(FORM_CASES) == set(FORMS)
-    assert {source.form for source in EXTRA_SOURCES.values()} == set(FORMS)
+    endings = {Path(name).suffix[1:] for source in EXTRA_SOURCES.values() for name in source.files}
+    assert {source.form for source in EXTRA_SOURCES.values()} | (endings & set(FORMS)) == set(FORMS)
 
 
 @pytest.mark.parametrize("form", FORM_CASES)
@@ -105,9 +113,9 @@ def source(monkeypatch, tmp_path):
             "label_column": "y",
             "labels": (1, 5),
         }
-        spec = SourceSpec(files=(f"{name}.txt",), **(settings | changes))
+        spec = SourceSpec(**({"files": (f"{name}.txt",)} | settings | changes))
         monkeypatch.setitem(EXTRA_SOURCES, name, spec)
-        (tmp_path / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (tmp_path / spec.files[0]).write_bytes(text if isinstance(text, bytes) else text.encode())
         return name
 
     return make
@@ -116,12 +124,12 @@ def source(monkeypatch, tmp_path):
 def test_scale_is_stretched(source, tmp_path):
     source("s", "a\tb\ty\nx\tz\t1\nx\tw\t4.5\nx\tv\t5\n")
     found, unusable = read_source("s", tmp_path)
-    assert [label for _, label in found] == [0.0, 4.375, 5.0] and unusable == 0
+    assert [row.label for row in found] == [0.0, 4.375, 5.0] and unusable == 0
 
 
 def test_byte_order_mark_windows_line_ends_and_blanks_in_the_header(source, tmp_path):
     source("s", b"\xef\xbb\xbfa \t b\ty\r\nx\tz\t3\r\n")
-    assert read_source("s", tmp_path) == ([(("x", "z"), 2.5)], 0)
+    assert read_source("s", tmp_path) == ([(("x", "z"), 2.5, None)], 0)
 
 
 def test_rows_without_a_usable_label_or_sentence_are_counted(source, tmp_path):
@@ -132,7 +140,7 @@ def test_rows_without_a_usable_label_or_sentence_are_counted(source, tmp_path):
         labels={"yes": 1.0, "no": 0.0},
     )
     found, unusable = read_source("s", tmp_path)
-    assert found == [(("x", "z"), 1.0), (("x", "v"), 0.0)] and unusable == 3
+    assert found == [(("x", "z"), 1.0, None), (("x", "v"), 0.0, None)] and unusable == 3
 
 
 TREES = {"form": "trees", "task": "sst", "text_columns": ("phrase",), "label_column": "label", "labels": None}
@@ -170,6 +178,14 @@ BROKEN = [
     ("(0 x " * 10**4 + ")" * 10**4, TREES, "s.txt:1: not readable as trees (more than 100 nested brackets)"),
     ("(0 x) " * 10**5, TREES, "s.txt:1: not readable as trees (a line of more than 131072 characters"),
     ("a,b\n1,2\n", {"form": "triplets"}, "s.txt:2: not readable as triplets (no column 'sent0')"),
+    ('{"0": {"a": "x"}}', {"form": "json"}, "s.txt:1: no column 'b'"),
+    (
+        '{"0": {"a": "x", "b": 1}}',
+        {"form": "json"},
+        "s.txt:1: not readable as json (expected an object of obj",
+    ),
+    ("[" * 10**5, {"form": "json"}, "s.txt:1: not readable as json"),
+    ("x" * 10**6, {"form": "neg"}, "s.txt:1: not readable as neg (a line of more than 131072 characters"),
 ]
 
 
@@ -183,7 +199,7 @@ def test_broken_sources_name_the_line(source, tmp_path, text, changes, message):
 
 def test_long_bytes_literal_is_read(source, tmp_path):
     source("s", "a\tb\ty\nb'" + "\\xc3\\xa9" * 10**4 + "'\tz\t3\n", form="byte_literals")
-    assert read_source("s", tmp_path)[0] == [(("é" * 10**4, "z"), 2.5)]
+    assert read_source("s", tmp_path)[0] == [(("é" * 10**4, "z"), 2.5, None)]
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
@@ -195,9 +211,45 @@ def test_source_that_is_no_file(source, tmp_path, make):
         read_source("s", tmp_path)
 
 
-def test_missing_source_is_named(tmp_path):
-    with pytest.raises(UserError, match="--extra_data: .*SICK.txt: cannot be read .No such file"):
-        read_source("sick", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("sick", "SICK.txt: no such file; 'make extra_data NAMES=sick' "), ("quora_positives", "No such file")],
+)
+def test_missing_source_is_named(tmp_path, name, said):
+    with pytest.raises(UserError, match=f"--extra_data: .*{said}"):
+        read_source(name, tmp_path)
+
+
+def test_other_files_are_read_where_the_published_ones_are_not(source, tmp_path):
+    text = "a\tb\ty\nx\tz\t1\n"
+    source("s", text, files=("s.txt",))
+    source("s", json.dumps({"0": {"a": "u", "b": "v", "y": "5"}}), files=("s.json",), other_files=("s.txt",))
+    assert read_source("s", tmp_path)[0] == [(("u", "v"), 5.0, None)]
+    (tmp_path / "s.json").unlink()
+    assert read_source("s", tmp_path)[0] == [(("x", "z"), 0.0, None)]
+
+
+def test_rows_that_contain_a_held_out_sentence_are_dropped(source, tmp_path):
+    """Sixteen letters are enough, fifteen are not; the whole tree goes, unless training has its sentence."""
+    held_out = {("sixteenlettersss",), ("fifteenletterss",), ("two", "inapairofsentences")}
+    reviews = [
+        "Well: sixteen letters, SS!S.",
+        "sixteenletterssto",
+        "x fifteenletterss y",
+        "in a pair of sentences",
+    ]
+    source(
+        "s",
+        "\n".join(reviews),
+        **TREES | {"form": "pos", "text_columns": ("sentence",)},
+        screened_column="sentence",
+    )
+    trees = ["(2 (1 bad) (2 (0 sixteen) (2 letterssssss)))", "(2 (2 old) (3 sixteenlettersss))"]
+    source("t", "\n".join(trees), **TREES, screened_column="sentence")
+    rows = Rows("train.csv", ["1"], [("old sixteenlettersss",)], np.array([1], dtype=np.float32), {})
+    rows, said = add_sources(rows, {"s": None, "t": None}, tmp_path, held_out)
+    assert [text for (text,) in rows.texts[1:]] == [*reviews[1:], "old"]
+    assert "3 examples from s (of 4: 1 in a dev" in said[0] and "1 examples from t (of 8: 6 in" in said[1]
 
 
 def test_text_key():
