@@ -8,6 +8,7 @@ import torch
 
 from bert import BertModel
 from datasets import Rows
+from evaluation import NOTHING_ADDED
 from tests.tiny import make_config, make_encoder
 from tokenizer import BertTokenizer
 from training.run_data import make_model, tokenize_split
@@ -35,7 +36,8 @@ def test_redrawn_layers_are_the_last_ones_and_the_pooler():
         bert = BertModel(make_config(50))
         for param in bert.parameters():
             param.data += 0.5  # as if trained, LayerNorm and biases included
-        settings = ModelSettings({"sst": "single"}, "pooler", 1, 0.1, False, seed, num_layers)
+        more = (NOTHING_ADDED, seed, num_layers)
+        settings = ModelSettings({"sst": "single"}, {}, "pooler", 1, 0.1, False, *more)
         return make_model(settings, bert).state_dict()
 
     plain, redrawn, again, other = weights(0), weights(1), weights(1), weights(1, seed=4)
