@@ -6,6 +6,7 @@ step is thousands of short operations; started one by one, they leave a GPU idle
 host makes a buffer of integers (kernels/static.py), copies it, and replays two graphs:
 
     backward    forward and backward of all tasks; for each `StepShape`, and once per micro-batch
+                (several ranks sum their gradients here, outside of the graphs)
     update      gram matrix, weights, clipping, AdamW; for each set of tasks that a step draws
 
 Nothing of a step is read back before it is logged: whether it was applied is a number on the device, which
@@ -172,39 +173,68 @@ class CapturedStep:
         """
         drawn_tasks = {task for task, _ in examples}
         drawn = tuple(k for k, task in enumerate(self.memory.tasks) if task in drawn_tasks)
-        num_tokens = 0
+        num_tokens, ranks = 0, self.settings.ranks
         with self._on_stream():
             self._take_over()
+            is_first = True
             for micro_step in range(len(examples[0][1])):
-                shape, arrays = self._pack(examples, micro_step)
+                own = self._own(examples, micro_step)
+                if not own:  # more ranks than examples
+                    continue
+                shape, arrays = self._pack(examples, own)
                 num_tokens += int(arrays["lengths"].sum())
-                seed = make_seed(self.settings.seed, step, micro_step)
+                seed = make_seed(self.settings.seed, step, micro_step, *ranks.own_numbers)
                 arrays["rng"] = np.array([seed, with_dropout], dtype=np.int64)
-                key = (shape, micro_step == 0)
+                key = (shape, is_first)
                 buffer = self._upload(key, shape.size, partial(fill_buffer, shape, arrays))
-                self._run(key, partial(self._backward, shape, buffer, micro_step == 0))
+                self._run(key, partial(self._backward, shape, buffer, is_first))
+                is_first = False
+            if ranks.size > 1:
+                num_tokens = self._sum_over_ranks(examples, drawn, is_empty=is_first)
             orders = draw_step_orders(self.settings.seed, step, len(drawn)).numpy().ravel()
             key, size = (drawn, len(examples)), orders.size + len(self.blocks)
             numbers = self._upload(key, size, partial(self._write_numbers, orders))
             self._run(key, partial(self._update, *key, numbers))
             return self._pending(drawn, num_tokens)
 
-    def _pack(self, examples: Sequence, micro_step: int) -> tuple[StepShape, dict[str, np.ndarray]]:
+    def _own(self, examples: Sequence, micro_step: int) -> list[tuple[str, np.ndarray]]:
+        """This rank's examples of each draw that it has any of."""
+        share = self.settings.ranks.share
+        own = [(task, share(batches[micro_step], turn)) for turn, (task, batches) in enumerate(examples)]
+        return [(task, chosen) for task, chosen in own if len(chosen)]
+
+    def _sum_over_ranks(self, examples: Sequence, drawn: Sequence[int], is_empty: bool) -> int:
+        """Between the graphs: sum what the backward passes of all ranks have left, words as few as occur.
+
+        Returns:
+            the word pieces of all ranks.
+        """
+        memory = self.memory
+        if is_empty:  # this rank had no example
+            memory.start_step()
+            memory.finish_grads()
+            self.losses.zero_()
+        batches = [self.data[task].packed_batch(chosen, 0) for task, each in examples for chosen in each]
+        words = torch.from_numpy(np.unique(np.concatenate([batch.input_ids for batch in batches])))
+        touched = words.long().to(self.device)
+        self.losses.copy_(memory.sum_grads(self.settings.ranks.sum, drawn, self.losses, touched))
+        return sum(int(batch.lengths.sum()) for batch in batches)
+
+    def _pack(
+        self, examples: Sequence, own: Sequence[tuple[str, np.ndarray]]
+    ) -> tuple[StepShape, dict[str, np.ndarray]]:
         tasks, settings = self.memory.tasks, self.settings
         num_examples = {task: 0 for task, _ in examples}
         for task, batches in examples:
             num_examples[task] += sum(map(len, batches))
         # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
         # often as it was drawn.
-        chosen = sorted(examples, key=lambda each: tasks.index(each[0]))
-        shares = [len(batches[micro_step]) / num_examples[task] for task, batches in chosen]
+        chosen = sorted(own, key=lambda each: tasks.index(each[0]))
+        shares = [len(batch) / num_examples[task] for task, batch in chosen]
         num_draws = [sum(task == other for other, _ in examples) for task, _ in chosen]
         weights = [settings.task_weights.get(task, 1.0) for task, _ in chosen]
         shape, arrays = pack_step(
-            [
-                self.data[task].packed_batch(batches[micro_step], tasks.index(task))
-                for task, batches in chosen
-            ],
+            [self.data[task].packed_batch(batch, tasks.index(task)) for task, batch in chosen],
             len(tasks),
             self.memory.other_grads.shape[1],
             self.table_starts,
@@ -236,7 +266,9 @@ class CapturedStep:
         captured = sum(graph is not None for graph in self.graphs.values())
         if self.graphs[key] is None and self.is_cuda and captured < MAX_GRAPHS:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Of other threads, that of NCCL asks for its events meanwhile.
+            mode = "global" if self.settings.ranks.size == 1 else "thread_local"
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 function()
             self.graphs[key] = graph
         if self.graphs[key] is None:

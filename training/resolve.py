@@ -31,6 +31,7 @@ from support.device import (
 )
 from support.errors import UserError
 from support.files import check_replaceable, read_head
+from support.ranks import ONE, Ranks
 from training.flags import flags_marked
 from training.settings import (
     HEAD_DROPOUT_PROB,
@@ -156,7 +157,7 @@ def output_settings(args: argparse.Namespace) -> OutputSettings:
     )
 
 
-def make_settings(args: argparse.Namespace) -> RunSettings:
+def make_settings(args: argparse.Namespace, ranks: Ranks = ONE) -> RunSettings:
     """The settings of a run whose flags are all resolved."""
     head_dropout_prob = args.hidden_dropout_prob
     return RunSettings(
@@ -180,6 +181,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             surgery_scope=args.surgery_scope,
             loss_weighting=args.loss_weighting,
             autocast=make_autocast(args.device, args.precision),
+            ranks=ranks,
         ),
         optimizer=OptimizerSettings(
             lr=args.lr,

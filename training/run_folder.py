@@ -308,7 +308,7 @@ class Run:
 
     def __init__(self, settings: RunSettings, model: MultitaskBERT, tokenizer: BertTokenizer):
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
-        self.folder = settings.output.folder
+        self.folder, self.ranks = settings.output.folder, settings.step.ranks
         optimizer = settings.optimizer
         dtype = PRECISIONS[optimizer.precision]
         kernels = compile_kernels() if optimizer.compiled else PLAIN
@@ -358,23 +358,42 @@ class Run:
 
     def save_last(self) -> None:
         self.check_weights()
-        moments = self.optimizer.state  # has no entry for what was not updated yet, and would make one
-        self.state.optimizer_steps = [
-            moments.get(param, {}).get("step", 0) for param in self.memory.flat_params.values()
-        ]
+        self.count_updates()
 
         def write(folder):
             self._write_model(folder, self.state.to_json())
             save_tensors(self.optimizer_tensors(), folder / "optimizer.safetensors")
 
-        if self.log_file.exists():
-            sync(self.log_file)  # its lines up to here are not written again
-        write_checkpoint(self.folder / "last", write, self.settings.output.keep_last)
+        if self.ranks.is_first:
+            if self.log_file.exists():
+                sync(self.log_file)  # its lines up to here are not written again
+            write_checkpoint(self.folder / "last", write, self.settings.output.keep_last)
         self.saved_step = self.state.step
 
     def save_best(self, summary: dict) -> None:
         state = {"step": self.state.step, "dev": summary}
-        write_checkpoint(self.folder / "best", lambda folder: self._write_model(folder, state))
+        if self.ranks.is_first:
+            write_checkpoint(self.folder / "best", lambda folder: self._write_model(folder, state))
+
+    def count_updates(self) -> None:
+        """Note in the state how often each flat parameter was updated."""
+        moments = self.optimizer.state  # has no entry for what was not updated yet, and would make one
+        self.state.optimizer_steps = [
+            moments.get(param, {}).get("step", 0) for param in self.memory.flat_params.values()
+        ]
+
+    def follow_first(self) -> None:
+        """Take rank 0's state, weights and moments, so that a run goes on the same on every rank."""
+        if self.ranks.size == 1:
+            return
+        self.count_updates()
+        state = self.ranks.from_first(self.state.to_json)
+        if not self.ranks.is_first:
+            self.state = RunState.from_json(state, self.settings.loop.tasks)
+            self._make_moments(self.state)
+        self.saved_step = self.ranks.from_first(lambda: self.saved_step)
+        for tensor in (self.memory.data, *self.optimizer_tensors().values()):
+            self.ranks.copy_first(tensor)
 
     def _write_model(self, folder: Path, state: dict) -> None:
         write_model(folder, self.model, self.tokenizer, state)
@@ -394,9 +413,7 @@ class Run:
             state = RunState.from_json(load_state(folder), self.settings.loop.tasks)
             if (state.loss_scale is None) != (self.state.loss_scale is None):
                 raise ValueError("'loss_scale' is of another precision")
-            for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
-                if step:
-                    add_moments(self.optimizer, param, step)
+            self._make_moments(state)
         except ValueError as error:
             raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
         path = folder / "optimizer.safetensors"
@@ -408,6 +425,11 @@ class Run:
         remove_versions(self.folder / "last", self.settings.output.keep_last)
         self.state, self.saved_step = state, state.step
         self._check_best()
+
+    def _make_moments(self, state: RunState) -> None:
+        for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
+            if step:
+                add_moments(self.optimizer, param, step)
 
     def _check_best(self) -> None:
         """Without the best checkpoint that the state speaks of, the best one from here on will have to do."""
@@ -439,7 +461,8 @@ class Run:
 
     def log(self, line: dict, pictures: Mapping[str, np.ndarray] | None = None) -> None:
         """Add a line to the log, and show it, and pictures that go with it, to the trackers."""
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.ranks.is_first:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         self.state.log_lines += 1
         self.trackers.log(line, pictures)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from support.ranks import ONE, Ranks
+
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
 
@@ -64,6 +66,7 @@ class StepSettings:
     # Factor of the losses in the backward pass, so that float16 holds its gradients. No result of a step
     # depends on it, but for rounding. Unlike the rest, it changes from step to step.
     loss_scale: int = 1
+    ranks: Ranks = ONE  # the processes that share out the batches of a step
 
     def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:
         """(K,) whether each of these tasks may have its gradient changed by the method."""
