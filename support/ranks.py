@@ -42,6 +42,7 @@ GRACE_SECONDS = 10.0  # to leave by itself, for a rank that learns of another's 
 JOIN_TIMEOUT = timedelta(minutes=5)
 # For a message: rank 0 may write to a slow disk meanwhile, and lost ranks are noticed in another way.
 MESSAGE_TIMEOUT = timedelta(hours=2)
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
 DONE = b"done"
 FAILED = "failed"  # the store's key for the rank that speaks
 
@@ -282,27 +283,39 @@ class Ranks:
 ONE = Ranks()
 
 
+def count_ranks() -> int:
+    """How many processes make this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def local_rank() -> int:
     """The number of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def connect(prog: str) -> Ranks:
-    """Find the other ranks, as the environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(
-            local_rank() % torch.cuda.device_count()
-        )  # what `--device cuda` means from here on
+    """Find the other ranks, as the environment says.
+
+    Raises:
+        UserError: if they do not come.
+    """
+    if torch.cuda.is_available():  # what `--device cuda` means from here on
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-    messages = dist.PrefixStore("messages", store)
-    dist.init_process_group(backend, store=messages, rank=rank, world_size=size, timeout=MESSAGE_TIMEOUT)
-    names = [""] * size
-    dist.all_gather_object(names, f"{socket.gethostname()}, process {os.getpid()}")
-    own = store.clone()
-    own.set(f"beat/{rank}", "0")
-    dist.barrier()  # all keys are there
-    watch = Watch(prog, own, rank, names)
+    # What a launch before torchrun's restart has left in its store must not be taken for ours.
+    prefix = f"ranks {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        own = dist.PrefixStore(prefix, store.clone())
+        messages = dist.PrefixStore(f"{prefix} messages", store)
+        dist.init_process_group(backend, store=messages, rank=rank, world_size=size, timeout=MESSAGE_TIMEOUT)
+        own.set(f"beat/{rank}", "0")
+        own.set(f"name/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+        names = own.multi_get([f"name/{number}" for number in range(size)])  # waits for them
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the other ranks were not found by {place} ({one_line(error, 100)})") from None
+    watch = Watch(prog, own, rank, [name.decode() for name in names])
     watch.start()
     return Ranks(rank, size, watch)
 
@@ -313,7 +326,7 @@ def join_ranks(prog: str) -> Iterator[Ranks]:
 
     On all but rank 0, standard output goes nowhere from here on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not all(map(os.environ.get, LAUNCHED)) or os.environ["WORLD_SIZE"] == "1":
         yield ONE
         return
     ranks = connect(prog)

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import safetensors
 import tokenizers
 import torch
+from tqdm import tqdm
 
 from config import TASKS
 from evaluation import PREDICTION_STYLES, prediction_name
@@ -21,6 +23,7 @@ from optimizer import AdamW
 from support.device import PRECISIONS, describe_machine
 from support.errors import UserError
 from support.files import ROOT, read_bytes, sync, write_text
+from support.ranks import count_ranks
 from tokenizer import BertTokenizer
 from training.args_file import ARGS_FILE, read_args_file
 from training.checkpoint import (
@@ -95,6 +98,8 @@ def write_args(
     """
     circumstances = {"versions": describe_versions(), "git": describe_code()}
     circumstances["machine"] = describe_machine(device)
+    if count_ranks() > 1:
+        circumstances["machine"]["ranks"] = count_ranks()
     content = {"args": dict(flags), "commands": [sys.argv], **circumstances, **facts}
     if before:
         content["commands"] = [*before["commands"], sys.argv]
@@ -117,12 +122,13 @@ def changed_flags(stored: Mapping, flags: Mapping, may_change: Collection[str]) 
 
 def format_changed_circumstances(stored: Mapping, device: str) -> str | None:
     """A warning if a run goes on with other versions or on another machine, where bits may differ."""
-    now = {"versions": describe_versions(), "machine": describe_machine(device)}
+    now = {"versions": describe_versions(), "machine": describe_machine(device) | {"ranks": count_ranks()}}
+    unsaid = {"ranks": 1}
     changed = [
-        f"{name} was {stored[kind].get(name)}, is {value}"
+        f"{name} was {stored[kind].get(name, unsaid.get(name))}, is {value}"
         for kind, values in now.items()
         for name, value in values.items()
-        if isinstance(stored.get(kind), dict) and stored[kind].get(name) != value
+        if isinstance(stored.get(kind), dict) and stored[kind].get(name, unsaid.get(name)) != value
     ]
     if not changed:
         return None
@@ -358,6 +364,7 @@ class Run:
 
     def save_last(self) -> None:
         self.check_weights()
+        self.mend_drift()
         self.count_updates()
 
         def write(folder):
@@ -394,6 +401,15 @@ class Run:
         self.saved_step = self.ranks.from_first(lambda: self.saved_step)
         for tensor in (self.memory.data, *self.optimizer_tensors().values()):
             self.ranks.copy_first(tensor)
+
+    def mend_drift(self) -> None:
+        """Let all ranks go on from rank 0's weights, if other processors have rounded some differently."""
+        if self.ranks.size == 1:
+            return
+        own = zlib.crc32(self.memory.data.cpu().numpy())
+        if self.ranks.any(own != self.ranks.from_first(lambda: own)):
+            tqdm.write("warning: the weights of ranks have drifted apart; all go on from those of rank 0")
+            self.follow_first()
 
     def _write_model(self, folder: Path, state: dict) -> None:
         write_model(folder, self.model, self.tokenizer, state)

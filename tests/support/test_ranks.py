@@ -83,7 +83,7 @@ def static_steps(ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 def all_steps(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """By name what the rows of STEPS leave; methods and weightings, which see sums alone, not of three ranks."""
+    """By name what the rows of STEPS leave; methods and weightings, which see sums alone, not of 3 ranks."""
     left = {f"static: {key}": value for key, value in static_steps(ranks).items()}
     for name in STEPS:
         if ranks.size < 3 or name not in (*GRAD_METHODS, *LOSS_WEIGHTINGS):
@@ -128,7 +128,17 @@ def train(folder: Path, output: str, *flags: str) -> None:
         "--precision",
         "fp32",
     ]
-    argv += ["--hidden_dropout_prob", 0, "--log_every", 1, *flags]
+    argv += [
+        "--hidden_dropout_prob",
+        0,
+        "--log_every",
+        1,
+        "--schedule",
+        "constant",
+        "--warmup_steps",
+        0,
+        *flags,
+    ]
     with redirect_stdout(StringIO()):
         assert multitask_classifier.main([str(word) for word in argv]) == 0
 
