@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -158,43 +159,46 @@ def pretrain(folder: Path, output: str) -> None:
 
 
 def run_whole(folder: Path, size: int) -> None:
-    """Four steps in one go; two, and two more on resume, in `resumed`; four of further pre-training."""
+    """Four steps in one go."""
     train(folder, f"whole{size}", "--max_steps", "4")
-    if size < 3:
-        train(folder, "resumed", *(("--resume", "--max_steps", "4") if size == 2 else ("--max_steps", "2")))
+
+
+def run_resumed(folder: Path, size: int) -> None:
+    """What one process has begun goes on with two."""
+    train(folder, "resumed", "--resume", "--max_steps", "4")
+
+
+def run_pretraining(folder: Path, size: int) -> None:
     pretrain(folder, f"mlm{size}")
 
 
 # --- groups of processes ------------------------------------------------------------------------------------
 
 
-def be_rank(rank: int, size: int, port: int, folder: Path, runs: bool) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    if runs:
-        run_whole(folder, size)
-        return
+def compute(folder: Path, size: int) -> None:
     with join_ranks("test") as ranks:
         found = all_steps(ranks) | logits(ranks, folder)
-    torch.save(found, folder / f"{rank} of {size}")
+    torch.save(found, folder / f"{ranks.rank} of {size}")
 
 
-def start_group(size: int, folder: Path, runs: bool = False) -> None:
+def be_rank(rank: int, size: int, port: int, work: Callable, folder: Path) -> None:
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), **address}
+    work(folder, size)
+
+
+def start_group(size: int, work: Callable, folder: Path) -> None:
     context = multiprocessing.get_context("forkserver")  # imports once, for all groups
     context.set_forkserver_preload(["tests.support.test_ranks"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = [context.Process(target=be_rank, args=(rank, size, port, folder, runs)) for rank in range(size)]
+    group = [context.Process(target=be_rank, args=(rank, size, port, work, folder)) for rank in range(size)]
     for process in group:
         process.start()
     for process in group:
-        process.join(600)
+        process.join(300)
     assert [process.exitcode for process in group] == [0] * size
 
 
@@ -210,7 +214,7 @@ def folder(tmp_path_factory):
 def test_steps_and_logits_of_two_and_three_ranks_are_those_of_one(folder):
     expected = all_steps(ONE) | logits(ONE, folder)
     for size in SIZES:
-        start_group(size, folder)
+        start_group(size, compute, folder)
         by_rank = [torch.load(folder / f"{rank} of {size}") for rank in range(size)]
         for name in by_rank[0]:
             found, values = [values_of[name] for values_of in by_rank], expected[name]
@@ -226,7 +230,9 @@ def test_runs_of_two_and_three_ranks_and_resumed_ones_are_those_of_one(folder):
     train(folder, "resumed", "--max_steps", "2")
     pretrain(folder, "mlm1")
     for size in SIZES:
-        start_group(size, folder, runs=True)
+        for work in (run_whole, run_pretraining):
+            start_group(size, work, folder)
+    start_group(2, run_resumed, folder)
     names = ["last/model.safetensors", "last/optimizer.safetensors", "best/model.safetensors"]
     pairs = [(f"{run}/{name}", f"whole1/{name}") for run in ("whole2", "whole3", "resumed") for name in names]
     pairs += [(f"mlm{size}/model.safetensors", "mlm1/model.safetensors") for size in SIZES]
