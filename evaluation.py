@@ -27,6 +27,7 @@ from support.command_line import number
 from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
+from support.ranks import ONE, Ranks
 from support.specs import Param, parse_spec
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ def cut_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def predict_logits(
-    model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext
+    model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext, ranks: Ranks = ONE
 ) -> torch.Tensor:
     """Logits of a task for all examples of `data`.
 
@@ -439,21 +440,27 @@ def predict_logits(
 
     Args:
         autocast: makes the context for mixed precision.
+        ranks: the processes that share out the batches; each gets all logits.
 
     Returns:
         (N, C) float32.
 
     Raises:
         UserError: if a logit is not finite; what it decodes to may well be a class like any other.
+        Stopped: if one of several ranks is to stop.
     """
     was_training = model.training
     model.train(False)
     device = next(model.parameters()).device
     lengths = data.sequences.lengths
-    vectors = torch.empty(len(lengths), model.bert.config.hidden_size, device=device)  # (U, H)
+    vectors = torch.zeros(len(lengths), model.bert.config.hidden_size, device=device)  # (U, H)
+    batches = ranks.share(list(cut_by_length(lengths, MAX_EVAL_TOKENS[device.type])))
+    num_tokens = sum(int(lengths[chosen].sum()) for chosen in batches)
     try:
-        with autocast(), Bar(int(lengths.sum()), " word pieces", f"predicting {task}", scaled=True) as bar:
-            for chosen in cut_by_length(lengths, MAX_EVAL_TOKENS[device.type]):
+        with autocast(), Bar(num_tokens, " word pieces", f"predicting {task}", scaled=True) as bar:
+            for chosen in batches:
+                if ranks.stopping():
+                    break
                 batch = data.sequences.pad(chosen, pad_token_id)
                 try:
                     embedded = model.embed(task, **to_device(batch, device))
@@ -463,6 +470,8 @@ def predict_logits(
                     error.add_note(f"predicting {task}, batch (sequences, word pieces) {shape}")
                     raise
                 bar.update(int(lengths[chosen].sum()))
+        ranks.go_on()
+        ranks.sum(vectors)  # each was zero on all ranks but one
         index = torch.from_numpy(data.index).to(device)  # (N, 1 to 4)
         logits = [
             model.classify(task, *(vectors[column] for column in rows.unbind(-1)))
@@ -475,13 +484,15 @@ def predict_logits(
     return logits
 
 
-def predict(model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext) -> np.ndarray:
+def predict(
+    model: Model, task: str, data: Examples, pad_token_id: int, autocast=nullcontext, ranks: Ranks = ONE
+) -> np.ndarray:
     """Predictions of a task for all examples of `data`; arguments and errors as for `predict_logits`.
 
     Returns:
         (N,) on the scale of the labels: int64 classes, or float32.
     """
-    logits = predict_logits(model, task, data, pad_token_id, autocast)
+    logits = predict_logits(model, task, data, pad_token_id, autocast, ranks)
     return task_kind(model.tasks[task]).decode(logits).cpu().numpy()
 
 
@@ -513,7 +524,11 @@ def check_finite(task: str, logits: torch.Tensor, ids: Sequence[str]) -> None:
 
 
 def evaluate(
-    model: Model, dev_data: Mapping[str, Examples], pad_token_id: int, autocast=nullcontext
+    model: Model,
+    dev_data: Mapping[str, Examples],
+    pad_token_id: int,
+    autocast=nullcontext,
+    ranks: Ranks = ONE,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Scores of a model on the dev split of its tasks.
 
@@ -524,7 +539,7 @@ def evaluate(
         what `summarise` returns, and task -> predictions (N,).
     """
     predictions = {
-        task: predict(model, task, data, pad_token_id, autocast) for task, data in dev_data.items()
+        task: predict(model, task, data, pad_token_id, autocast, ranks) for task, data in dev_data.items()
     }
     task_scores = {
         task: TASK_KINDS[model.tasks[task].kind].scores(predictions[task], data.rows.labels)

@@ -30,7 +30,7 @@ import time
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -73,10 +73,11 @@ from optimizer import lr_factor, set_lr
 from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from reporting.report import plot_run
 from reporting.submission import FORBIDDEN
-from support.command_line import StopRequest, catch_signals, run_script
+from support.command_line import Stopped, StopRequest, catch_signals, run_script
 from support.device import out_of_memory_hint, to_device
-from support.errors import UserError
+from support.errors import RankError, UserError
 from support.files import lock_folder, write_text
+from support.ranks import ONE, Ranks, join_ranks
 from support.seeds import make_seed, seed_of
 from tokenizer import BertTokenizer
 from training.args_file import comes_from
@@ -129,7 +130,7 @@ from training.settings import LoopSettings, OutputSettings, RunSettings, StepSet
 from training.skipped_steps import log_skipped_step
 from training.step_result import StepResult
 from training.task_schedule import draw_shares
-from training.teacher import add_soft_targets, describe_teacher, find_teacher
+from training.teacher import add_soft_targets, describe_teacher, find_answers, find_teacher
 from training.trackers import Trackers, check_trackers
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -137,7 +138,10 @@ from training.trackers import Trackers, check_trackers
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """What one draw of a task gives to a step: a batch, in several pieces if gradients are accumulated."""
+    """What one draw of a task gives to a step: a batch, in several pieces if gradients are accumulated.
+
+    Every rank has the whole batch, and takes its own rows of it.
+    """
 
     task: str
     micro_batches: list[dict[str, Tensor]]  # each as `MultitaskBERT.losses` takes it
@@ -173,7 +177,8 @@ def train_step(
         cosine_ema: (K, K) running mean of the cosines, for gradient methods that aim at it.
         learned: what gradient method and loss weighting remember, as `StepResult.learned` has it.
     """
-    # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory.
+    # 1. Backward for all tasks in one pass: each task's gradient ends up in its own row of the flat memory,
+    #    summed over all ranks. From here on all of them do the same.
     losses, num_tokens = backward_all(model, memory, task_batches, settings, step)
 
     # 2. Inner products of the task gradients, which are all that a gradient method needs to know of them. By
@@ -298,11 +303,20 @@ def backward_all(
         num_examples[batch.task] += sum(len(piece["labels"]) for piece in batch.micro_batches)
     noise = AdversarialNoise(settings.fgm) if settings.fgm else None
     # Of each micro-batch; read at the end, so that a GPU need not wait.
-    tasks, shares, losses, num_tokens = [], [], [], []
+    tasks, shares, losses, num_tokens, ranks = [], [], [], [], settings.ranks
     for micro_step in range(max(len(batch.micro_batches) for batch in task_batches)):
         # All tasks go through the encoder together: large products, and a weight is read once for all.
         chosen = [batch for batch in task_batches if micro_step < len(batch.micro_batches)]
         pieces = [(batch.task, batch.micro_batches[micro_step]) for batch in chosen]
+        num_tokens += [piece["attention_mask"].sum() for _, piece in pieces]
+        copies = model.objective.rdrop
+        pieces = [
+            (task, own_rows(piece, ranks, turn, 2 if copies.get(task) else 1))
+            for turn, (task, piece) in enumerate(pieces)
+        ]
+        pieces = [(task, piece) for task, piece in pieces if len(piece["labels"])]
+        if not pieces:  # more ranks than examples
+            continue
         # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
         # often as it was drawn.
         micro_shares = [len(piece["labels"]) / num_examples[task] for task, piece in pieces]
@@ -310,7 +324,7 @@ def backward_all(
             settings.task_weight(task, step) * (num_draws[task] * share) * settings.loss_scale
             for (task, _), share in zip(pieces, micro_shares, strict=True)
         ]
-        seed = make_seed(settings.seed, step, micro_step)
+        seed = make_seed(settings.seed, step, micro_step, *ranks.own_numbers)
         micro_losses = backward(model, memory, pieces, weights, settings.autocast, seed, noise)
         if noise:  # once more, with the same dropout: what the noise was found to be worst for
             noise.turn_adversarial()
@@ -319,11 +333,14 @@ def backward_all(
         tasks += [memory.tasks.index(task) for task, _ in pieces]
         shares += micro_shares
         losses += [loss.detach() for loss in micro_losses]
-        num_tokens += [piece["attention_mask"].sum() for _, piece in pieces]
     memory.finish_grads()
 
     means = torch.zeros(len(memory.tasks))  # (K,)
-    means.index_add_(0, torch.tensor(tasks), torch.stack(losses).cpu() * torch.tensor(shares))
+    if losses:
+        means.index_add_(0, torch.tensor(tasks), torch.stack(losses).cpu() * torch.tensor(shares))
+    if ranks.size > 1:
+        present = sorted(memory.tasks.index(task) for task in num_examples)
+        means = memory.sum_grads(ranks.sum, present, means)
     means[[task not in num_examples for task in memory.tasks]] = math.nan
     return means, int(torch.stack(num_tokens).sum())
 
@@ -344,6 +361,24 @@ def backward(
     # One backward pass of the sum: the layers tell the tasks apart by token, see kernels/task_grads.py.
     sum(loss * weight for loss, weight in zip(losses, weights, strict=True)).backward()
     return losses
+
+
+def own_rows(batch: dict[str, Tensor], ranks: Ranks, turn: int, copies: int = 1) -> dict[str, Tensor]:
+    """This rank's examples of a batch, maybe none; first sentences stay before second ones.
+
+    Args:
+        copies: how often the batch holds each example: all of them, then all of them again.
+    """
+    if ranks.size == 1:
+        return batch
+    num_examples = len(batch["labels"])
+    own = {
+        name: torch.cat([ranks.share(part, turn) for part in tensor.split(num_examples // copies)])
+        for name, tensor in batch.items()
+    }
+    if "phrase_weights" in own:  # the loss will have this rank's share of the batch as its factor; undo that
+        own["phrase_weights"] = own["phrase_weights"] * (num_examples / max(1, len(own["labels"])))
+    return own
 
 
 def combined_norm(grams: Tensor, weights: Tensor, head_squares: Tensor) -> float:
@@ -380,7 +415,7 @@ def train(
     run: Run, train_data: dict[str, TaskData], dev_data: dict[str, TaskData], stop: StopRequest | None = None
 ) -> None:
     """Train from `run.state` to --max_steps, or until patience runs out or a signal ends the process."""
-    model, state, loop = run.model, run.state, run.settings.loop
+    model, state, loop, ranks = run.model, run.state, run.settings.loop, run.ranks
     stop = StopRequest() if stop is None else stop
     orders = {
         task: BatchOrder(data.lengths, loop.batch_sizes[task], loop.seed, task)
@@ -395,7 +430,7 @@ def train(
     steps = Steps(run, train_data)
     progress, curves = Progress(state.step, loop.max_steps), FreshCurves(run.folder)
     model.train()
-    while not stop.requested:
+    while not ranks.any(stop.requested):
         # 1. Evaluate, and keep the model if it is the best yet. This comes before the step, so that a run
         #    that was stopped in an evaluation starts with it when it goes on.
         is_last = state.step >= loop.max_steps
@@ -407,7 +442,8 @@ def train(
                 log_evaluation(run, dev_part, *evaluation)
             log_noise(run, train_data)
             run.save_last()
-            curves.refresh()
+            if ranks.is_first:
+                curves.refresh()
         out_of_patience = loop.patience and state.evals_without_gain >= loop.patience
         if is_last or out_of_patience:
             break
@@ -442,6 +478,7 @@ def train(
             log_window(run, progress, factor)
     steps.record(wait=True)
     progress.close()
+    stop.signal_number = ranks.largest(stop.signal_number or 0) or None
     if stop.requested:
         stop_run(run, stop)
     print_end(run)
@@ -523,8 +560,13 @@ class Steps:
                 self.is_checked = True
                 self.captured.check(examples, self.run.state.step, lambda: self._plain(examples)())
             return self.captured(examples, self.run.state.step)
+        except RankError:
+            raise
         except Exception as error:  # noqa: BLE001 (compilers and drivers fail in many ways)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # Where numbers differ, they do so on all ranks; anything else may be the trouble of one.
+            if self.run.ranks.size > 1 and type(error) is not ValueError:
+                raise UserError(f"--compile on: captured steps have failed ({reason}); try off") from None
             tqdm.write(f"warning: no captured steps, going on with plain operations ({reason})")
             self.captured = None
             return self._plain(examples)
@@ -574,11 +616,15 @@ def evaluate_run(
         UserError: if weights or predictions are not finite, which no later step would mend.
     """
     run.check_weights()
-    settings = run.settings.step
+    settings, model, pad_token_id = run.settings.step, run.model, run.tokenizer.pad_token_id
+    ranks = replace(run.ranks, stopping=lambda: stop.requested)
+    work = partial(evaluate, model, dev_data, pad_token_id, settings.autocast, ranks)
     try:
-        return stop.interruptible(
-            lambda: evaluate(run.model, dev_data, run.tokenizer.pad_token_id, settings.autocast)
-        )
+        # One of several ranks must not leave the others alone with it.
+        summary_and_predictions = stop.interruptible(work) if ranks.size == 1 else work()
+        return ranks.from_first(lambda: summary_and_predictions)  # all decide by the same bits
+    except Stopped:
+        return None
     except UserError as error:
         raise UserError(f"step {run.state.step}: {error}; {run.last_saved_text()}") from None
 
@@ -693,6 +739,7 @@ def stop_run(run: Run, stop: StopRequest) -> None:
     print(
         f"stopped by a signal at step {step}, saved; to go on: --output_dir {run.folder} --resume", flush=True
     )
+    run.ranks.any(False)  # not before rank 0 has saved: torchrun ends all when one leaves
     sys.exit(stop.exit_code)
 
 
@@ -715,15 +762,18 @@ def evaluate_best(
         write_scores: also write the run's `scores.json`.
     """
     output, loop, pad_token_id = settings.output, settings.loop, tokenizer.pad_token_id
-    checkpoint = need_checkpoint(output.folder / "best")
-    step = load_state(checkpoint)["step"]
-    load_model(checkpoint, model)
+    ranks = settings.step.ranks
+    checkpoint = ranks.from_first(lambda: need_checkpoint(output.folder / "best"))
+    step = ranks.from_first(lambda: load_state(checkpoint)["step"])
+    ranks.from_first(lambda: load_model(checkpoint, model))
+    for tensor in model.state_dict().values():
+        ranks.copy_first(tensor)
     scored, predictions = {}, {}  # of whole splits only where --final_eval is full
     if output.final_eval != "none":
         limit = loop.eval_max_examples if output.final_eval == "part" else None
         scored = {task: data.sample(limit, loop.seed) for task, data in dev_data.items()}
-        summary, predictions = evaluate(model, scored, pad_token_id, settings.step.autocast)
-        if write_scores:
+        summary, predictions = evaluate(model, scored, pad_token_id, settings.step.autocast, ranks)
+        if write_scores and ranks.is_first:
             part = {"final_eval": "part"} if output.final_eval == "part" else {}
             text = json.dumps({"step": step, **part, "dev": summary}, indent=2)
             write_text(output.folder / "scores.json", text + "\n")
@@ -738,9 +788,10 @@ def evaluate_best(
         if data is scored.get(task, ()):  # predicted already
             written[task, split] = data, predictions[task]
         elif data is not None:  # else it has no test file
-            values = predict(model, task, data, pad_token_id, settings.step.autocast)
+            values = predict(model, task, data, pad_token_id, settings.step.autocast, ranks)
             written[task, split] = data, values
-    write_predictions(output, written)
+    if ranks.is_first:
+        write_predictions(output, written)
 
 
 def write_predictions(
@@ -771,17 +822,18 @@ def print_scores(summary: dict, dev_data: dict[str, TaskData], predictions: dict
 # --- a run from the command line ------------------------------------------------------------------
 
 
-def start(args: Namespace) -> None:
+def start(args: Namespace, ranks: Ranks = ONE) -> None:
     """Train from --pretrained, or go on from where --resume finds the run; then evaluate and predict."""
     # 1. Read the data and the encoder, then settle every flag that depends on them. What needs neither comes
     #    first, so that an error does not cost the time to read them.
     folder = output_folder(args)
     check_trackers(args.report_to)
     if not args.resume:
-        check_free(folder, args.overwrite, args.pretrained)
+        ranks.from_first(lambda: check_free(folder, args.overwrite, args.pretrained))
     for line in filter(None, [describe_recipe(args), *resolve_machine(args)]):
         print(f"chosen: {line}")
-    last = find_last(folder, args.eval_every) if args.resume else None
+    ranks.check_device(args.device)
+    last = ranks.from_first(lambda: find_last(folder, args.eval_every)) if args.resume else None
     rows, report = read_data(data_settings(args))
     source = str(last or args.pretrained)
     bert, tokenizer = load_encoder(source, args.hidden_dropout_prob)
@@ -791,7 +843,7 @@ def start(args: Namespace) -> None:
         print(f"chosen: {line}")
     for line in flags_without_effect(args):
         print(f"no effect: {line}")
-    settings = make_settings(args)
+    settings = make_settings(args, ranks)
     check_outputs(settings.output)
     trees = read_trees(settings)
     train_data, dev_data = (
@@ -806,30 +858,17 @@ def start(args: Namespace) -> None:
         "encoder": bert.load_report,
         "encoder_sha256": weights_digest(resolve_pretrained(source)),
     }
-    stored = None
-    if args.resume:
-        stored = check_same_run(settings, last, facts, may_change())
-        facts |= {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
-    if settings.teacher:
-        facts["teacher"] = (
-            stored.get("teacher") if stored else describe_teacher(find_teacher(settings, rows["dev"]))
-        )
+    for name in ("data", "encoder_sha256"):
+        ranks.check_same(name, facts[name])
     run = Run(settings, make_model(settings.model, bert).to(settings.device), tokenizer)
-    if last:
-        run.load_last(last)
-    if stored:
-        run.args_text = write_args(folder, settings.flags, facts, device=settings.device, before=stored)
-        run.cut_log()
-        print(f"continuing {folder} at step {run.state.step}")
-        warn_of_new_length(run, stored["args"])
-    else:
-        run.args_text = begin_run(settings, facts)
-        print(f"encoder {args.pretrained}: {bert.load_report}")
-    write_text(folder / "data_report.json", json.dumps(report, indent=2) + "\n")
+    teacher = ranks.from_first(lambda: open_folder(run, last, facts, report, rows["dev"]))
+    run.follow_first()
 
     # 3. Train, then evaluate the best checkpoint on all of dev and predict.
-    train_data = add_soft_targets(settings, train_data, rows["dev"], facts.get("teacher"))
-    run.trackers = Trackers(settings.output.report_to, folder, settings.flags, run.state.step)
+    answers = ranks.from_first(lambda: find_answers(settings, train_data, rows["dev"], teacher))
+    train_data = add_soft_targets(settings.teacher, train_data, answers)
+    report_to = settings.output.report_to if ranks.is_first else ()
+    run.trackers = Trackers(report_to, folder, settings.flags, run.state.step)
     with closing(run.trackers), catch_signals() as stop:
         train(run, train_data, dev_data, stop)
     try:
@@ -840,13 +879,47 @@ def start(args: Namespace) -> None:
             flush=True,
         )
         raise
-    print(f"run folder: {folder}" + draw_curves(folder))
+    if ranks.is_first:
+        print(f"run folder: {folder}" + draw_curves(folder))
 
 
-def evaluate_again(args: Namespace) -> None:
+def open_folder(
+    run: Run, last: Path | None, facts: dict, data_report: dict, dev_rows: dict[str, Rows]
+) -> list[dict] | None:
+    """Begin a run's folder, or take up what it holds: rank 0's part of `start`.
+
+    Args:
+        last: the checkpoint to go on from, if there is one.
+        facts: for `args.json`.
+
+    Returns:
+        who the teacher is, if there is one.
+    """
+    settings, folder, flags = run.settings, run.folder, run.settings.flags
+    if flags["resume"]:
+        stored = check_same_run(settings, last, facts, may_change())
+        facts = facts | {name: stored.get(name) for name in ("encoder", "encoder_sha256")}
+        if settings.teacher:
+            facts["teacher"] = stored.get("teacher")
+        if last:
+            run.load_last(last)
+        run.args_text = write_args(folder, flags, facts, device=settings.device, before=stored)
+        run.cut_log()
+        print(f"continuing {folder} at step {run.state.step}")
+        warn_of_new_length(run, stored["args"])
+    else:
+        if settings.teacher:
+            facts["teacher"] = describe_teacher(find_teacher(settings, dev_rows))
+        run.args_text = begin_run(settings, facts)
+        print(f"encoder {flags['pretrained']}: {facts['encoder']}")
+    write_text(folder / "data_report.json", json.dumps(data_report, indent=2) + "\n")
+    return facts.get("teacher")
+
+
+def evaluate_again(args: Namespace, ranks: Ranks = ONE) -> None:
     """--eval_only and --predict_only: the best checkpoint of a run, on its own or other data."""
     folder = output_folder(args)
-    best = need_checkpoint(folder / "best")
+    best = ranks.from_first(lambda: need_checkpoint(folder / "best"))
     data = data_settings(args)
     predicted = data.predict_tasks if "dev" in data.predict_splits else ()
     dev_rows = read_split(data, "dev", predicted if args.final_eval == "none" else data.tasks)
@@ -854,7 +927,8 @@ def evaluate_again(args: Namespace) -> None:
     bert, tokenizer = load_encoder(best, args.hidden_dropout_prob)
     for line in [*resolve_machine(args), *fit_to_encoder(args, bert.config)]:
         print(f"chosen: {line}")
-    settings = make_settings(args)
+    ranks.check_device(args.device)
+    settings = make_settings(args, ranks)
     check_outputs(settings.output)
     stored = read_args_file(folder)
     check_own_predictions(args, stored, {"dev": dev_rows, "test": test_rows} if args.predict_only else {})
@@ -899,12 +973,14 @@ class FreshCurves:
 
 
 def run(argv: list[str] | None) -> None:
-    args = get_args(argv)
-    with lock_folder(output_folder(args)):
-        if args.eval_only or args.predict_only:
-            evaluate_again(args)
-        else:
-            start(args)
+    with join_ranks("multitask_classifier.py") as ranks:
+        with ranks.quiet():
+            args = get_args(argv)
+        with lock_folder(output_folder(args)) if ranks.is_first else nullcontext():
+            if args.eval_only or args.predict_only:
+                evaluate_again(args, ranks)
+            else:
+                start(args, ranks)
     if set(args.tasks) == set(DEFAULT_TASKS) and comes_from(args.pretrained, OFFLINE_ENCODER):
         print(f"note: {FORBIDDEN}")
 

@@ -8,7 +8,7 @@ Shapes: K tasks, P parameters shared by all tasks, D of them in weights of linea
 hidden_size, U words that occur in a step.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -261,6 +261,47 @@ class FlatMemory:
             for task, is_empty in enumerate(target.is_empty):
                 if is_empty:
                     target.grads[task].zero_()
+
+    def sum_grads(
+        self,
+        sum_: Callable[[torch.Tensor], None],
+        tasks: Sequence[int],
+        losses: torch.Tensor,
+        touched: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum the step's gradients over the processes that share its batches.
+
+        What lies scattered is sent as one message: the words of the step, tables, biases, heads, and losses.
+        The weights of linear layers, nearly all there is, go from where they are, a task at a time.
+
+        Args:
+            sum_: sums a contiguous tensor over all processes, in place.
+            tasks: the numbers of those that have a batch; the others' rows are zero everywhere.
+            losses: (K,)
+            touched: (U,) all words of the step, in all processes, if `start_step` was not told.
+
+        Returns:
+            the summed losses, (K,).
+        """
+        tasks, rest = list(tasks), self.other_grads[:, self.layout.words.stop :]  # (K, P - D - V * H)
+        heads = self.grad[self.layout.num_shared :]
+        words = []
+        if self.word_grads is not None:
+            rows = self.touched if touched is None else touched
+            rows = slice(None) if rows is None else rows
+            words = [self.word_grads[k][rows] for k in tasks]  # (U, H) each
+        pieces = [*words, rest[tasks], heads, losses.to(heads)]
+        message = torch.cat([piece.flatten() for piece in pieces])
+        sum_(message)
+        parts = message.split([piece.numel() for piece in pieces])
+        *word_sums, summed_rest, summed_heads, summed_losses = parts
+        for k, word, summed in zip(tasks, words, word_sums, strict=False):
+            self.word_grads[k][rows] = summed.view_as(word)
+        rest[tasks] = summed_rest.view(len(tasks), -1)
+        heads.copy_(summed_heads)
+        for k in tasks:
+            sum_(self.matrix_grads[k])
+        return summed_losses.to(losses)
 
     def group_grams(self) -> torch.Tensor:
         """Inner products of the task gradients within each layer group of the encoder, (layer groups, K, K).

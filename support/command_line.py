@@ -14,7 +14,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from support.device import is_out_of_memory, keep_freed_memory
-from support.errors import UserError
+from support.errors import RankError, UserError
 
 Result = TypeVar("Result")
 
@@ -260,8 +260,10 @@ def run_script(prog: str, work: Callable[[], None]) -> int:
             work()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        # Whatever a library may have made of our exception, it was the signal.
-        if received or isinstance(error, KeyboardInterrupt):
+        # Whatever a library may have made of our exception, it was the signal; but a rank that is lost comes
+        # first, since torchrun then sends all others a signal.
+        is_of_ranks = isinstance(error, RankError)
+        if not is_of_ranks and (received or isinstance(error, KeyboardInterrupt)):
             print(f"{prog}: interrupted", file=sys.stderr)
             return 128 + (received[0] if received else signal.SIGINT)
         if isinstance(error, BrokenPipeError):
@@ -271,5 +273,6 @@ def run_script(prog: str, work: Callable[[], None]) -> int:
         message = explain(error)
         if message is None:
             raise
-    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
+    if message:
+        print(f"{prog}: error: {printable(message)}", file=sys.stderr)
     return 2

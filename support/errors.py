@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Something the user can mend; scripts print it as one line and exit with code 2."""
 
 
+class RankError(UserError):
+    """Said by one of several processes for all of them; empty where another has said it."""
+
+
 def quote(value: object) -> str:
     """A value from a file as a message shows it: its repr, cut; it can neither flood nor steer a terminal."""
     return shorten.repr(value)

@@ -6,6 +6,7 @@ step is thousands of short operations; started one by one, they leave a GPU idle
 host makes a buffer of integers (kernels/static.py), copies it, and replays two graphs:
 
     backward    forward and backward of all tasks; for each `StepShape`, and once per micro-batch
+                (several ranks sum their gradients here, outside of the graphs)
     update      gram matrix, weights, clipping, AdamW; for each set of tasks that a step draws
 
 Nothing of a step is read back before it is logged: whether it was applied is a number on the device, which
@@ -66,7 +67,7 @@ class Block:
     group: dict
 
 
-def check_capturable(settings: StepSettings) -> None:
+def check_capturable(settings: StepSettings, model: MultitaskBERT, data: dict[str, TaskData]) -> None:
     """Refuse what a step cannot do without a look at a value.
 
     Raises:
@@ -82,6 +83,10 @@ def check_capturable(settings: StepSettings) -> None:
         raise ValueError(f"--surgery_scope {settings.surgery_scope} is for plain steps only")
     if settings.fgm:
         raise ValueError(f"--fgm {settings.fgm:g} is for plain steps only")
+    if settings.ranks.size > 1:
+        is_drawn = any(each.symmetric or each.phrases is not None for each in data.values())
+        if is_drawn or any(model.objective.rdrop.values()):  # what is drawn of a batch, or holds together
+            raise ValueError("--symmetric, --phrase_weight and --rdrop take plain steps with several ranks")
 
 
 class CapturedStep:
@@ -104,7 +109,7 @@ class CapturedStep:
         settings: StepSettings,
         ops: ModuleType,
     ):
-        check_capturable(settings)
+        check_capturable(settings, model, data)
         self.model, self.memory, self.optimizer = model, memory, optimizer
         self.data, self.settings, self.ops = data, settings, ops
         self.lengths = {task: each.lengths for task, each in data.items()}
@@ -182,25 +187,55 @@ class CapturedStep:
         self.memory.touched = None  # what a replay writes, the host does not see
         drawn_tasks = {task for task, _ in examples}
         drawn = tuple(k for k, task in enumerate(self.memory.tasks) if task in drawn_tasks)
-        num_tokens = 0
+        num_tokens, ranks = 0, self.settings.ranks
         with self._on_stream():
             self._take_over()
+            is_first = True
             for micro_step in range(len(examples[0][1])):
-                shape, arrays = self._pack(examples, step, micro_step)
+                own = self._own(examples, micro_step)
+                if not own:  # more ranks than examples
+                    continue
+                shape, arrays = self._pack(examples, own, step, micro_step)
                 num_tokens += int(arrays["lengths"].sum())
-                seed = make_seed(self.settings.seed, step, micro_step)
+                seed = make_seed(self.settings.seed, step, micro_step, *ranks.own_numbers)
                 arrays["rng"] = np.array([seed, with_dropout], dtype=np.int64)
-                key = (shape, micro_step == 0)
+                key = (shape, is_first)
                 buffer = self._upload(key, shape.size, partial(fill_buffer, shape, arrays))
-                self._run(key, partial(self._backward, shape, buffer, micro_step == 0))
+                self._run(key, partial(self._backward, shape, buffer, is_first))
+                is_first = False
+            if ranks.size > 1:
+                num_tokens = self._sum_over_ranks(examples, drawn, is_empty=is_first)
             orders = draw_step_orders(self.settings.seed, step, len(drawn)).numpy().ravel()
             key, size = (drawn, len(examples)), orders.size + len(self.blocks)
             numbers = self._upload(key, size, partial(self._write_numbers, orders))
             self._run(key, partial(self._update, *key, numbers))
             return self._pending(drawn, num_tokens)
 
+    def _own(self, examples: Sequence, micro_step: int) -> list[tuple[int, str, np.ndarray]]:
+        """This rank's examples of each draw that it has any of, with the draw's number."""
+        share = self.settings.ranks.share
+        own = [(n, task, share(batches[micro_step], n)) for n, (task, batches) in enumerate(examples)]
+        return [(n, task, chosen) for n, task, chosen in own if len(chosen)]
+
+    def _sum_over_ranks(self, examples: Sequence, drawn: Sequence[int], is_empty: bool) -> int:
+        """Between the graphs: sum what the backward passes of all ranks have left, words as few as occur.
+
+        Returns:
+            the word pieces of all ranks.
+        """
+        memory = self.memory
+        if is_empty:  # this rank had no example
+            memory.start_step()
+            memory.finish_grads()
+            self.losses.zero_()
+        batches = [self.data[task].packed_batch(chosen, 0) for task, each in examples for chosen in each]
+        words = torch.from_numpy(np.unique(np.concatenate([batch.input_ids for batch in batches])))
+        touched = words.long().to(self.device)
+        self.losses.copy_(memory.sum_grads(self.settings.ranks.sum, drawn, self.losses, touched))
+        return sum(int(batch.lengths.sum()) for batch in batches)
+
     def _pack(
-        self, examples: Sequence, step: int, micro_step: int
+        self, examples: Sequence, own: Sequence[tuple[int, str, np.ndarray]], step: int, micro_step: int
     ) -> tuple[StepShape, dict[str, np.ndarray]]:
         tasks, settings = self.memory.tasks, self.settings
         num_examples = {task: 0 for task, _ in examples}
@@ -208,16 +243,16 @@ class CapturedStep:
             num_examples[task] += sum(map(len, batches))
         # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
         # often as it was drawn.
-        numbers = sorted(range(len(examples)), key=lambda n: tasks.index(examples[n][0]))
-        chosen = [examples[n] for n in numbers]
-        seeds = [batch_seed(settings.seed, step, n, micro_step) for n in numbers]
-        shares = [len(batches[micro_step]) / num_examples[task] for task, batches in chosen]
+        own = sorted(own, key=lambda each: tasks.index(each[1]))
+        chosen = [(task, batch) for _, task, batch in own]
+        seeds = [batch_seed(settings.seed, step, n, micro_step) for n, _, _ in own]
+        shares = [len(batch) / num_examples[task] for task, batch in chosen]
         num_draws = [sum(task == other for other, _ in examples) for task, _ in chosen]
         weights = [settings.task_weight(task, step) for task, _ in chosen]
         shape, arrays = pack_step(
             [
-                self.data[task].packed_batch(batches[micro_step], tasks.index(task), seed)
-                for (task, batches), seed in zip(chosen, seeds, strict=True)
+                self.data[task].packed_batch(batch, tasks.index(task), seed)
+                for (task, batch), seed in zip(chosen, seeds, strict=True)
             ],
             len(tasks),
             self.memory.other_grads.shape[1],
@@ -250,7 +285,9 @@ class CapturedStep:
         captured = sum(graph is not None for graph in self.graphs.values())
         if self.graphs[key] is None and self.is_cuda and captured < MAX_GRAPHS:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Of other threads, that of NCCL asks for its events meanwhile.
+            mode = "global" if self.settings.ranks.size == 1 else "thread_local"
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 function()
             self.graphs[key] = graph
         if self.graphs[key] is None:

@@ -25,7 +25,7 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from config import DEFAULT_TASKS, OFFLINE_ENCODER, TASKS
 from datasets import BatchOrder, Rows, data_file, read_rows, warning_lines
 from optimizer import SCHEDULES, AdamW, has_weight_decay, lr_factor, set_lr
 from support.bars import Bar
-from support.command_line import StopRequest, catch_signals, number, run_script
+from support.command_line import Stopped, StopRequest, catch_signals, number, run_script
 from support.device import (
     make_autocast,
     out_of_memory_hint,
@@ -54,6 +54,7 @@ from support.device import (
 )
 from support.errors import UserError
 from support.files import lock_folder, read_json, sync, write_text
+from support.ranks import ONE, Ranks, join_ranks
 from support.seeds import make_seed
 from tokenizer import BertTokenizer
 from training.checkpoint import (
@@ -132,11 +133,12 @@ def train_step(
     clip_norm: float = 0.0,
     autocast=nullcontext,
     loss_scale: int = 1,
+    ranks: Ranks = ONE,
 ) -> tuple[float, float | None]:
     """One optimizer update; the learning rates are already in the optimizer's groups.
 
     Args:
-        batch: from `MaskedText.batch`, on the model's device.
+        batch: from `MaskedText.batch`, on the model's device; each rank takes its own rows of it.
         seed: fixes dropout.
         clip_norm: longest gradient; 0 means no clipping.
         loss_scale: factor of the loss in the backward pass, so that float16 holds its gradients.
@@ -148,12 +150,15 @@ def train_step(
     Raises:
         UserError: if either is not finite for another reason; nothing was updated then.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(make_seed(seed, *ranks.own_numbers) if ranks.rank else seed)
     optimizer.zero_grad()
-    with autocast():
-        loss = model.loss(batch)
-    (loss * loss_scale).backward()  # the word embedding's gradient is the sum of both its uses
     trainable = [param for param in model.parameters() if param.requires_grad]
+    if ranks.size == 1:
+        with autocast():
+            loss = model.loss(batch)
+        (loss * loss_scale).backward()  # the word embedding's gradient is the sum of both its uses
+    else:
+        loss = backward_share(model, trainable, batch, autocast, loss_scale, ranks)
     max_norm = clip_norm * loss_scale or math.inf
     grad_norm = float(nn.utils.clip_grad_norm_(trainable, max_norm)) / loss_scale
     if loss_scale > 1 and not math.isfinite(grad_norm) and loss.isfinite():
@@ -169,15 +174,51 @@ def train_step(
     return loss.item(), grad_norm
 
 
+def backward_share(
+    model: BertForMaskedLM,
+    trainable: Sequence[nn.Parameter],
+    batch: dict[str, torch.Tensor],
+    autocast,
+    loss_scale: int,
+    ranks: Ranks,
+) -> torch.Tensor:
+    """The loss of a whole batch, and its gradients times the scale, from this rank's rows and the others'."""
+    rows = ranks.share(torch.arange(len(batch["input_ids"])))
+    own = {
+        name: batch[name][rows.to(batch[name].device)] for name in ("input_ids", "attention_mask", "chosen")
+    }
+    sentences = batch["chosen"].nonzero()[:, 0]  # (M,) of each label
+    own["labels"] = batch["labels"][torch.isin(sentences, rows.to(sentences.device))]
+    loss = batch["labels"].new_zeros((), dtype=torch.float32)
+    if len(own["labels"]):
+        with autocast():
+            loss = model.loss(own, reduction="sum") / len(batch["labels"])
+        (loss * loss_scale).backward()
+    grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in trainable]
+    message = torch.cat([each.flatten() for each in (*grads, loss.detach())])
+    ranks.sum(message)
+    *sums, loss = message.split([each.numel() for each in (*grads, loss)])
+    for param, total in zip(trainable, sums, strict=True):
+        param.grad = total.view_as(param)
+    return loss.squeeze(0)
+
+
 @torch.no_grad()
-def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: int, autocast) -> float:
-    """Mean cross-entropy over masked positions in nats; the masks depend on the seed only. Keeps the mode."""
+def evaluate(
+    model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: int, autocast, ranks: Ranks = ONE
+) -> float:
+    """Mean cross-entropy over masked positions in nats; the masks depend on the seed only. Keeps the mode.
+
+    Raises a Stopped if one of several ranks is to stop.
+    """
     device, mode = model.predictions.bias.device, model.training
     model.eval()
     order = np.argsort(text.lengths, kind="stable")
     total, count = 0.0, 0
     with Bar(len(order), " sentences", "checking the dev loss") as bar:
-        for start in range(0, len(order), batch_size):
+        for start in ranks.share(range(0, len(order), batch_size)):
+            if ranks.stopping():
+                break
             chosen = order[start : start + batch_size]
             batch = to_device(text.batch(chosen, make_seed(seed, start)), device)
             with autocast():
@@ -185,6 +226,11 @@ def evaluate(model: BertForMaskedLM, text: MaskedText, batch_size: int, seed: in
             count += len(batch["labels"])
             bar.update(len(chosen))
     model.train(mode)
+    if ranks.size > 1:
+        ranks.go_on()
+        sums = torch.tensor([total, count], dtype=torch.float64)
+        ranks.sum(sums)
+        total, count = sums.tolist()
     return total / count
 
 
@@ -283,6 +329,7 @@ class MlmSettings:
     device: str
     log_every: int
     save_every: int
+    ranks: Ranks = ONE
 
 
 @dataclass
@@ -429,12 +476,17 @@ def load_last(folder: Path, model: BertForMaskedLM, optimizer: AdamW) -> MlmStat
         state = MlmState.from_json(load_state(folder))
     except ValueError as error:
         raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            add_moments(optimizer, param, state.num_updates)
+    take_state(optimizer, state)
     path = folder / TENSORS_FILE
     copy_tensors(load_tensors(path), run_tensors(model, optimizer), path)
     return state
+
+
+def take_state(optimizer: AdamW, state: MlmState) -> None:
+    """Moments, still zero, after as many updates as the state has."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            add_moments(optimizer, param, state.num_updates)
 
 
 def save_encoder(folder: Path, model: BertForMaskedLM, tokenizer: BertTokenizer) -> None:
@@ -454,12 +506,14 @@ class MlmLog:
     """The log of a run, `metrics.jsonl` and the terminal."""
 
     def __init__(self, settings: MlmSettings, state: MlmState):
+        self.is_written = settings.ranks.is_first
         self.path, self.max_steps, self.state = settings.folder / "metrics.jsonl", settings.max_steps, state
         self.started, self.first_step = time.perf_counter(), state.step
 
     def write(self, line: dict) -> None:
         self.state.log.append(line)
-        write_text(self.path, "".join(json.dumps(each) + "\n" for each in self.state.log))
+        if self.is_written:
+            write_text(self.path, "".join(json.dumps(each) + "\n" for each in self.state.log))
 
     def dev_loss(self, loss: float) -> None:
         print(f"step {self.state.step}/{self.max_steps}  dev loss {loss:.4f}", flush=True)
@@ -492,15 +546,20 @@ def train(
 ) -> None:
     """From `state` to --max_steps, or until a signal ends it, which exits the process."""
     folder, max_steps, seed = settings.folder, settings.max_steps, settings.seed
-    autocast = make_autocast(settings.device, settings.precision)
+    autocast, ranks = make_autocast(settings.device, settings.precision), settings.ranks
     order = BatchOrder(text.lengths, settings.batch_size, seed, "mlm")
     warmup_steps = int(settings.warmup_ratio * max_steps)
     log = MlmLog(settings, state)
 
     def check() -> None:
         """Evaluate, unless a stop is requested."""
-        with out_of_memory_hint(lambda: f"checking the dev loss; {SHRINK}"):
-            loss = stop.interruptible(lambda: evaluate(model, dev_text, settings.batch_size, seed, autocast))
+        together = replace(ranks, stopping=lambda: stop.requested)
+        work = partial(evaluate, model, dev_text, settings.batch_size, seed, autocast, together)
+        try:
+            with out_of_memory_hint(lambda: f"checking the dev loss; {SHRINK}"):
+                loss = stop.interruptible(work) if ranks.size == 1 else work()
+        except Stopped:
+            return
         if loss is None:
             return
         if not math.isfinite(loss):  # the weights are useless: never logged as a score, never saved
@@ -512,7 +571,7 @@ def train(
     if not state.log:
         check()
     model.train()
-    while state.step < max_steps and not stop.requested:
+    while state.step < max_steps and not ranks.any(stop.requested):
         # 1. The batch, its masks and the learning rate depend on the step alone.
         batch = text.batch(order[state.step], make_seed(seed, state.step, 1))
         factor = lr_factor(settings.schedule, state.step, warmup_steps=warmup_steps, total_steps=max_steps)
@@ -529,6 +588,7 @@ def train(
                 clip_norm=settings.clip_norm,
                 autocast=autocast,
                 loss_scale=scale_of(state.loss_scale),
+                ranks=ranks,
             )
         state.step += 1
         if state.loss_scale is not None:
@@ -538,15 +598,18 @@ def train(
         # 3. Log and save.
         if state.step % settings.log_every == 0 or state.step == max_steps:
             log.step(settings.lr * factor, grad_norm)
-        if state.step % settings.save_every == 0 and state.step < max_steps and not stop.requested:
+        is_due = state.step % settings.save_every == 0 and state.step < max_steps and not stop.requested
+        if is_due and ranks.is_first:
             save_last(folder, model, optimizer, state)
     if state.step == max_steps:
         if state.loss_scale is not None and state.loss_scale.overflow_steps:
             print(state.loss_scale.overflow_text(state.step), flush=True)
         check()
+    stop.signal_number = ranks.largest(stop.signal_number or 0) or None
     if stop.requested:
-        if state.step:
+        if state.step and ranks.is_first:
             save_last(folder, model, optimizer, state)
+        ranks.any(False)  # not before rank 0 has saved: torchrun ends all when one leaves
         print(
             f"stopped by a signal at step {state.step}, saved; the same command goes on from here", flush=True
         )
@@ -565,11 +628,12 @@ def resolve_machine(args: argparse.Namespace) -> None:
     set_float32_products(args.precision)
 
 
-def start(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace, ranks: Ranks = ONE) -> None:
     """Train, from where a stopped run left off if there is one, and write the encoder."""
     folder = Path(args.output_dir)
-    stored = find_run(folder, args.pretrained, args.overwrite)
+    stored = ranks.from_first(lambda: find_run(folder, args.pretrained, args.overwrite))
     resolve_machine(args)  # before the data are read, which takes a while
+    ranks.check_device(args.device)
     sentences, dev_sentences = read_sentences(
         Path(args.data_dir),
         args.tasks,
@@ -585,35 +649,48 @@ def start(args: argparse.Namespace) -> None:
     )
     steps_per_epoch = math.ceil(len(text.lengths) / args.batch_size)
     args.max_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
-    names = [each.name for each in fields(MlmSettings) if each.name != "folder"]
-    settings = MlmSettings(folder, **{name: getattr(args, name) for name in names})
+    names = [each.name for each in fields(MlmSettings) if each.name not in ("folder", "ranks")]
+    settings = MlmSettings(folder, **{name: getattr(args, name) for name in names}, ranks=ranks)
     data = f"{zlib.crc32(repr((sentences, dev_sentences)).encode('utf-8', 'replace')):08x}"
+    ranks.check_same("data", data)
     if stored:
         check_same(folder, stored, vars(args), data)
-    else:
-        remove_checkpoints(folder / LAST)
-        for name in OUTPUT_FILES:
-            (folder / name).unlink(missing_ok=True)
-    facts = {"data": data, "encoder": report}
-    write_args(folder, vars(args), facts, device=args.device, before=stored)
     print(f"encoder {args.pretrained}: {report}")
     model.to(args.device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    state = MlmState(loss_scale=LossScale() if args.precision == "fp16" else None)
-    last = find_checkpoint(folder / LAST)
-    if last:
+
+    def open_folder() -> MlmState:
+        if not stored:
+            remove_checkpoints(folder / LAST)
+            for name in OUTPUT_FILES:
+                (folder / name).unlink(missing_ok=True)
+        facts = {"data": data, "encoder": report}
+        write_args(folder, vars(args), facts, device=args.device, before=stored)
+        last = find_checkpoint(folder / LAST)
+        if last is None:
+            return MlmState(loss_scale=LossScale() if args.precision == "fp16" else None)
         state = load_last(last, model, optimizer)
         print(f"continuing {folder} at step {state.step}")
+        return state
+
+    state = ranks.from_first(open_folder)
+    if not ranks.is_first:
+        take_state(optimizer, state)
+    for tensor in run_tensors(model, optimizer).values():
+        ranks.copy_first(tensor)
     with catch_signals() as stop:
         train(settings, model, optimizer, state, text, dev_text, stop)
-        save_encoder(folder, model, tokenizer)
+        if ranks.is_first:
+            save_encoder(folder, model, tokenizer)
     print(f"encoder: {folder}")
 
 
 def run(argv: list[str] | None) -> None:
-    args = get_args(argv)
-    with lock_folder(Path(args.output_dir)):
-        start(args)
+    with join_ranks("training.pretrain_mlm") as ranks:
+        with ranks.quiet():
+            args = get_args(argv)
+        with lock_folder(Path(args.output_dir)) if ranks.is_first else nullcontext():
+            start(args, ranks)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from support.device import (
 )
 from support.errors import UserError
 from support.files import check_replaceable, read_head
+from support.ranks import ONE, Ranks
 from training.flags import MIN_NOISE_BATCHES, flags_marked, given_flags, needs_noise
 from training.run_folder import is_runs_own
 from training.run_parser import value_of_task
@@ -202,7 +203,7 @@ def teacher_settings(args: argparse.Namespace) -> TeacherSettings | None:
     return TeacherSettings(tuple(map(Path, args.teacher)), args.teacher_weight, args.device, args.precision)
 
 
-def make_settings(args: argparse.Namespace) -> RunSettings:
+def make_settings(args: argparse.Namespace, ranks: Ranks = ONE) -> RunSettings:
     """The settings of a run whose flags are all resolved."""
     return RunSettings(
         data=data_settings(args),
@@ -225,6 +226,7 @@ def make_settings(args: argparse.Namespace) -> RunSettings:
             total_steps=args.max_steps,
             fgm=args.fgm,
             autocast=make_autocast(args.device, args.precision),
+            ranks=ranks,
         ),
         optimizer=OptimizerSettings(
             lr=args.lr,

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,7 @@ import numpy as np
 import safetensors
 import tokenizers
 import torch
+from tqdm import tqdm
 
 from config import TASKS
 from evaluation import PREDICTION_STYLES, prediction_name
@@ -22,6 +24,7 @@ from optimizer import AdamW, average_weights
 from support.device import PRECISIONS, describe_machine
 from support.errors import UserError
 from support.files import LOCK_FILE, ROOT, read_bytes, sync, write_text
+from support.ranks import count_ranks
 from tokenizer import BertTokenizer
 from training.args_file import ARGS_FILE, read_args_file
 from training.checkpoint import (
@@ -97,6 +100,8 @@ def write_args(
     """
     circumstances = {"versions": describe_versions(), "git": describe_code()}
     circumstances["machine"] = describe_machine(device)
+    if count_ranks() > 1:
+        circumstances["machine"]["ranks"] = count_ranks()
     content = {"args": dict(flags), "commands": [sys.argv], **circumstances, **facts}
     if before:
         content["commands"] = [*before["commands"], sys.argv]
@@ -119,12 +124,13 @@ def changed_flags(stored: Mapping, flags: Mapping, may_change: Collection[str]) 
 
 def format_changed_circumstances(stored: Mapping, device: str) -> str | None:
     """A warning if a run goes on with other versions or on another machine, where bits may differ."""
-    now = {"versions": describe_versions(), "machine": describe_machine(device)}
+    now = {"versions": describe_versions(), "machine": describe_machine(device) | {"ranks": count_ranks()}}
+    unsaid = {"ranks": 1}
     changed = [
-        f"{name} was {stored[kind].get(name)}, is {value}"
+        f"{name} was {stored[kind].get(name, unsaid.get(name))}, is {value}"
         for kind, values in now.items()
         for name, value in values.items()
-        if isinstance(stored.get(kind), dict) and stored[kind].get(name) != value
+        if isinstance(stored.get(kind), dict) and stored[kind].get(name, unsaid.get(name)) != value
     ]
     if not changed:
         return None
@@ -332,7 +338,7 @@ class Run:
 
     def __init__(self, settings: RunSettings, model: MultitaskBERT, tokenizer: BertTokenizer):
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
-        self.folder = settings.output.folder
+        self.folder, self.ranks = settings.output.folder, settings.step.ranks
         optimizer = settings.optimizer
         dtype = PRECISIONS[optimizer.precision]
         kernels = compile_kernels() if optimizer.compiled else PLAIN
@@ -408,23 +414,52 @@ class Run:
 
     def save_last(self) -> None:
         self.check_weights()
-        moments = self.optimizer.state  # has no entry for what was not updated yet, and would make one
-        self.state.optimizer_steps = [
-            moments.get(param, {}).get("step", 0) for param in self.memory.flat_params.values()
-        ]
+        self.mend_drift()
+        self.count_updates()
 
         def write(folder):
             self._write_model(folder, self.state.to_json())
             save_tensors(self.optimizer_tensors(), folder / "optimizer.safetensors")
 
-        if self.log_file.exists():
-            sync(self.log_file)  # its lines up to here are not written again
-        write_checkpoint(self.folder / "last", write, self.settings.output.keep_last)
+        if self.ranks.is_first:
+            if self.log_file.exists():
+                sync(self.log_file)  # its lines up to here are not written again
+            write_checkpoint(self.folder / "last", write, self.settings.output.keep_last)
         self.saved_step = self.state.step
 
     def save_best(self, summary: dict) -> None:
         state = {"step": self.state.step, "dev": summary}
-        write_checkpoint(self.folder / "best", lambda folder: self._write_model(folder, state))
+        if self.ranks.is_first:
+            write_checkpoint(self.folder / "best", lambda folder: self._write_model(folder, state))
+
+    def count_updates(self) -> None:
+        """Note in the state how often each flat parameter was updated."""
+        moments = self.optimizer.state  # has no entry for what was not updated yet, and would make one
+        self.state.optimizer_steps = [
+            moments.get(param, {}).get("step", 0) for param in self.memory.flat_params.values()
+        ]
+
+    def follow_first(self) -> None:
+        """Take rank 0's state, weights and moments, so that a run goes on the same on every rank."""
+        if self.ranks.size == 1:
+            return
+        self.count_updates()
+        state = self.ranks.from_first(self.state.to_json)
+        if not self.ranks.is_first:
+            self.state = RunState.from_json(state, self.settings.loop.tasks)
+            self._make_moments(self.state)
+        self.saved_step = self.ranks.from_first(lambda: self.saved_step)
+        for tensor in (self.memory.data, *self.optimizer_tensors().values()):
+            self.ranks.copy_first(tensor)
+
+    def mend_drift(self) -> None:
+        """Let all ranks go on from rank 0's weights, if other processors have rounded some differently."""
+        if self.ranks.size == 1:
+            return
+        own = zlib.crc32(self.memory.data.cpu().numpy())
+        if self.ranks.any(own != self.ranks.from_first(lambda: own)):
+            tqdm.write("warning: the weights of ranks have drifted apart; all go on from those of rank 0")
+            self.follow_first()
 
     def _write_model(self, folder: Path, state: dict) -> None:
         write_model(folder, self.model, self.tokenizer, state)
@@ -444,9 +479,7 @@ class Run:
             state = RunState.from_json(load_state(folder), self.settings.loop.tasks)
             if (state.loss_scale is None) != (self.state.loss_scale is None):
                 raise ValueError("'loss_scale' is of another precision")
-            for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
-                if step:
-                    add_moments(self.optimizer, param, step)
+            self._make_moments(state)
         except ValueError as error:
             raise UserError(f"{folder / STATE_FILE}: does not fit this run ({error})") from None
         path = folder / "optimizer.safetensors"
@@ -458,6 +491,11 @@ class Run:
         remove_versions(self.folder / "last", self.settings.output.keep_last)
         self.state, self.saved_step = state, state.step
         self._check_best()
+
+    def _make_moments(self, state: RunState) -> None:
+        for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
+            if step:
+                add_moments(self.optimizer, param, step)
 
     def _check_best(self) -> None:
         """Without the best checkpoint that the state speaks of, the best one from here on will have to do."""
@@ -489,7 +527,8 @@ class Run:
 
     def log(self, line: dict, pictures: Mapping[str, np.ndarray] | None = None) -> None:
         """Add a line to the log, and show it, and pictures that go with it, to the trackers."""
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.ranks.is_first:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         self.state.log_lines += 1
         self.trackers.log(line, pictures)

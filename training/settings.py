@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from evaluation import Objective
+from support.ranks import ONE, Ranks
 from training.task_schedule import Course, factor_in_step
 
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
@@ -104,6 +105,7 @@ class StepSettings:
     # Factor of the losses in the backward pass, so that float16 holds its gradients. No result of a step
     # depends on it, but for rounding. Unlike the rest, it changes from step to step.
     loss_scale: int = 1
+    ranks: Ranks = ONE  # the processes that share out the batches of a step
 
     def task_weight(self, task: str, step: int) -> float:
         """Factor of a task's loss in a step, counted from 0; a loss weighting comes on top."""

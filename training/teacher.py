@@ -166,23 +166,23 @@ def pack_answers(answers: Mapping[str, np.ndarray], about: str) -> dict[str, np.
     return {"about": np.array(about), **answers}
 
 
-def add_soft_targets(
+def find_answers(
     settings: RunSettings,
-    train_data: dict[str, TaskData],
+    train_data: Mapping[str, TaskData],
     dev: Mapping[str, Rows],
     teacher: Sequence[dict] | None,
-) -> dict[str, TaskData]:
-    """Training data with the teacher's answers mixed in.
+) -> dict[str, np.ndarray]:
+    """The teacher's answers about the training data, (N, C) a task; nothing if there is none.
 
-    The answers are kept in the run's folder, so that a resumed run needs no teacher and has the same bits;
-    and in the cache, so that a run with another seed need not ask again.
+    They are kept in the run's folder, so that a resumed run needs no teacher and has the same bits; and in
+    the cache, so that a run with another seed need not ask again.
 
     Args:
         dev: task -> rows of this run.
         teacher: as `describe_teacher` gave it when the run was started.
     """
     if settings.teacher is None:
-        return train_data
+        return {}
     rows = {task: each.rows for task, each in train_data.items()}
     about = describe_answers(rows, teacher, settings.teacher)
     path, cache_dir = settings.output.folder / SOFT_TARGETS_FILE, settings.tokens.cache_dir
@@ -198,9 +198,16 @@ def add_soft_targets(
             if cached:
                 cache_arrays(cached, pack_answers(answers, about), "a teacher's answers")
         write_arrays(path, pack_answers(answers, about))
+    print(f"the teacher's answers have a weight of {settings.teacher.weight:g} in {', '.join(answers)}")
+    return answers
+
+
+def add_soft_targets(
+    settings: TeacherSettings | None, train_data: dict[str, TaskData], answers: Mapping[str, np.ndarray]
+) -> dict[str, TaskData]:
+    """Training data with the teacher's answers mixed in."""
     mixed = {
-        task: mix_targets(TASKS[task], rows[task].labels, found, settings.teacher.weight)
+        task: mix_targets(TASKS[task], train_data[task].rows.labels, found, settings.weight)
         for task, found in answers.items()
     }
-    print(f"the teacher's answers have a weight of {settings.teacher.weight:g} in {', '.join(mixed)}")
     return {task: replace(each, targets=mixed.get(task)) for task, each in train_data.items()}

@@ -7,6 +7,7 @@
   perhaps killed again, until they end; then every bit has to be that of a run nobody disturbed.
 - matrix: the same, killed once, for every combination of sampler, gradient method, schedule, head, precision.
 - fuzz: broken files of every type that we read, and broken command lines; see fuzz.py.
+- ranks: launches of two processes by torchrun, of which one is killed or fails; see launches.py.
 
 Exit code: 0, or 1 if anything was wrong. What a run is killed by and what a file is broken by depend only on
 --seed and the case's number; where in its work a signal meets a run also depends on the machine.
@@ -51,6 +52,7 @@ from support.device import describe_machine
 from support.files import ROOT, write_text
 from tests.campaign import forks
 from tests.campaign.forks import DOING, Died, Ended, Strike
+from tests.campaign.launches import CASES
 from tests.tiny import make_data, make_encoder
 from training.run_folder import ARGS_FILE, describe_code, describe_versions
 
@@ -434,6 +436,17 @@ def run_fuzz(bench: Bench, num_cases: int, fuzzer=None) -> Outcome:
     return outcome
 
 
+def run_ranks(bench: Bench) -> Outcome:
+    names, flags = list(CASES), bench.flags(10_000, 10_000, "diff", log_every=1)
+
+    def work(number, folder):
+        return [f"{names[number]}: {text}" for text in CASES[names[number]](flags, folder)]
+
+    outcome = go_through(Outcome("ranks"), bench, work, len(names), lambda wrong: wrong)
+    outcome.lines = [f"Two processes each, started by torchrun: {'; '.join(names)}."]
+    return outcome
+
+
 def make_page(outcomes: list[Outcome], argv: list[str]) -> str:
     machine, code = describe_machine("cpu"), describe_code() or {"commit": "unknown", "changed": []}
     facts = [f"Code {code['commit'][:7]}{' with changes' if code['changed'] else ''}"]
@@ -458,9 +471,9 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         description="Kill runs, break files; nothing may go wrong.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    sections = ["kills", "matrix", "fuzz"]
+    sections = ["kills", "matrix", "fuzz", "ranks"]
     add = parser.add_argument
-    add("sections", nargs="*", default=sections, metavar="SECTION", help="kills, matrix, fuzz")
+    add("sections", nargs="*", default=sections, metavar="SECTION", help="kills, matrix, fuzz, ranks")
     add("--kills", type=int, default=200, help="runs to kill, each at least once")
     add("--cases", type=int, default=10_000, help="broken inputs")
     add("--seed", type=int, default=0, help="of everything that is drawn")
@@ -486,6 +499,7 @@ def main(argv: list[str] | None = None) -> int:
             "kills": lambda: run_kills(bench, args.kills),
             "matrix": lambda: run_matrix(bench, all_rows()),
             "fuzz": lambda: run_fuzz(bench, args.cases),
+            "ranks": lambda: run_ranks(bench),
         }
         for name in args.sections:
             outcomes.append(sections[name]())

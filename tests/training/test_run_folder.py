@@ -27,7 +27,7 @@ from training.run_folder import (
     read_args_file,
     write_args,
 )
-from training.settings import LoopSettings, OptimizerSettings, OutputSettings, RunSettings
+from training.settings import LoopSettings, OptimizerSettings, OutputSettings, RunSettings, StepSettings
 
 
 def settings(folder, precision="fp32", accumulates=False, compiled=False):
@@ -41,6 +41,7 @@ def settings(folder, precision="fp32", accumulates=False, compiled=False):
     optimizer = OptimizerSettings(**rates, **kinds)
     return fill(
         RunSettings,
+        step=StepSettings(seed=0),
         optimizer=optimizer,
         loop=fill(LoopSettings, tasks=("sst",)),
         output=fill(OutputSettings, folder=folder, keep_last=1),
