@@ -15,8 +15,10 @@ whole table of word embeddings; here neither does. Figures that were measured wi
 """
 
 if __name__ == "__main__":
+    from support.interrupts import end_quietly
     from support.threads import share_cores
 
+    end_quietly()
     share_cores()  # before torch is imported
 
 import argparse

@@ -535,8 +535,8 @@ def test_skipped_steps_name_the_examples_and_change_no_bit_of_a_resumed_run(
     """
     bad, real, was_training = ids_of(place, "sts")[4], TaskData.batch, []
 
-    def batch(data, examples, pad_token_id):
-        made = real(data, examples, pad_token_id)
+    def batch(data, examples, *options):
+        made = real(data, examples, *options)
         if data.rows.path.name == TASKS["sts"].files["train"]:
             made["labels"][[data.rows.ids[n] == bad for n in examples]] = math.nan
         return made

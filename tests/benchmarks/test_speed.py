@@ -372,7 +372,7 @@ def test_end_to_end_without_peers(tmp_path, encoder, data_dir, monkeypatch, no_p
     monkeypatch.setattr(speed, "first_step_seconds", lambda args, data_dir: 1.5)
     smaller = {"MATRIX_REPEATS": 1, "MEMORY_ELEMENTS": 8, "MEMORY_REPEATS": 1, "LENGTHS": (8, 512)}
     smaller |= {"NUM_TASKS": (4,), "FRACTIONS": (1.0,), "AGREEMENT_EXAMPLES": 5, "PROFILE_STEPS": 1}
-    smaller |= {"SPINNING": {"ours": "7"}}
+    smaller |= {"SPINNING": {"theirs": "9", "ours": "7"}}
     smaller |= {"LONG_BATCHES": {"sst": 2, "para": 3, "sts": 2}, "LONG_STEPS": 2}
     smaller["BASE_CONFIG"] = make_config(1)  # bert-base itself takes gigabytes and minutes
     for name, value in smaller.items():

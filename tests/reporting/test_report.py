@@ -147,7 +147,7 @@ def test_captions_say_which_seed_and_how_many_examples(run_dir):
 def test_pictures_lie_beside_the_markdown_and_inside_the_html(run_dir):
     text, page = make_page(run_dir)
     paths = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    names = ["conflict", "layer_conflict", "layer_conflict_over_time", *DEFAULT_TASKS]
+    names = ["conflict", "layer_conflict", "layer_conflict_over_time", "noise", *DEFAULT_TASKS]
     assert paths == ["curves.png", *(f"report/{name}.png" for name in names)]
     assert all(image.imread(run_dir / path)[..., :3].std() > 0.02 for path in paths)  # not blank
     assert len(page.links) == len(paths)

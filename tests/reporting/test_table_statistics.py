@@ -31,7 +31,7 @@ def test_a_run_is_read_in_the_order_of_the_dev_files(tmp_path, data_dir, dev_dat
     expected = {"sst": 8 / 11, "para": 9 / 11, "sts": r}
     expected |= {"mean": (17 / 11 + r) / 3, "mean_2024": (17 / 11 + (r + 1) / 2) / 3}
     assert run.scores == pytest.approx(expected, abs=1e-9)
-    assert [line["step"] for line in run.metrics] == [10, 10, 20, 20]
+    assert [line["step"] for line in run.metrics] == [0, 10, 10, 20, 20]
     assert run.facts["versions"] == {"torch": "2.13.0"} and run.folder == tmp_path / "run"
     # A run of one task has no overall.
     run = read_finished_run(make_run(tmp_path / "one", data_dir, {"sst": 1}, style=style), dev_data)
