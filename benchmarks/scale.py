@@ -35,8 +35,11 @@ from functools import partial
 import torch
 
 from benchmarks.workers import Worker
-from support.command_line import run_script
+from support.command_line import OneLineParser, number, run_script
 from support.ranks import ONE, Ranks, connect
+from training.run_parser import PRECISION_HELP, PRECISION_NAMES
+
+COUNT, AMOUNT = number(int, 1), number(float, 0, low_open=True)
 
 
 @dataclass(frozen=True)
@@ -249,35 +252,46 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.scale",
         description="What several ranks cost: a model, or two processes against one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--tasks", type=int, default=3, help="rows that surgery sends")
+    add("--tasks", type=COUNT, default=3, help="rows that surgery sends (default: 3)")
     add(
         "--grad_bytes",
         type=int,
         choices=(2, 4),
         default=2,
-        help="of a gradient of a linear weight: bf16 has 2",
+        help="of a gradient of a linear weight: bf16 has 2 (default: 2)",
     )
-    add("--words", type=int, help="different words in a step (default: as counted, see ENCODERS)")
-    add("--step_ms", type=float, help="computing of a step on one GPU (default: the encoder's)")
-    add("--node_gb", type=float, default=300.0, help="GB/s that a GPU sends within a node")
-    add("--node_us", type=float, default=5.0, help="latency within a node, microseconds")
-    add("--network_gb", type=float, default=40.0, help="GB/s that a GPU sends over the network")
-    add("--network_us", type=float, default=15.0, help="latency of the network, microseconds")
-    add("--bucket_mb", type=float, default=25.0, help="of messages that go during the backward pass")
+    add("--words", type=COUNT, help="different words in a step (default: as counted, see ENCODERS)")
+    add("--step_ms", type=AMOUNT, help="computing of a step on one GPU (default: the encoder's)")
+    add("--node_gb", type=AMOUNT, default=300.0, help="GB/s that a GPU sends within a node (default: 300)")
+    add("--node_us", type=AMOUNT, default=5.0, help="latency within a node, microseconds (default: 5)")
+    add(
+        "--network_gb", type=AMOUNT, default=40.0, help="GB/s that a GPU sends over the network (default: 40)"
+    )
+    add("--network_us", type=AMOUNT, default=15.0, help="latency of the network, microseconds (default: 15)")
+    add(
+        "--bucket_mb",
+        type=AMOUNT,
+        default=25.0,
+        help="of messages that go during the backward pass (default: 25)",
+    )
     add("--measure", action="store_true", help="time processes on this machine instead")
-    add("--data_dir", default="data/sample", help="what to train on")
-    add("--pretrained", default="minilm", help="encoder")
-    add("--precision", default="fp32", help="as of multitask_classifier.py")
-    add("--batch_size", type=int, default=16, help="examples of a task in a step")
-    add("--cores", type=int, default=2, help="threads of the one process, and number of the others")
-    add("--steps", type=int, default=3, help="steps in a turn")
-    add("--rounds", type=int, default=5, help="turns")
+    add("--data_dir", default="data/sample", help="what to train on (default: data/sample)")
+    add("--pretrained", default="minilm", help="encoder (default: minilm)")
+    add("--precision", choices=PRECISION_NAMES, default="fp32", help=f"{PRECISION_HELP} (default: fp32)")
+    add("--batch_size", type=COUNT, default=16, help="examples of a task in a step (default: 16)")
+    add(
+        "--cores",
+        type=COUNT,
+        default=2,
+        help="threads of the one process, and number of the others (default: 2)",
+    )
+    add("--steps", type=COUNT, default=3, help="steps in a turn (default: 3)")
+    add("--rounds", type=COUNT, default=5, help="turns (default: 5)")
     return parser.parse_args(argv)
 
 

@@ -29,7 +29,7 @@ from support.bars import Bar, has_terminal
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
 from training.predictor import Prediction, Predictor
-from training.run_parser import PRECISIONS
+from training.run_parser import PRECISION_NAMES
 
 SHOWN_CHARACTERS = 60  # of a sentence in a table
 NUM_NAMED = 5  # lines in a warning
@@ -180,7 +180,7 @@ def make_parser() -> OneLineParser:
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     )
     text = "number format of matrix products; auto: bf16 where the processor is fast at it (default: auto)"
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=text)
+    parser.add_argument("--precision", choices=PRECISION_NAMES, default="auto", help=text)
     return parser
 
 
