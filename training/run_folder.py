@@ -440,13 +440,16 @@ class Run:
         ]
 
     def follow_first(self) -> None:
-        """Take rank 0's state, weights and moments, so that a run goes on the same on every rank."""
+        """Take rank 0's state, weights and moments, so that a run goes on the same on every rank.
+
+        All in place: the training loop holds the state, and captured graphs the moments.
+        """
         if self.ranks.size == 1:
             return
         self.count_updates()
         state = self.ranks.from_first(self.state.to_json)
         if not self.ranks.is_first:
-            self.state = RunState.from_json(state, self.settings.loop.tasks)
+            vars(self.state).update(vars(RunState.from_json(state, self.settings.loop.tasks)))
             self._make_moments(self.state)
         self.saved_step = self.ranks.from_first(lambda: self.saved_step)
         for tensor in (self.memory.data, *self.optimizer_tensors().values()):
@@ -494,7 +497,9 @@ class Run:
 
     def _make_moments(self, state: RunState) -> None:
         for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
-            if step:
+            if step and param in self.optimizer.state:
+                self.optimizer.state[param]["step"] = step
+            elif step:
                 add_moments(self.optimizer, param, step)
 
     def _check_best(self) -> None:
