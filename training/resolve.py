@@ -446,6 +446,8 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
         reasons["layer_lr_decay"] = "the encoder is frozen"
         if "head_lr" in args.given:
             reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
+    if all(TASK_KINDS[TASKS[task].kind].uniform_loss is None for task in args.tasks):
+        reasons["label_smoothing"] = "no task has classes"
     if not any(HEADS[head_name(args, task)].joint for task in args.tasks):
         reasons["symmetric"] = "no task has a head that reads a pair as one sequence"
     if not args.phrase_weight:

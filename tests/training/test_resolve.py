@@ -175,6 +175,7 @@ def test_device_that_is_not_there(flags):
         ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
         ("--symmetric --phrase_limit 2", ["phrase_limit", "symmetric"]),
         ("--symmetric --sts_head diff+cross --tasks sts --sst_loss oll", ["sst_loss"]),
+        ("--tasks sts --label_smoothing 0.1", ["label_smoothing"]),
     ],
 )
 def test_flags_without_effect_are_named(flags, idle):
