@@ -125,7 +125,7 @@ def make_phrases(
         tuple(data.sequences.input_ids[start + 1 : stop - 1].tolist()) for start, stop in offset_pairs
     ]
     for number, own_label in zip(data.index[:, 0], data.rows.labels, strict=True):
-        # None in a sentence without a label: in one of the test file (--transductive) they would give it away.
+        # None in a sentence without a label: in those of the test file (--transductive) they would tell it.
         sequence, is_labelled = sequences[number], not np.isnan(own_label)
         tree = by_pieces.get(sequence if is_labelled else None, Tree([], []))
         num_aligned += bool(tree.words)
