@@ -262,7 +262,10 @@ def test_distilled_run_is_resumed_without_its_teacher(place, whole, monkeypatch,
             "--teacher {0}/run/best --output_dir {0}/run --overwrite",
             "--teacher {0}/run/best: is the run itself",
         ),
-        ("--teacher {0}/run --data_dir {0}/other", "{0}/run: its sst dev data are not those in {0}/other/"),
+        (
+            "--teacher {0}/run --data_dir {0}/other",
+            "--teacher: {0}/run: its sst dev data are not those in {0}/other/",
+        ),
         (
             "--teacher {0}/run --tasks sst,cfimdb --transductive cfimdb",
             "--transductive: the teacher has no cfimdb, so it cannot answer examples without labels",

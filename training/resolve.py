@@ -443,7 +443,7 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if args.freeze_encoder:
         for name in surgery:
             reasons[name] = "with a frozen encoder the tasks share no gradient"
-        reasons["layer_lr_decay"] = "the encoder is frozen"
+        reasons["layer_lr_decay"] = reasons["noise_batches"] = "the encoder is frozen"
         if "head_lr" in args.given:
             reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
     if all(TASK_KINDS[TASKS[task].kind].uniform_loss is None for task in args.tasks):
@@ -456,6 +456,8 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
         reasons["head_dropout_samples"] = "a cosine head has no dropout"
+    if args.hidden_dropout_prob == 0:
+        reasons["head_dropout_samples"] = "--hidden_dropout_prob is 0"
     if not args.teacher:
         unlabelled = [f"{task}_unlabelled" for task in args.tasks]
         for name in ("teacher_weight", "unlabelled_ratio", "transductive", *unlabelled):
