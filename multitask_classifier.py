@@ -440,7 +440,8 @@ def train(
                 if evaluation is None:
                     break
                 log_evaluation(run, dev_part, *evaluation)
-            log_noise(run, train_data)
+            if run.measured_step != state.step:
+                log_noise(run, train_data)
             run.save_last()
             if ranks.is_first:
                 curves.refresh()

@@ -373,12 +373,15 @@ def test_kill_before_old_checkpoints_were_removed(folder):
 
 @slow
 @pytest.mark.parametrize("max_steps", [4, 5])  # finished, or to go on
-def test_damaged_best_is_made_again_from_here_on(folder, capsys, max_steps):
+def test_damaged_best_is_made_again_from_here_on(whole, tmp_path, capsys, max_steps):
+    folder = shutil.copytree(whole(f"{SHORT} --sampler pike:z1=30 --gram ema"), tmp_path / "run")
     (folder / "best" / "model.safetensors").write_bytes(b"x")
     assert again(folder, "--eval_only") == 2
     assert "best/model.safetensors: damaged" in one_line(capsys)
     assert again(folder, f"--resume --max_steps {max_steps}") == 0
     assert "the best checkpoint from step 4 on will take its place" in capsys.readouterr().out
+    measured = [line["step"] for line in read_run(folder)[1] if "noise" in line]
+    assert measured == [0, 2, 4, 5][: max_steps - 1]  # what was measured counts once for the sampler
     assert step_of(folder / "best") in range(4, max_steps + 1)
 
 

@@ -355,6 +355,7 @@ class Run:
         self.average = torch.zeros_like(self.memory.data) if optimizer.ema else None  # of the weights
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
+        self.measured_step = None  # whose noise is in a loaded state, though its evaluation is made again
         self.trackers = Trackers()  # none yet; where the log goes besides
         loss_scale = LossScale() if dtype == torch.float16 else None
         self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0), loss_scale=loss_scale)
@@ -451,7 +452,8 @@ class Run:
         if not self.ranks.is_first:
             vars(self.state).update(vars(RunState.from_json(state, self.settings.loop.tasks)))
             self._make_moments(self.state)
-        self.saved_step = self.ranks.from_first(lambda: self.saved_step)
+        steps = self.ranks.from_first(lambda: (self.saved_step, self.measured_step))
+        self.saved_step, self.measured_step = steps
         for tensor in (self.memory.data, *self.optimizer_tensors().values()):
             self.ranks.copy_first(tensor)
 
@@ -516,6 +518,7 @@ class Run:
         elif state.best_step is not None:
             print(f"warning: {problem}; the best checkpoint from step {state.step} on will take its place")
             state.best_score = state.best_step = None
+            self.measured_step = state.step if state.evaluated == state.step else None
             state.evaluated = state.step - 1  # where this step is one that is evaluated, it is so again
 
     def cut_log(self) -> None:

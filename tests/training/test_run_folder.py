@@ -319,7 +319,7 @@ def test_ranks_go_on_from_the_first_ones_state_in_place(tokenizer, tmp_path):
 
     class SecondRank(Ranks):
         def from_first(self, work):
-            return first.state.to_json() if work == run.state.to_json else None
+            return first.state.to_json() if work == run.state.to_json else (4, None)
 
         def copy_first(self, tensor):
             tensor.fill_(7)
