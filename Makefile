@@ -45,7 +45,7 @@ install-dev:
 	  || { echo "error: a package could not be downloaded or installed; the reason is above"; exit 2; }
 	@cat $(VENV)/installed requirements/dev.txt > $(VENV)/installed-dev
 
-train: $(VENV)/installed  ## train on the embedded sample, evaluate, write predictions (one to three minutes)
+train: $(VENV)/installed  ## train on the sample, evaluate, write predictions (one to three minutes)
 	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
 	  --batch_size 16 --max_steps 160 --eval_every 40
 

@@ -551,7 +551,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data_dir", default="data", metavar="DIR", help="folder with the data files")
     add("--pretrained", default=OFFLINE_ENCODER, metavar="NAME|DIR", help="the smaller of the two encoders")
-    add("--seconds", type=number(float, 0, low_open=True), default=240.0, help="in which to be finished")
+    add("--seconds", type=number(float, 0, low_open=True), default=240.0, help="time limit in seconds")
     add("--device", default="auto", help="auto, cuda, or cpu for a trial of this command")
     where = "where gpu.md and gpu.json go; None: results, and nowhere for a trial, which prints its page"
     add("--results_dir", metavar="DIR", help=where)

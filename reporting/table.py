@@ -259,8 +259,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text += " given several times"
     add("--row", action="append", default=[], metavar="NAME: FLAGS", help=text)
     add("--row_file", type=Path, metavar="FILE", help="a file of such rows, one a line; # begins a comment")
-    text = f"circumstances to train the rows in: {TUNED}, ours, or for {', '.join(REGIME_ROWS)}: "
-    text += ", ".join(f"{name}, {regime.title}" for name, regime in REGIMES.items())
+    text = f"regimes to train in: {TUNED} (ours, all rows); of {', '.join(REGIME_ROWS)} alone: "
+    text += ", ".join(f"{name} ({regime.title})" for name, regime in REGIMES.items())
     add("--regime", nargs="+", choices=(TUNED, *REGIMES), default=[TUNED], help=f"{text} (default: {TUNED})")
     add("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--pretrained", default=OFFLINE_ENCODER, help=f"encoder to start from (default: {OFFLINE_ENCODER})")

@@ -99,7 +99,7 @@ weight_list = FlagType(
 
 def add_recipe_flag(parser: RunParser) -> None:
     add = parser.adder(parser.add_argument_group("recipe"))
-    text = "flags that are the defaults of this run (config.py has them); flags that are given come first"
+    text = "sets the defaults of other flags (config.py has them); flags that are given win"
     add("--recipe", "result", choices=RECIPES, default="poster", help=text)
 
 
@@ -138,7 +138,7 @@ def add_model_flags(parser: RunParser) -> None:
         if spec.is_pair:
             text = f"how the two sentences are compared for {spec.title}"
             add(f"--{task}_head", "result", choices=PAIR_HEADS, default=spec.default_head, help=text)
-    text = "joint pairs (cross) in training in either order, drawn anew each time, and in both at prediction"
+    text = "cross heads train on a pair in an order drawn anew each time, and average both at prediction"
     add("--symmetric", "result", action="store_true", help=text)
     for task, spec in TASKS.items():
         if spec.is_ordered:
@@ -169,11 +169,11 @@ def add_training_flags(parser: RunParser) -> None:
     add("--grad_accum", "result", type=COUNT, default=1, help="batches per task and step")
     add("--seed", "result", type=SEED, default=11711, help="seed of all random numbers")
     add("--precision", "machine", choices=PRECISION_NAMES, default="auto", help=PRECISION_HELP)
-    text = "share of a label that goes to all classes alike, in [0, 1); for tasks with classes"
+    text = "share of a label that is spread evenly over all classes, in [0, 1); for tasks with classes"
     add("--label_smoothing", "result", type=by_task(PROBABILITY), default={}, help=text)
     text = "R-Drop: factor of the divergence of two passes with other dropout, both in one batch; 0: one pass"
     add("--rdrop", "result", type=by_task(NOT_NEGATIVE), default={}, help=text)
-    text = "a second pass with embeddings changed for the worse by this length (FGM); 0: none"
+    text = "FGM: a second pass with embeddings moved by this length so that the loss rises; 0: none"
     add("--fgm", "result", type=NOT_NEGATIVE, default=0.0, help=text)
     text = (
         "on a CPU, torch.compile for what goes over memory; on a GPU, steps captured as CUDA graphs; auto: on"
@@ -194,11 +194,11 @@ def add_optimizer_flags(parser: RunParser) -> None:
     add("--head_lr", "result", type=POSITIVE, help=text)
     text = "factor of the encoder's learning rate for each layer further down, the embeddings last; 1: none"
     add("--layer_lr_decay", "result", type=number(float, 0, 1, low_open=True), default=1.0, help=text)
-    text = "evaluate and keep a moving average of the weights with this decay, as 0.999; 0: the weights"
+    text = "evaluate and keep a moving average of the weights with this decay, such as 0.999; 0: none"
     add("--ema", "result", type=PROBABILITY, default=0.0, help=text)
     text = "share that weight matrices lose in a step, times the learning rate"
     add("--weight_decay", "result", type=NOT_NEGATIVE, default=0.01, help=text)
-    text = "course of the learning rate after warm-up"
+    text = "how the learning rate falls after warm-up"
     add("--schedule", "result", choices=SCHEDULES, default="linear", help=text)
     text = "steps of linear warm-up (default: by --warmup_ratio)"
     add("--warmup_steps", "result", type=COUNT_OR_NONE, help=text)
@@ -230,7 +230,7 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--loss_weighting", "result", type=spec_type(LOSS_WEIGHTINGS), default="fixed", help=text)
     text = "factors of the losses (default: 1 for each task)"
     add("--task_weights", "result", type=weight_list, default={}, help=text)
-    text = "course of a task's factor over the run, progress and factor, straight lines between, as in"
+    text = "a task's factor over the run, as points PROGRESS:FACTOR with straight lines between, as in"
     text += " sst=0.4:1/0.7:0; a task at 0 is not drawn"
     add("--loss_schedule", "result", type=LOSS_COURSES, default={}, help=text)
     text = "the same for the share of its draws that a task keeps, in [0, 1]"
@@ -238,11 +238,11 @@ def add_multitask_flags(parser: RunParser) -> None:
 
 
 def add_distillation_flags(parser: RunParser) -> None:
-    about = "To learn from trained models: their answers for the training examples stand beside the labels."
+    about = "Learn from trained models: their answers for the training examples are mixed with the labels."
     add = parser.adder(parser.add_argument_group("distillation", about))
-    text = "folders of finished runs or ensembles; their mean answer is the teacher's, in the tasks they have"
+    text = "folders of finished runs or ensembles; their mean answer counts, in the tasks they have"
     add("--teacher", "result", type=folder_list, help=text)
-    text = "share of the teacher's answers in what is trained for, in [0, 1]; the rest are the labels"
+    text = "share of the teacher's answers in the targets, in [0, 1]; the rest is the labels"
     add("--teacher_weight", "result", type=number(float, 0, 1), default=0.5, help=text)
     text = "most examples of a --TASK_unlabelled for each labelled one; drawn at random"
     add("--unlabelled_ratio", "result", type=POSITIVE, default=1.0, help=text)

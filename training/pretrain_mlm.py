@@ -279,7 +279,7 @@ def make_parser() -> RunParser:
     add("--lr", "result", type=POSITIVE, default=5e-5, help="learning rate")
     text = "share that weight matrices lose in a step, times the learning rate"
     add("--weight_decay", "result", type=NOT_NEGATIVE, default=0.01, help=text)
-    text = "course of the learning rate after warm-up"
+    text = "how the learning rate falls after warm-up"
     add("--schedule", "result", choices=SCHEDULES, default="linear", help=text)
     text = "share of the run spent on linear warm-up, in [0, 1)"
     add("--warmup_ratio", "result", type=PROBABILITY, default=0.1, help=text)

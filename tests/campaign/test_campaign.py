@@ -22,7 +22,7 @@ import datasets
 import multitask_classifier
 from support import files
 from support.errors import UserError
-from tests.campaign import faults, forks, fuzz, launches
+from tests.campaign import faults, forks, fuzz
 from tests.tiny import SAMPLE
 
 pytestmark = pytest.mark.slow
@@ -122,12 +122,6 @@ def defective_reader(folder, defect):
         return faults.run_fuzz(make_bench(folder), 6, fuzzer).wrong
 
 
-def killed_rank(folder):
-    with tempfile.TemporaryDirectory() as work:
-        flags = make_bench(folder).flags(10_000, 10_000, "diff", log_every=1)
-        return launches.killed_rank(1, flags, Path(work))
-
-
 def deaths(folder):
     def work(number, own):
         if number == 1:
@@ -158,10 +152,6 @@ def test_half_written_files_and_forgotten_moments_are_noticed(break_code, said, 
 def test_defective_readers_are_noticed(defect, apart):
     wrong = apart(defective_reader, defect)
     assert any(defect in text for text in wrong), wrong
-
-
-def test_a_rank_that_is_killed_ends_the_others_with_a_line(apart):
-    assert not apart(killed_rank)
 
 
 def test_a_case_can_be_made_again():

@@ -108,64 +108,32 @@ def logits(ranks: Ranks, folder: Path) -> dict:
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, output: str, *flags: str) -> None:
-    argv = [
-        "--pretrained",
-        folder / "encoder",
-        "--data_dir",
-        folder / "data",
-        "--output_dir",
-        folder / output,
-    ]
-    argv += [
-        "--batch_size",
-        4,
-        "--eval_every",
-        2,
-        "--device",
-        "cpu",
-        "--compile",
-        "off",
-        "--precision",
-        "fp32",
-    ]
-    argv += [
-        "--hidden_dropout_prob",
-        0,
-        "--log_every",
-        1,
-        "--schedule",
-        "constant",
-        "--warmup_steps",
-        0,
-        *flags,
-    ]
-    with redirect_stdout(StringIO()):
-        assert multitask_classifier.main([str(word) for word in argv]) == 0
+def train(folder: Path, output: str, flags: str) -> None:
+    flags += " --batch_size 4 --eval_every 2 --device cpu --compile off --precision fp32 --log_every 1"
+    flags += " --hidden_dropout_prob 0 --schedule constant --warmup_steps 0"
+    run_quietly(multitask_classifier.main, folder, output, flags)
 
 
 def pretrain(folder: Path, output: str) -> None:
-    argv = [
-        "--pretrained",
-        folder / "encoder",
-        "--data_dir",
-        folder / "data",
-        "--output_dir",
-        folder / output,
-    ]
-    argv += ["--batch_size", 5, "--max_steps", 4, "--device", "cpu", "--precision", "fp32"]
+    flags = "--batch_size 5 --max_steps 4 --device cpu --precision fp32"
+    run_quietly(pretrain_mlm.main, folder, output, flags)
+
+
+def run_quietly(main: Callable, folder: Path, output: str, flags: str) -> None:
+    places = {"pretrained": folder / "encoder", "data_dir": folder / "data", "output_dir": folder / output}
+    argv = [word for name, place in places.items() for word in (f"--{name}", str(place))]
     with redirect_stdout(StringIO()):
-        assert pretrain_mlm.main([str(word) for word in argv]) == 0
+        assert main([*argv, *flags.split()]) == 0
 
 
 def run_whole(folder: Path, size: int) -> None:
     """Four steps in one go."""
-    train(folder, f"whole{size}", "--max_steps", "4")
+    train(folder, f"whole{size}", "--max_steps 4")
 
 
 def run_resumed(folder: Path, size: int) -> None:
-    """What one process has begun goes on with two."""
-    train(folder, "resumed", "--resume", "--max_steps", "4")
+    """What one process has begun goes on with several."""
+    train(folder, "resumed", "--resume --max_steps 4")
 
 
 def run_pretraining(folder: Path, size: int) -> None:
@@ -190,7 +158,7 @@ def be_rank(rank: int, size: int, port: int, work: Callable, folder: Path) -> No
 
 def start_group(size: int, work: Callable, folder: Path) -> None:
     context = multiprocessing.get_context("forkserver")  # imports once, for all groups
-    context.set_forkserver_preload(["tests.support.test_ranks"])
+    context.set_forkserver_preload(["tests.support.test_ranks", "reporting.figures", "sklearn.metrics"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -226,23 +194,19 @@ def test_steps_and_logits_of_two_and_three_ranks_are_those_of_one(folder):
 
 @pytest.mark.slow
 def test_runs_of_two_and_three_ranks_and_resumed_ones_are_those_of_one(folder):
-    train(folder, "whole1", "--max_steps", "4")
-    train(folder, "resumed", "--max_steps", "2")
+    train(folder, "whole1", "--max_steps 4")
+    train(folder, "resumed", "--max_steps 2")
     pretrain(folder, "mlm1")
-    for size in SIZES:
-        for work in (run_whole, run_pretraining):
-            start_group(size, work, folder)
-    start_group(2, run_resumed, folder)
+    for size, work in ((2, run_whole), (3, run_resumed), (3, run_pretraining)):
+        start_group(size, work, folder)
     names = ["last/model.safetensors", "last/optimizer.safetensors", "best/model.safetensors"]
-    pairs = [(f"{run}/{name}", f"whole1/{name}") for run in ("whole2", "whole3", "resumed") for name in names]
-    pairs += [(f"mlm{size}/model.safetensors", "mlm1/model.safetensors") for size in SIZES]
+    pairs = [(f"{run}/{name}", f"whole1/{name}") for run in ("whole2", "resumed") for name in names]
+    pairs.append(("mlm3/model.safetensors", "mlm1/model.safetensors"))
     for found, expected in pairs:
         tensors, wanted = load_file(folder / found), load_file(folder / expected)
         for name, tensor in wanted.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-5, msg=f"{found} {name}")
     lines = [json.loads(line) for line in (folder / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]  # written once
-    files = [
-        sorted(path.name for path in (folder / run).rglob("*")) for run in ("whole1", "whole2", "whole3")
-    ]
-    assert files[0] == files[1] == files[2]
+    files = [sorted(path.name for path in (folder / run).rglob("*")) for run in ("whole1", "whole2")]
+    assert files[0] == files[1]
