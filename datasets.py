@@ -636,7 +636,9 @@ class TaskData:
         index = self.index[examples]
         if self.symmetric:
             # One, not both: a step takes as long as without, and over the epochs each pair is seen both ways.
-            orders = np.random.default_rng(seed).integers(2, size=(len(examples), 1))
+            # R-Drop has each pair twice, in the same order.
+            distinct, places = np.unique(examples, return_inverse=True)
+            orders = np.random.default_rng(seed).integers(2, size=(len(distinct), 1))[places]
             index = np.hstack([index[:, :-2], np.take_along_axis(index[:, -2:], orders, 1)])
         return index.T.ravel()
 
@@ -884,8 +886,8 @@ def draw_tasks(
     if row.update:
         params = params | {"state": {name: np.asarray(values) for name, values in (state or {}).items()}}
     chances = row.chances(np.asarray(sizes, dtype=np.float64), step / max(1, total_steps - 1), **params)
-    if shares is not None:
-        chances = chances * shares
+    if shares is not None:  # of tasks that the largest weight leaves next to no chance, one may have to come
+        chances = chances.clip(min=np.finfo(float).tiny) * shares
     rng = np.random.default_rng([seed, step])
     return np.sort(rng.choice(len(sizes), size=len(sizes), p=chances / chances.sum()))
 

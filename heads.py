@@ -368,7 +368,7 @@ class MultitaskBERT(nn.Module):
         return self.classify(task, *pooled.chunk(self.heads[task].spec.num_inputs))  # (B, H) each
 
     def classify(self, task: str, *vectors: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) float32 from the pooled vectors of a task's input, each (B, H): one, or a pair's two.
+        """Logits (B, C) float32 from a task's pooled vectors, each (B, H), in the order of `TaskData.index`.
 
         Always in float32: bfloat16 has three significant digits, too few for a similarity.
         """

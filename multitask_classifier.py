@@ -440,7 +440,8 @@ def train(
                 if evaluation is None:
                     break
                 log_evaluation(run, dev_part, *evaluation)
-            log_noise(run, train_data)
+            if run.measured_step != state.step:
+                log_noise(run, train_data)
             run.save_last()
             if ranks.is_first:
                 curves.refresh()
@@ -497,10 +498,13 @@ def draw_examples(
         first = batches_drawn[task]
         batches_drawn[task] += loop.grad_accum
         batches = [orders[task][i] for i in range(first, first + loop.grad_accum)]
-        if loop.rdrop.get(task):  # both passes of R-Drop are rows of one batch, with dropout of their own
-            batches = [np.tile(batch, 2) for batch in batches]
-        drawn.append((task, batches))
+        drawn.append((task, [rows_for(loop, task, batch) for batch in batches]))
     return drawn
+
+
+def rows_for(loop: LoopSettings, task: str, examples: np.ndarray) -> np.ndarray:
+    """The examples of a batch as its loss takes them: both passes of R-Drop, with dropout each, are rows."""
+    return np.tile(examples, 2) if loop.rdrop.get(task) else examples
 
 
 class Steps:
@@ -646,7 +650,7 @@ def log_noise(run: Run, train_data: dict[str, TaskData]) -> None:
     }
     samples = []
     for number in range(loop.noise_batches):
-        examples = [(task, [batches[number]]) for task, batches in drawn.items()]
+        examples = [(task, [rows_for(loop, task, batches[number])]) for task, batches in drawn.items()]
         seed = make_seed(loop.seed, seed_of("noise"), number)
         settings = replace(run.settings.step, seed=seed, loss_scale=scale_of(state.loss_scale))
         with out_of_memory_hint(partial(describe_step, run, examples, train_data)):

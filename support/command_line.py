@@ -115,6 +115,19 @@ def number(
     return FlagType(kind, is_valid, expected, "N" if kind is int else "X")
 
 
+def values_by_name(text: str) -> dict[str, str]:
+    """The parts of `NAME=VALUE,...`; the value of a NAME alone is empty.
+
+    Raises:
+        ValueError: if a name is given twice.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    if len(values) < len(pairs):
+        raise ValueError("a name is given twice")
+    return values
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 

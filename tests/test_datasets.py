@@ -276,6 +276,8 @@ def test_symmetric_pairs_are_kept_in_both_orders_and_drawn_in_one():
     assert {True, False} == {row == pair for row in drawn} and all(row in (pair, swapped) for row in drawn)
     assert batch["input_ids"].equal(data.batch(even, PAD, seed=1)["input_ids"])
     assert not batch["input_ids"].equal(data.batch(even, PAD, seed=2)["input_ids"])
+    first, second = data.batch(np.tile(even, 2), PAD, seed=1)["input_ids"][4 * len(even) :].chunk(2)
+    assert first.equal(second)  # as R-Drop needs it
     packed = data.packed_batch(even, 0, seed=1)
     assert packed.input_ids.tolist() == batch["input_ids"][batch["attention_mask"] == 1].tolist()
     assert unknown_rows(data, [CLS, SEP, UNK]) == []
@@ -473,6 +475,8 @@ def test_pike_by_hand():
     assert state["log_weights"] == pytest.approx([0, -0.375 - 0.75])
     draws = np.stack([draw_tasks(spec, [5, 3], (step, 2000), 0, state=state) for step in range(2000)])
     assert (draws == 0).mean() == pytest.approx(1 / (1 + np.exp(-1.125)), abs=0.03)
+    hopeless, shares = {"log_weights": [0, -800]}, np.array([0.0, 1.0])
+    assert draw_tasks(spec, [5, 3], (0, 9), 0, state=hopeless, shares=shares).tolist() == [1, 1]
     again = update_sampler(spec, squares, signal, state)  # what is estimated below 0 is 0
     assert again["log_weights"] == pytest.approx([0, -2 * 1.125])
 

@@ -16,7 +16,7 @@ from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
 from kernels.grad_noise import GRAMS
 from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
 from optimizer import SCHEDULES
-from support.command_line import FlagType, OneLineParser, number
+from support.command_line import FlagType, OneLineParser, number, values_by_name
 from support.errors import UserError
 from support.specs import describe_specs, spec_type
 from training.args_file import ARGS_FILE, read_args_file
@@ -66,8 +66,7 @@ OPTIONS = {"pretrain": True, "finetune": False}
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    pairs = (part.partition("=") for part in text.split(","))
-    return {task.strip(): float(weight) for task, _, weight in pairs}
+    return {task: float(weight) for task, weight in values_by_name(text).items()}
 
 
 def are_weights(value) -> bool:

@@ -7,7 +7,8 @@ hidden states of its own positions, which know their context, and the mean of th
 the sentence's.
 
 A tree belongs to the sentence with the same word pieces, its words being encoded one by one; so each word's
-positions are known. Phrases that occur as an example of a dev or test file are left out.
+positions are known. Phrases that occur as an example of a dev or test file are left out, and so are those of
+sentences without a label.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -123,8 +124,10 @@ def make_phrases(
     sequences = [
         tuple(data.sequences.input_ids[start + 1 : stop - 1].tolist()) for start, stop in offset_pairs
     ]
-    for sequence in (sequences[number] for number in data.index[:, 0]):
-        tree = by_pieces.get(sequence, Tree([], []))
+    for number, own_label in zip(data.index[:, 0], data.rows.labels, strict=True):
+        # None in a sentence without a label: in those of the test file (--transductive) they would tell it.
+        sequence, is_labelled = sequences[number], not np.isnan(own_label)
+        tree = by_pieces.get(sequence if is_labelled else None, Tree([], []))
         num_aligned += bool(tree.words)
         bounds = list(accumulate((len(pieces[word]) for word in tree.words), initial=1))  # [CLS] is before
         for first, last, label in tree.nodes:

@@ -21,16 +21,16 @@ def print_plan(loop: LoopSettings, plan: np.ndarray | None, orders: dict[str, Ba
     """Say how long the run is and how often it sees each task, if that is known beforehand."""
     if plan is None:
         print(f"{loop.max_steps} steps; sampler {loop.sampler} goes by the gradients", flush=True)
-        return
-    counts = np.bincount(plan[plan >= 0], minlength=len(loop.tasks)) * loop.grad_accum
-    seen = ", ".join(
-        f"{task} {count / orders[task].batches_per_epoch:.2f} times"
-        for task, count in zip(loop.tasks, counts, strict=True)
-    )
-    print(
-        f"{loop.max_steps} steps with sampler {loop.sampler}; each task's data will be seen: {seen}",
-        flush=True,
-    )
+    else:
+        counts = np.bincount(plan[plan >= 0], minlength=len(loop.tasks)) * loop.grad_accum
+        seen = ", ".join(
+            f"{task} {count / orders[task].batches_per_epoch:.2f} times"
+            for task, count in zip(loop.tasks, counts, strict=True)
+        )
+        print(
+            f"{loop.max_steps} steps with sampler {loop.sampler}; each task's data will be seen: {seen}",
+            flush=True,
+        )
     for flag in ("loss_schedule", "draw_schedule"):
         for line in describe_courses(flag, getattr(loop, flag), loop.max_steps):
             print(f"  {line}")

@@ -443,9 +443,11 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if args.freeze_encoder:
         for name in surgery:
             reasons[name] = "with a frozen encoder the tasks share no gradient"
-        reasons["layer_lr_decay"] = "the encoder is frozen"
+        reasons["layer_lr_decay"] = reasons["noise_batches"] = "the encoder is frozen"
         if "head_lr" in args.given:
             reasons["lr"] = "the encoder is frozen, and --head_lr trains the heads"
+    if all(TASK_KINDS[TASKS[task].kind].uniform_loss is None for task in args.tasks):
+        reasons["label_smoothing"] = "no task has classes"
     if not any(HEADS[head_name(args, task)].joint for task in args.tasks):
         reasons["symmetric"] = "no task has a head that reads a pair as one sequence"
     if not args.phrase_weight:
@@ -454,6 +456,8 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if all(HEADS[head_name(args, task)].single_number for task in args.tasks):
         reasons["head_layers"] = "a cosine head has one number to scale"
         reasons["head_dropout_samples"] = "a cosine head has no dropout"
+    if args.hidden_dropout_prob == 0:
+        reasons["head_dropout_samples"] = "--hidden_dropout_prob is 0"
     if not args.teacher:
         unlabelled = [f"{task}_unlabelled" for task in args.tasks]
         for name in ("teacher_weight", "unlabelled_ratio", "transductive", *unlabelled):

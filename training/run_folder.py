@@ -355,6 +355,7 @@ class Run:
         self.average = torch.zeros_like(self.memory.data) if optimizer.ema else None  # of the weights
         self.args_text = ""  # of `args.json`, once it is written
         self.saved_step = None  # of the last good checkpoint
+        self.measured_step = None  # whose noise is in a loaded state, though its evaluation is made again
         self.trackers = Trackers()  # none yet; where the log goes besides
         loss_scale = LossScale() if dtype == torch.float16 else None
         self.state = RunState(batches_drawn=dict.fromkeys(settings.loop.tasks, 0), loss_scale=loss_scale)
@@ -440,15 +441,19 @@ class Run:
         ]
 
     def follow_first(self) -> None:
-        """Take rank 0's state, weights and moments, so that a run goes on the same on every rank."""
+        """Take rank 0's state, weights and moments, so that a run goes on the same on every rank.
+
+        All in place: the training loop holds the state, and captured graphs the moments.
+        """
         if self.ranks.size == 1:
             return
         self.count_updates()
         state = self.ranks.from_first(self.state.to_json)
         if not self.ranks.is_first:
-            self.state = RunState.from_json(state, self.settings.loop.tasks)
+            vars(self.state).update(vars(RunState.from_json(state, self.settings.loop.tasks)))
             self._make_moments(self.state)
-        self.saved_step = self.ranks.from_first(lambda: self.saved_step)
+        steps = self.ranks.from_first(lambda: (self.saved_step, self.measured_step))
+        self.saved_step, self.measured_step = steps
         for tensor in (self.memory.data, *self.optimizer_tensors().values()):
             self.ranks.copy_first(tensor)
 
@@ -494,7 +499,9 @@ class Run:
 
     def _make_moments(self, state: RunState) -> None:
         for param, step in zip(self.memory.flat_params.values(), state.optimizer_steps, strict=True):
-            if step:
+            if step and param in self.optimizer.state:
+                self.optimizer.state[param]["step"] = step
+            elif step:
                 add_moments(self.optimizer, param, step)
 
     def _check_best(self) -> None:
@@ -511,6 +518,7 @@ class Run:
         elif state.best_step is not None:
             print(f"warning: {problem}; the best checkpoint from step {state.step} on will take its place")
             state.best_score = state.best_step = None
+            self.measured_step = state.step if state.evaluated == state.step else None
             state.evaluated = state.step - 1  # where this step is one that is evaluated, it is so again
 
     def cut_log(self) -> None:

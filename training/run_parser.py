@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 
 from config import TASKS
-from support.command_line import FlagType, OneLineParser, number
+from support.command_line import FlagType, OneLineParser, number, values_by_name
 from support.device import PRECISIONS
 from training.sources import EXTRA_SOURCES
 from training.task_file import read_task_files
@@ -126,11 +126,7 @@ def value_of_task(values: dict, task: str):
 def parse_sources(text: str) -> dict[str, int | None]:
     if text.strip() == "none":
         return {}
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    sources = {name: int(count) if count else None for name, _, count in pairs}
-    if len(sources) < len(pairs):
-        raise ValueError("a source is named twice")
-    return sources
+    return {name: int(count) if count else None for name, count in values_by_name(text).items()}
 
 
 def are_sources(value) -> bool:

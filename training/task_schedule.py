@@ -16,7 +16,7 @@ import numpy as np
 
 from config import TASKS
 from optimizer import points_factor
-from support.command_line import FlagType
+from support.command_line import FlagType, values_by_name
 from support.errors import UserError
 
 Course = Sequence[Sequence[float]]  # points (progress, factor), by progress
@@ -25,10 +25,9 @@ Course = Sequence[Sequence[float]]  # points (progress, factor), by progress
 def parse_courses(text: str) -> dict[str, list[list[float]]]:
     if text.strip() == "none":
         return {}
-    pairs = (part.partition("=") for part in text.split(","))
     return {
-        task.strip(): [[float(number) for number in point.split(":")] for point in points.split("/")]
-        for task, _, points in pairs
+        task: [[float(number) for number in point.split(":")] for point in points.split("/")]
+        for task, points in values_by_name(text).items()
     }
 
 

@@ -94,6 +94,7 @@ def find_teacher(settings: RunSettings, dev: Mapping[str, Rows]) -> list[Voice]:
             raise UserError(f"--teacher {place}: is the run itself; expected another one")
     try:
         members = find_members([run for run, _ in runs])
+        check_data(members, dev, {})
     except UserError as error:
         raise UserError(f"--teacher: {error}") from None
     voices, of_ensembles = [], dict(runs)
@@ -106,7 +107,6 @@ def find_teacher(settings: RunSettings, dev: Mapping[str, Rows]) -> list[Voice]:
                 raise UserError(f"--teacher: {task} of {member.run} is another task than this run's")
         weight = {task: listed.weight.get(task, 0.0) if listed else 1.0 for task in member.specs}
         voices.append(Voice(member, weight))
-    check_data(members, dev, {})
     taught = {task for voice in voices for task, weight in voice.weight.items() if weight}
     for task, flag in settings.data.needs_teacher.items():
         if task not in taught:

@@ -230,22 +230,28 @@ def test_step_that_is_not_finite_changes_nothing():
 
 
 def test_check_compares_both_ways_and_leaves_no_trace():
-    pair = Pair(model={"head_dropout_prob": 0.3})
+    # The plain step, made as in evaluation, has no term of R-Drop: both passes must see the same here.
+    options = {"head": "cross", "change": in_both_orders, "model": {"objective": OBJECTIVE}}
+    pair = Pair(**options)
     model, (memory, optimizer) = pair.static, pair.static_training
+    examples = [(task, [np.tile(n[0], 2)]) for task, n in pair.examples(0)]
 
     def plain_step(settings=pair.settings):
-        batches = [TaskBatch(task, [pair.data[task].batch(n[0], 0)]) for task, n in pair.examples(0)]
+        batches = [
+            TaskBatch(task, [pair.data[task].batch(pieces[0], 0, batch_seed(3, 0, n, 0))])
+            for n, (task, pieces) in enumerate(examples)
+        ]
         return train_step(model, memory, optimizer, batches, settings, step=0)
 
     before = memory.data.clone()
-    pair.captured.check(pair.examples(0), 0, plain_step)
+    pair.captured.check(examples, 0, plain_step)
     assert torch.equal(memory.data, before) and not optimizer.state
     with pytest.raises(ValueError, match="weights of the first step differ by"):
         other = StepSettings(seed=3, grad_method="sum", grad_reduction="mean")
-        pair.captured.check(pair.examples(0), 0, lambda: plain_step(other))
+        pair.captured.check(examples, 0, lambda: plain_step(other))
     assert torch.equal(memory.data, before) and model.training
     # Nothing is left behind: what comes next is what comes after a check that was never made.
-    fresh = Pair(model={"head_dropout_prob": 0.3})
+    fresh = Pair(**options)
     results = [each.captured(each.examples(1), 1)() for each in (pair, fresh)]
     assert torch.equal(results[0].gram, results[1].gram) and torch.equal(
         memory.data, fresh.static_training[0].data

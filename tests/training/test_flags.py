@@ -457,6 +457,7 @@ def test_marks_say_what_may_change():
         ("--hidden_dropout_prob 1", "--hidden_dropout_prob: value is '1'"),
         ("--tasks sst,nli", "--tasks: value is 'sst,nli'"),
         ("--task_weights sts", "--task_weights: value is 'sts'"),
+        ("--task_weights sts=1,sts=2", "--task_weights: value is 'sts=1,sts=2'"),
         ("--tasks sst --task_weights sts=2", "--task_weights names sts"),
         ("--tasks sst --task_weights sst=0", "nothing would be trained"),
         ("--rdrop 1,1", "--rdrop: value is '1,1'"),

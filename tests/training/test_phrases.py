@@ -25,8 +25,8 @@ def trees(tmp_path):
     return read_tree_file(path, "sst")
 
 
-def align(trees, tokenizer, max_length=64, held_out=(), **settings):
-    rows = Rows(Path(), ["1", "2"], [("x",), ("Ab ( c de",)], np.zeros(2, dtype=np.float32))
+def align(trees, tokenizer, max_length=64, held_out=(), label=0.0, **settings):
+    rows = Rows(Path(), ["1", "2"], [("x",), ("Ab ( c de",)], np.array([0, label], dtype=np.float32))
     data = tokenize(rows, tokenizer, joint=False, max_length=max_length)
     phrases, line = make_phrases(data, trees, tokenizer, replace(SETTINGS, **settings), held_out)
     assert phrases.offsets.tolist() == [0, 0, len(phrases.labels)]  # the first sentence has no tree
@@ -48,6 +48,7 @@ def test_phrases_are_found_by_the_word_pieces_of_their_words(trees, tokenizer):
     found, line = align(trees, tokenizer, held_out={text_key(("C, de!",))})
     assert not found and "; 2 that stand" in line  # `( c de` counts as the same
     assert align(trees, tokenizer, max_length=6, min_words=1)[0] == words[:3]
+    assert align(trees, tokenizer, label=np.nan)[0] == []  # a test sentence, for a teacher to label
 
 
 def test_weightings_by_hand():

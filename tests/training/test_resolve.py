@@ -170,11 +170,13 @@ def test_device_that_is_not_there(flags):
         ("--tasks sst --grad_method pcgrad --sampler sqrt", ["grad_method", "sampler"]),
         ("--tasks sst --sts_head cosine --sts_train x", ["sts_head", "sts_train"]),
         ("--freeze_encoder --grad_method sum --lr 1", ["grad_method"]),
-        ("--freeze_encoder --lr 1 --head_lr 1", ["lr"]),
+        ("--freeze_encoder --lr 1 --head_lr 1 --noise_batches 4", ["lr", "noise_batches"]),
         ("--head_layers 2 --tasks sts --sts_head cosine", ["head_layers"]),
         ("--head_layers 2 --sts_head cosine", []),  # the other heads have two
+        ("--head_dropout_samples 2 --hidden_dropout_prob 0", ["head_dropout_samples"]),
         ("--symmetric --phrase_limit 2", ["phrase_limit", "symmetric"]),
         ("--symmetric --sts_head diff+cross --tasks sts --sst_loss oll", ["sst_loss"]),
+        ("--tasks sts --label_smoothing 0.1", ["label_smoothing"]),
     ],
 )
 def test_flags_without_effect_are_named(flags, idle):

@@ -11,9 +11,10 @@ import torch
 
 from kernels.fused import PLAIN, Kernels
 from support.errors import UserError
+from support.ranks import Ranks
 from tests.tiny import make_sst_model, refusal
 from training import run_folder
-from training.checkpoint import write_checkpoint
+from training.checkpoint import add_moments, write_checkpoint
 from training.loss_scale import LossScale
 from training.run_folder import (
     Run,
@@ -311,3 +312,24 @@ def test_lost_lines_of_the_log_are_warned_about(tokenizer, tmp_path, capsys):
     run.cut_log()
     assert run.log_file.read_text() == '{"step": 0}\n{"step": 1}\n'
     assert "1 lines have been lost" in capsys.readouterr().out
+
+
+def test_ranks_go_on_from_the_first_ones_state_in_place(tokenizer, tmp_path):
+    """The training loop holds the state, and captured steps the moments."""
+
+    class SecondRank(Ranks):
+        def from_first(self, work):
+            return first.state.to_json() if work == run.state.to_json else (4, None)
+
+        def copy_first(self, tensor):
+            tensor.fill_(7)
+
+    first, run = (Run(settings(tmp_path), make_sst_model(tokenizer), tokenizer) for _ in range(2))
+    first.state.step, first.state.optimizer_steps = 5, [3] * len(first.memory.flat_params)
+    param = next(iter(run.memory.flat_params.values()))
+    add_moments(run.optimizer, param, 2)
+    state, moments = run.state, run.optimizer.state[param]
+    run.ranks = SecondRank(1, 2)
+    run.follow_first()
+    assert run.state is state and state.step == 5 and (run.memory.data == 7).all()
+    assert run.optimizer.state[param] is moments and moments["step"] == 3 and (moments["exp_avg"] == 7).all()
