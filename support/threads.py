@@ -2,9 +2,10 @@
 
 import os
 
-# MiniLM on two cores, float32, tokens a second (they vary by 8 %): with 1,000 937 alone, and 535 each for two
-# at once; by default 971 alone; two at once have 288 each with 10,000, and 160 with 30,000.
-SPIN_COUNT = 1000
+# MiniLM on two quiet cores, float32, by `python -m benchmarks.speed sharing` (four rounds). One run alone takes
+# 1.02 times as long as with libgomp's own spinning, and two at once 2.2 times as long as one, each. With 1,000
+# these are 1.11 to 1.16 and 1.9, with libgomp's own spinning 1 and 3.7.
+SPIN_COUNT = 4000
 
 
 def share_cores() -> None:
