@@ -51,7 +51,16 @@ def make_task_data(task: str, head: str, seed: int, max_length: int = 40) -> Tas
 class Pair:
     """The same model twice: one makes plain steps, the other steps of static shape, of the same examples."""
 
-    def __init__(self, head="diff", tasks=DEFAULT_TASKS, optimizer=None, model=None, change=dict, **settings):
+    def __init__(
+        self,
+        head="diff",
+        tasks=DEFAULT_TASKS,
+        optimizer=None,
+        model=None,
+        change=dict,
+        ops=plain_kernels,
+        **settings,
+    ):
         heads = {task: head if TASKS[task].is_pair else "single" for task in tasks}
         self.data = change({task: make_task_data(task, heads[task], n) for n, task in enumerate(tasks)})
         self.settings = StepSettings(**{"seed": 3, **settings})
@@ -61,9 +70,7 @@ class Pair:
         self.plain_training, self.static_training = (
             make_training(model, **options) for model in (self.plain, self.static)
         )
-        self.captured = CapturedStep(
-            self.static, *self.static_training, self.data, self.settings, plain_kernels
-        )
+        self.captured = CapturedStep(self.static, *self.static_training, self.data, self.settings, ops)
         self.ema = None
 
     def examples(self, step, tasks=None, sizes=(4,)):
