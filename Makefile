@@ -49,7 +49,7 @@ train: $(VENV)/installed  ## train on the sample, evaluate, write predictions (o
 	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
 	  --batch_size 16 --max_steps 160 --eval_every 40
 
-test: $(VENV)/installed-dev  ## check layout and lint, run all tests (about three minutes)
+test: $(VENV)/installed-dev  ## check layout and lint, run all tests (about four minutes)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(PYTEST)
@@ -57,7 +57,7 @@ test: $(VENV)/installed-dev  ## check layout and lint, run all tests (about thre
 quick: $(VENV)/installed-dev  ## run the tests that take less than two seconds each
 	$(PYTEST) -m "not slow"
 
-faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files, random command lines (ten minutes)
+faults: $(VENV)/installed-dev  ## the whole fault campaign: kills, damaged files, random command lines (half an hour)
 	$(RUN) -m tests.campaign.faults
 
 data: $(VENV)/installed  ## download the course's data into data/
@@ -67,5 +67,5 @@ extra_data: $(VENV)/installed  ## download additional data, or only those in NAM
 	$(RUN) -m training.download --extra_data $(or $(NAMES),all)
 
 clean:  ## remove the environment and caches; runs and data stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

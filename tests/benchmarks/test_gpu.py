@@ -23,19 +23,8 @@ from config import DEFAULT_TASKS, TASKS, BertConfig
 from datasets import read_rows, tokenize
 from support.errors import UserError
 from support.files import ROOT
-from tests.tiny import make_data, make_encoder
 from tokenizer import BertTokenizer
 from training.captured_step import CapturedStep
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return make_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture(autouse=True)

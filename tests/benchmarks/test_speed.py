@@ -53,7 +53,7 @@ from datasets import read_rows, tokenize
 from kernels.fused import Kernels
 from pcgrad import TaskFacts, draw_orders, gram_matrix, pcgrad
 from support.errors import UserError
-from tests.tiny import make_config, make_data, make_encoder
+from tests.tiny import make_config
 from tokenizer import BertTokenizer
 
 PEERS = ("transformers", "torchjd")
@@ -77,16 +77,6 @@ class LocalWorker:
 
     def close(self):
         pass
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return make_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture(autouse=True)
