@@ -2,10 +2,10 @@
 
 import os
 
-# MiniLM on two quiet cores, float32, by `python -m benchmarks.speed sharing`: one run alone takes 1.02
-# times as long as with libgomp's own spinning, and two at once take 2.2 times as long as one, each. With
-# 1,000 these are 1.11 to 1.16 and 1.9; with libgomp's own spinning 1 and 3.7.
-SPIN_COUNT = 4000
+# MiniLM on two quiet cores, float32, batches of 16, by `python -m benchmarks.speed sharing`: one run alone
+# takes 1.02 times as long as with libgomp's own spinning, and two at once take 2.15 times as long as one,
+# each. With 1,000 these are 1.16 and 1.9; with libgomp's own spinning 1 and 3.
+SPIN_COUNT = 6_000
 
 
 def share_cores() -> None:
