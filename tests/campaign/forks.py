@@ -55,7 +55,7 @@ CHECKPOINT_FILES = {"config.json", "vocab.txt", "tokenizer_config.json", "model.
 CHECKPOINT_FILES.add(SUMS_FILE)
 PNG_END = b"IEND\xaeB`\x82"
 MEMORY_LIMIT = 8 * 2**30  # bytes of address space; a damaged file must not ask for more
-SILENCE_SECONDS = 180  # of a case, before it is given up
+SILENCE_SECONDS = 400  # of a case, before it is given up
 
 
 # --- what a run folder holds --------------------------------------------------------------------------------

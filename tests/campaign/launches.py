@@ -6,7 +6,9 @@ are few.
 
 import os
 import re
+import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from safetensors.torch import load_file
 from support.files import ROOT
 from training.checkpoint import load_state
 
-SECONDS = 60  # in which all ranks have to end
+SECONDS = 60  # in which all other ranks have to end
+HANGING_SECONDS = 90  # the same for all: torchrun waits half a minute before it kills a rank that hangs
 START_SECONDS = 180  # in which the first step has to be made
 
 
@@ -45,13 +48,14 @@ class Launch:
             time.sleep(0.1)
         return text in self.out.read_text(errors="replace")
 
-    def rank(self, number: int) -> int:
-        """The process of a rank."""
+    def ranks(self) -> dict[int, int]:
+        """The processes of the ranks, by number."""
+        found = {}
         for line in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            environment = Path(f"/proc/{line}/environ").read_bytes().split(b"\0")
-            if f"RANK={number}".encode() in environment:
-                return int(line)
-        raise LookupError(f"no rank {number}")
+            environment = Path(f"/proc/{line}/environ").read_bytes()
+            if number := re.search(rb"\0RANK=(\d+)\0", environment):
+                found[int(number[1])] = int(line)
+        return found
 
     def end(self, seconds: float = SECONDS) -> list[str]:
         """Our own lines of errors, once all has ended; torchrun has a page of its own."""
@@ -72,13 +76,57 @@ def one_line(launch: Launch, pattern: str, seconds: float = SECONDS) -> list[str
     return []
 
 
-def killed_rank(number: int, flags: list[str], folder: Path) -> list[str]:
-    """SIGKILL, as the system sends it to a process that takes too much memory."""
-    launch = Launch([*flags, "--output_dir", str(folder / "killed")], folder)
+def is_alive(process: int) -> bool:
+    """Whether a process, which need not be a child of ours, is still there and not a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def struck_rank(
+    number: int, flags: list[str], folder: Path, *, hit: Callable[[int], None], line: str
+) -> list[str]:
+    """Something befalls a rank; `line` is what has to be said of it."""
+    launch = Launch([*flags, "--output_dir", str(folder / "struck")], folder)
     if not launch.wait_for("step 2/"):
         return [f"no step was made: {launch.end()}"]
-    os.kill(launch.rank(number), signal.SIGKILL)
-    return one_line(launch, rf"rank {number} \(.*\) is gone")
+    processes, started = launch.ranks(), time.monotonic()
+    hit(processes.pop(number))
+    while any(map(is_alive, processes.values())):
+        if time.monotonic() > started + SECONDS:
+            return [f"other ranks still run: {launch.end(0)}"]
+        time.sleep(0.1)
+    return one_line(launch, rf"rank {number} \(.*\){line}", HANGING_SECONDS)
+
+
+def kill(process: int) -> None:
+    """As the system does with a process that takes too much memory."""
+    os.kill(process, signal.SIGKILL)
+
+
+def hang(process: int) -> None:
+    os.kill(process, signal.SIGSTOP)
+
+
+def forbid_memory(process: int) -> None:
+    """No more of it from here on, so that the next allocation fails."""
+    resource.prlimit(process, resource.RLIMIT_AS, (1, 1))
+
+
+def killed_launcher(flags: list[str], folder: Path) -> list[str]:
+    launch = Launch([*flags, "--output_dir", str(folder / "orphans")], folder)
+    if not launch.wait_for("step 2/"):
+        return [f"no step was made: {launch.end()}"]
+    processes, until = launch.ranks().values(), time.monotonic() + SECONDS
+    launch.process.kill()
+    while time.monotonic() < until:
+        if not any(map(is_alive, processes)):
+            return one_line(launch, "the launcher, or the machine of rank 0, is gone")
+        time.sleep(0.1)
+    for process in filter(is_alive, processes):
+        kill(process)
+    return ["ranks outlived their launcher"]
 
 
 def no_disk(flags: list[str], folder: Path) -> list[str]:
@@ -92,26 +140,43 @@ def no_disk(flags: list[str], folder: Path) -> list[str]:
     return one_line(launch, r"rank 0 \(.*\): .*metrics.jsonl")
 
 
+def second_launch(flags: list[str], folder: Path) -> list[str]:
+    """A launch into the folder of one that is at work."""
+    flags = [*flags, "--output_dir", str(folder / "taken")]
+    first = Launch(flags, folder)
+    if not first.wait_for("step 2/"):
+        return [f"no step was made: {first.end()}"]
+    second = Launch(flags, folder, name="second")
+    wrong = one_line(second, r"rank 0 \(.*\): --output_dir .* in use by another run", START_SECONDS)
+    first.process.terminate()
+    return [*wrong, *first.end()]
+
+
 def stopped_and_resumed(flags: list[str], folder: Path) -> list[str]:
-    """SIGTERM to the launcher saves once; one process goes on from there. A second launch is refused."""
+    """SIGTERM to the launcher saves once. Two ranks go on, to the bits of undisturbed ones; one can, too."""
     output = folder / "stopped"
     launch = Launch([*flags, "--output_dir", str(output)], folder)
     if not launch.wait_for("step 2/"):
         return [f"no step was made: {launch.end()}"]
-    second = Launch([*flags, "--output_dir", str(output)], folder, name="second")
-    wrong = one_line(second, r"rank 0 \(.*\): --output_dir .* in use by another run", START_SECONDS)
-    launch.process.send_signal(signal.SIGTERM)
+    launch.process.terminate()
     lines = launch.end()
     said = re.findall(r"stopped by a signal at step (\d+), saved", launch.out.read_text())
     if lines or len(said) != 1 or not (output / "last").exists():
-        return [*wrong, f"SIGTERM: {lines}, said {said}"]
-    step = int(said[0])
+        return [f"SIGTERM: {lines}, said {said}"]
+    step, wrong = int(said[0]), []
     if load_state(output / "last")["step"] != step:
         wrong.append(f"SIGTERM: step {step} was said, another was saved")
-    command = [sys.executable, "multitask_classifier.py", "--output_dir", str(output), "--resume"]
-    resumed = subprocess.run(
-        [*command, "--max_steps", str(step + 2)], check=False, cwd=ROOT, capture_output=True, text=True
-    )
+    length = ["--max_steps", str(step + 2)]
+    shutil.copytree(output, folder / "again")
+    for name, begin in (("again", ["--resume"]), ("whole", flags)):
+        launch = Launch([*begin, *length, "--output_dir", str(folder / name)], folder, name=name)
+        if lines := launch.end(START_SECONDS):
+            return [*wrong, f"{name}: {lines}"]
+    again, whole = (saved_tensors(folder / name / "last") for name in ("again", "whole"))
+    if again != whole or not whole:
+        wrong.append("two ranks that were stopped and resumed left other bits than two undisturbed ones")
+    command = [sys.executable, "multitask_classifier.py", "--output_dir", str(output), "--resume", *length]
+    resumed = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
     if resumed.returncode or f"continuing {output} at step {step}" not in resumed.stdout:
         wrong.append(f"{shlex.join(command)} ended with {resumed.returncode}: {resumed.stderr[-500:]}")
     elif not all(tensor.isfinite().all() for tensor in load_file(output / "last/model.safetensors").values()):
@@ -119,9 +184,18 @@ def stopped_and_resumed(flags: list[str], folder: Path) -> list[str]:
     return wrong
 
 
+def saved_tensors(checkpoint: Path) -> dict[str, bytes]:
+    """The files of weights and of the optimizer."""
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+
+
 CASES: dict[str, Callable[[list[str], Path], list[str]]] = {
-    "rank 0 is killed": partial(killed_rank, 0),
-    "rank 1 is killed": partial(killed_rank, 1),
+    "rank 0 is killed": partial(struck_rank, 0, hit=kill, line=" is gone"),
+    "rank 1 is killed": partial(struck_rank, 1, hit=kill, line=" is gone"),
+    "rank 1 hangs": partial(struck_rank, 1, hit=hang, line=" is gone"),
+    "rank 1 runs out of memory": partial(struck_rank, 1, hit=forbid_memory, line=": out of memory"),
+    "the launcher is killed": killed_launcher,
     "rank 0 loses its disk": no_disk,
-    "stopped, refused, resumed": stopped_and_resumed,
+    "a second launch is refused": second_launch,
+    "stopped and resumed": stopped_and_resumed,
 }
