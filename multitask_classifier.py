@@ -67,7 +67,7 @@ from heads import MultitaskBERT
 from kernels.adversarial import AdversarialNoise
 from kernels.flat_memory import FlatMemory
 from kernels.grad_methods import weights_by_group
-from kernels.grad_noise import grams_to_act_on, known_share, moments_of, sample_columns
+from kernels.grad_noise import grams_to_act_on, known_share, moments_of, sketch_grads
 from kernels.loss_weightings import loss_factors
 from optimizer import lr_factor, set_lr
 from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
@@ -648,7 +648,7 @@ def log_noise(run: Run, train_data: dict[str, TaskData]) -> None:
         )
         for task, data in train_data.items()
     }
-    samples = []
+    sketches = []
     for number in range(loop.noise_batches):
         examples = [(task, [rows_for(loop, task, batches[number])]) for task, batches in drawn.items()]
         seed = make_seed(loop.seed, seed_of("noise"), number)
@@ -656,8 +656,8 @@ def log_noise(run: Run, train_data: dict[str, TaskData]) -> None:
         with out_of_memory_hint(partial(describe_step, run, examples, train_data)):
             task_batches = make_task_batches(run, examples, train_data)
             backward_all(run.model, memory, task_batches, settings, state.step)
-        samples.append(sample_columns(memory))
-    groups = [moments_of(torch.stack(batches)) for batches in zip(*samples, strict=True)]
+        sketches.append(sketch_grads(memory))
+    groups = [moments_of(torch.stack(batches)) for batches in zip(*sketches, strict=True)]
     whole = sum(groups[1:], groups[0])
     if not whole.expected.isfinite().all():
         tqdm.write(f"warning: step {state.step}: a gradient is not finite; its noise was not measured")

@@ -2,7 +2,7 @@
 
 A line of the log with `noise` holds what `training.metrics.noise_record` says: estimates from n batches, and
 those without each of them. The interval is the jackknife's over the batches of all probes: 1.96 standard
-errors either way, about 95 %; with few batches somewhat too narrow.
+errors either way, about 95 %; more where there is hardly any signal, whose error the jackknife overstates.
 """
 
 import math
