@@ -253,7 +253,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="python -m benchmarks.scale",
+        prog="benchmarks.scale",
         description="What several ranks cost: a model, or two processes against one.",
     )
     add = parser.add_argument

@@ -30,7 +30,16 @@ NO_DASHES = str.maketrans(dict.fromkeys((*DASHES, "_"), ""))
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports an error as one line; the usage of this many flags would bury it. Knows nearly right names."""
+    """Reports an error as one line; the usage of this many flags would bury it. Knows nearly right names.
+
+    Args:
+        prog: `FILE.py`, or a module; errors begin with it, and the usage has what is typed.
+    """
+
+    def __init__(self, prog: str | None = None, **options):
+        typed = prog and f"python {'' if prog.endswith('.py') else '-m '}{prog}"
+        super().__init__(typed, **options)
+        self.name = prog or self.prog
 
     def parse_args(self, args=None, namespace=None):
         return self._all_known(*self.parse_known_args(args, namespace))
@@ -56,7 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
             raise
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+        self.exit(2, f"{self.name}: error: {printable(message)}\n")
 
 
 def simplify(name: str) -> str:

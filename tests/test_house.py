@@ -114,7 +114,8 @@ def test_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     assert end.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: ")
+    typed = f"-m {name}" if "." in name else f"{name}.py"
+    assert capsys.readouterr().out.startswith(f"usage: python {typed} ")
 
 
 def test_help_imports_no_model(monkeypatch, capsys):
