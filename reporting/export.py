@@ -1,6 +1,6 @@
 """Export a trained model for other libraries, a folder per task with its model card.
 
-    python -m reporting.export runs/NAME --to hf DIR --task sst
+    python -m reporting.export runs/NAME --to hf DIR --tasks sst
     python -m reporting.export runs/NAME --to sentence-transformers DIR
     python -m reporting.export runs/NAME --to onnx DIR --push_to_hub USER/NAME
 
@@ -71,7 +71,7 @@ def choose(models: list[TaskModel], tasks: Sequence[str] | None, format_name: st
     known = [each.task for each in models]
     for task in tasks or ():
         if task not in known:
-            raise UserError(f"--task {task}: not a task of this run; expected one of {', '.join(known)}")
+            raise UserError(f"--tasks {task}: not a task of this run; expected one of {', '.join(known)}")
     chosen = [each for each in models if each.task in (tasks or known)]
     refuse = FORMATS[format_name].refuse
     for each in chosen:
@@ -79,7 +79,7 @@ def choose(models: list[TaskModel], tasks: Sequence[str] | None, format_name: st
         if reason:
             fitting = [other.task for other in models if not refuse(other)]
             others = [name for name, form in FORMATS.items() if not form.refuse(each)]
-            hint = f"; here --task {','.join(fitting)} fits" if fitting else ""
+            hint = f"; here --tasks {','.join(fitting)} fits" if fitting else ""
             raise UserError(
                 f"--to {format_name}: {each.task} has {reason}; it fits --to {' or '.join(others)}{hint}"
             )
@@ -187,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--to", choices=FORMATS, required=True, help="what should be able to open it")
     text = "tasks to export (default: all that the run has)"
-    parser.add_argument("--task", type=run_tasks, help=text)
+    parser.add_argument("--tasks", type=run_tasks, metavar=run_tasks.metavar, help=text)
     text = "also upload to this repository of the Hugging Face hub (for several tasks, REPO-TASK of each)"
     parser.add_argument("--push_to_hub", metavar="REPO", help=text)
     return parser
@@ -197,7 +197,7 @@ def export(argv: list[str] | None) -> None:
     args = make_parser().parse_args(argv)
     check_packages(args.to)
     source, models = load_run(args.run_dir)
-    chosen = choose(models, args.task, args.to)
+    chosen = choose(models, args.tasks, args.to)
     places = {each.task: (args.folder, args.push_to_hub) for each in chosen}
     if len(chosen) > 1:
         places = {task: (folder / task, repo and f"{repo}-{task}") for task, (folder, repo) in places.items()}

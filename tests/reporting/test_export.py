@@ -119,7 +119,7 @@ for folder in (path.parent for path in sorted(Path.cwd().rglob("{MARK}"))):
 
 def export_all(runs, place, form, chosen):
     for name, tasks in chosen.items():
-        assert main([str(runs / name), "--to", form, str(place / name), "--task", tasks]) == 0
+        assert main([str(runs / name), "--to", form, str(place / name), "--tasks", tasks]) == 0
 
 
 def compare(runs, place, chosen, tolerance, second_class=False):
@@ -261,15 +261,15 @@ def run_to_error(argv, capsys):
 def test_refusal_names_flag_task_and_what_fits(runs, tmp_path, capsys):
     error = run_to_error([runs / "cls", "--to", "hf", tmp_path / "out"], capsys)
     assert "--to hf: sts has head cosine" in error
-    assert "it fits --to sentence-transformers or onnx; here --task sst,para fits" in error
+    assert "it fits --to sentence-transformers or onnx; here --tasks sst,para fits" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_errors_in_one_line(runs, tmp_path, capsys, monkeypatch):
     run, out = runs / "pooler", tmp_path / "out"
     assert "no run there" in run_to_error([tmp_path / "none", "--to", "hf", out], capsys)
-    error = run_to_error([run, "--to", "hf", out, "--task", "cfimdb"], capsys)
-    assert "--task cfimdb: not a task of this run; expected one of sst, para, sts" in error
+    error = run_to_error([run, "--to", "hf", out, "--tasks", "cfimdb"], capsys)
+    assert "--tasks cfimdb: not a task of this run; expected one of sst, para, sts" in error
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = run_to_error([run, "--to", "onnx", out], capsys)
     assert "the package onnx is not installed; pip install -r requirements/export.txt" in error
@@ -280,7 +280,7 @@ def test_errors_in_one_line(runs, tmp_path, capsys, monkeypatch):
 
 
 def test_only_an_export_is_replaced(runs, tmp_path, capsys):
-    command = [runs / "pooler", "--to", "hf", tmp_path / "out", "--task", "sst"]
+    command = [runs / "pooler", "--to", "hf", tmp_path / "out", "--tasks", "sst"]
     (tmp_path / "out").mkdir()  # empty: nothing to lose
     assert main(list(map(str, command))) == 0
     (tmp_path / "out" / "stray").write_text("")
@@ -320,7 +320,7 @@ def test_folder_is_whole_or_not_there(tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "sentence-transformers"])
 def test_card(runs, tmp_path, form):
-    assert main([str(runs / "pooler"), "--to", form, str(tmp_path / "out"), "--task", "para"]) == 0
+    assert main([str(runs / "pooler"), "--to", form, str(tmp_path / "out"), "--tasks", "para"]) == 0
     _, front, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     values = yaml.safe_load(front)
     assert values["license"] == "unknown" and values["library_name"] == FORMATS[form].library
@@ -334,7 +334,7 @@ def test_card(runs, tmp_path, form):
 
 def test_pair_head_beside_the_vectors_is_spoken_of(runs, tmp_path):
     for name, words in (("mean", "is no module of the library"), ("cls", "* cosine")):
-        command = [runs / name, "--to", "sentence-transformers", tmp_path / name, "--task", "sts"]
+        command = [runs / name, "--to", "sentence-transformers", tmp_path / name, "--tasks", "sts"]
         assert main(list(map(str, command))) == 0
         assert words in (tmp_path / name / "README.md").read_text()
         assert (tmp_path / name / "head.safetensors").exists()
@@ -391,7 +391,7 @@ def test_push(runs, tmp_path, monkeypatch, capsys):
     assert "pushed" in capsys.readouterr().out
     hub.fails = True
     command[3] = tmp_path / "one"
-    error = run_to_error([*command, "--task", "sst"], capsys)
+    error = run_to_error([*command, "--tasks", "sst"], capsys)
     assert "--push_to_hub me/bert: the hub is away;" in error and "is written" in error
     command[-1] = "no/name/at all"
-    assert "expected USER/NAME" in run_to_error([*command, "--task", "sst"], capsys)
+    assert "expected USER/NAME" in run_to_error([*command, "--tasks", "sst"], capsys)
