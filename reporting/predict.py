@@ -101,15 +101,15 @@ def table_row(spec: TaskSpec, texts: tuple[str, ...], prediction: Prediction) ->
 
 
 @dataclass(frozen=True)
-class Format:
+class OutputFormat:
     head: Callable[[TaskSpec], str]
     row: Callable[[TaskSpec, tuple[str, ...], Prediction], str]
 
 
-FORMATS = {
-    "table": Format(table_head, table_row),
-    "tsv": Format(tsv_head, tsv_row),
-    "jsonl": Format(lambda spec: "", jsonl_row),
+OUTPUT_FORMATS = {
+    "table": OutputFormat(table_head, table_row),
+    "tsv": OutputFormat(tsv_head, tsv_row),
+    "jsonl": OutputFormat(lambda spec: "", jsonl_row),
 }
 
 # --- where sentences come from ------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def make_parser() -> OneLineParser:
         "--columns", metavar="NAME[,NAME]", help="text columns, if the task's have other names"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="table", help="form of the output (default: table)"
+        "--format", choices=OUTPUT_FORMATS, default="table", help="form of the output (default: table)"
     )
     parser.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
@@ -237,7 +237,7 @@ def predict(argv: list[str] | None) -> None:
     with redirect_stdout(sys.stderr):  # a warning is no prediction
         predictor = Predictor.from_run(args.run, args.device, args.precision)
     task = choose_task(predictor, args.task)
-    spec, form = TASKS[task], FORMATS[args.format]
+    spec, form = TASKS[task], OUTPUT_FORMATS[args.format]
     num_empty, named = 0, []
     with ExitStack() as stack:
         for number, chunk in enumerate(watch(find_chunks(args, task, stack), args.file)):

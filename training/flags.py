@@ -52,7 +52,7 @@ from training.run_parser import (
 from training.settings import HEAD_DROPOUT_PROB
 from training.sources import EXTRA_SOURCES
 from training.task_file import set_own_tasks
-from training.task_schedule import DRAW_COURSES, LOSS_COURSES
+from training.task_schedule import DRAW_SCHEDULES, LOSS_SCHEDULES
 from training.trackers import TRACKERS
 
 PROG = "multitask_classifier.py"
@@ -232,9 +232,9 @@ def add_multitask_flags(parser: RunParser) -> None:
     add("--task_weights", "result", type=weight_list, default={}, help=text)
     text = "a task's factor over the run, as points PROGRESS:FACTOR with straight lines between, as in"
     text += " sst=0.4:1/0.7:0; a task at 0 is not drawn"
-    add("--loss_schedule", "result", type=LOSS_COURSES, default={}, help=text)
+    add("--loss_schedule", "result", type=LOSS_SCHEDULES, default={}, help=text)
     text = "the same for the share of its draws that a task keeps, in [0, 1]"
-    add("--draw_schedule", "result", type=DRAW_COURSES, default={}, help=text)
+    add("--draw_schedule", "result", type=DRAW_SCHEDULES, default={}, help=text)
 
 
 def add_distillation_flags(parser: RunParser) -> None:

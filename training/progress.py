@@ -14,7 +14,7 @@ from optimizer import lr_factor
 from support.bars import Bar
 from training.run_folder import Run
 from training.settings import LoopSettings
-from training.task_schedule import describe_courses
+from training.task_schedule import describe_schedules
 
 
 def print_plan(loop: LoopSettings, plan: np.ndarray | None, orders: dict[str, BatchOrder]) -> None:
@@ -32,7 +32,7 @@ def print_plan(loop: LoopSettings, plan: np.ndarray | None, orders: dict[str, Ba
             flush=True,
         )
     for flag in ("loss_schedule", "draw_schedule"):
-        for line in describe_courses(flag, getattr(loop, flag), loop.max_steps):
+        for line in describe_schedules(flag, getattr(loop, flag), loop.max_steps):
             print(f"  {line}")
 
 

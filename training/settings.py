@@ -13,7 +13,7 @@ import torch
 
 from evaluation import Objective
 from support.ranks import ONE, Ranks
-from training.task_schedule import Course, factor_in_step
+from training.task_schedule import TaskSchedule, factor_in_step
 
 HEAD_DROPOUT_PROB = 0.3  # the course's default, which in its starter reaches the heads only
 
@@ -99,8 +99,8 @@ class StepSettings:
     surgery_scope: str = "model"  # or "layer": each layer group by itself
     gram: str = "step"  # a key of grad_noise.GRAMS, maybe with parameters
     autocast: Callable = nullcontext  # makes the context for mixed precision
-    loss_schedule: Mapping[str, Course] = field(default_factory=dict)  # task -> course of one more factor
-    total_steps: int = 1  # of the run, which courses are stretched to
+    loss_schedule: Mapping[str, TaskSchedule] = field(default_factory=dict)  # by task: of one more factor
+    total_steps: int = 1  # of the run, which schedules are stretched to
     fgm: float = 0.0  # length of adversarial changes of the embeddings; 0: none
     # Factor of the losses in the backward pass, so that float16 holds its gradients. No result of a step
     # depends on it, but for rounding. Unlike the rest, it changes from step to step.
@@ -109,8 +109,8 @@ class StepSettings:
 
     def task_weight(self, task: str, step: int) -> float:
         """Factor of a task's loss in a step, counted from 0; a loss weighting comes on top."""
-        course = factor_in_step(self.loss_schedule, task, step, self.total_steps)
-        return self.task_weights.get(task, 1.0) * course
+        factor = factor_in_step(self.loss_schedule, task, step, self.total_steps)
+        return self.task_weights.get(task, 1.0) * factor
 
     def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:
         """(K,) whether each of these tasks may have its gradient changed by the method."""
@@ -140,8 +140,8 @@ class LoopSettings:
     batch_sizes: Mapping[str, int]  # task -> examples per micro-batch
     grad_accum: int
     sampler: str
-    loss_schedule: Mapping[str, Course]  # of factors of the losses, by task
-    draw_schedule: Mapping[str, Course]  # of shares of the draws
+    loss_schedule: Mapping[str, TaskSchedule]  # of factors of the losses, by task
+    draw_schedule: Mapping[str, TaskSchedule]  # of shares of the draws
     rdrop: Mapping[str, float]  # task -> factor of R-Drop's term; above 0, its batches hold every row twice
     seed: int
     max_steps: int

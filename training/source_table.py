@@ -35,7 +35,7 @@ class SourceSpec:
 
     task: str  # whose training rows it adds to
     files: tuple[str, ...]  # under --data_dir
-    form: str  # row of FORMS; a file whose ending is a row there has that form
+    form: str  # row of SOURCE_FORMS; a file whose ending is a row there has that form
     text_columns: tuple[str, ...]
     label_column: str
     labels: dict[str, float] | tuple[float, float] | None = None

@@ -140,7 +140,7 @@ def trees(lines: Iterable[str], columns=None) -> Iterator[dict]:
         yield from (node | {"sentence": sentence} for node in nodes)
 
 
-FORMS: dict[str, Callable[..., Iterator[dict]]] = {
+SOURCE_FORMS: dict[str, Callable[..., Iterator[dict]]] = {
     "quoted": quoted,
     "plain": plain,
     "byte_literals": byte_literals,
@@ -236,7 +236,7 @@ def read_cells(
     """Line, cells by column, and label of each row in a source's file; `flag` is what asks for it."""
     wanted = [*source.text_columns, source.label_column]
     ending = path.suffix.removeprefix(".")
-    form = ending if ending in FORMS else source.form
+    form = ending if ending in SOURCE_FORMS else source.form
     lines, num_rows, known = CountedLines(()), 0, {}  # known: label of a cell; few cells differ
     csv.field_size_limit(MAX_FIELD_SIZE)
     try:
@@ -247,7 +247,7 @@ def read_cells(
         text = decode(contents, path)
         lines = CountedLines(io.StringIO(text, newline=""))
         with Bar(text.count("\n"), " lines", f"reading {path.name}") as bar:
-            for row in FORMS[form](lines, source.columns):
+            for row in SOURCE_FORMS[form](lines, source.columns):
                 absent = [column for column in wanted if column not in row]
                 if absent:
                     raise UserError(f"{path}:1: no column {absent[0]!r}; expected {', '.join(wanted)}")

@@ -1,13 +1,15 @@
-"""Courses of tasks over a run: what a task's loss, or its share of the draws, is multiplied by, and when.
+"""Schedules of tasks over a run: what a task's loss, or its share of the draws, is multiplied by, and when.
 
 The tasks want different lengths of training: small ones are learnt by heart while a large one still gains. A
-course lets a task fade, end, or enter late, in one model. It is given by points, straight lines between them:
+schedule lets a task fade, end, or enter late, in one model. It is given by points, with straight lines
+between them:
 
     sst=0.4:1/0.7:0     sst counts fully up to 40 % of the run, then less, and from 70 % on not at all
     sts=0.3:0/0.3:1     sts enters after 30 %
 
-A course depends on the step and the length of the run alone, so a resumed run need not know it. A task whose
-factor is 0 is not drawn: its examples cost no time, and its head stays as it is, without decay or momentum.
+A schedule depends on the step and the length of the run alone, so a resumed run need not know it. A task
+whose factor is 0 is not drawn: its examples cost no time, and its head stays as it is, without decay or
+momentum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +21,10 @@ from optimizer import points_factor
 from support.command_line import FlagType, values_by_name
 from support.errors import UserError
 
-Course = Sequence[Sequence[float]]  # points (progress, factor), by progress
+TaskSchedule = Sequence[Sequence[float]]  # points (progress, factor), by progress
 
 
-def parse_courses(text: str) -> dict[str, list[list[float]]]:
+def parse_schedules(text: str) -> dict[str, list[list[float]]]:
     if text.strip() == "none":
         return {}
     return {
@@ -31,7 +33,7 @@ def parse_courses(text: str) -> dict[str, list[list[float]]]:
     }
 
 
-def is_course(points, highest: float) -> bool:
+def is_schedule(points, highest: float) -> bool:
     """Whether points are (progress, factor) in order, from 0 to 1, with factors from 0 to `highest`."""
     try:
         table = np.array(points, dtype=np.float64)
@@ -44,33 +46,36 @@ def is_course(points, highest: float) -> bool:
     return bool(in_order and (factors >= 0).all() and (factors <= highest).all())
 
 
-def course_type(highest: float, factors: str) -> FlagType:
-    """The type of a flag with a course for some tasks."""
+def schedule_type(highest: float, factors: str) -> FlagType:
+    """The type of a flag with a schedule for some tasks."""
 
     def is_valid(value) -> bool:
         return isinstance(value, dict) and all(
-            task in TASKS and is_course(points, highest) for task, points in value.items()
+            task in TASKS and is_schedule(points, highest) for task, points in value.items()
         )
 
     expected = "TASK=PROGRESS:FACTOR/PROGRESS:FACTOR/...,... as in sst=0.4:1/0.7:0, progress rising in [0, 1]"
-    return FlagType(parse_courses, is_valid, f"{expected}, factors {factors}; or none", "TASK=POINTS,...")
+    return FlagType(parse_schedules, is_valid, f"{expected}, factors {factors}; or none", "TASK=POINTS,...")
 
 
-LOSS_COURSES = course_type(1e6, "of at least 0")
-DRAW_COURSES = course_type(1.0, "in [0, 1]")
+LOSS_SCHEDULES = schedule_type(1e6, "of at least 0")
+DRAW_SCHEDULES = schedule_type(1.0, "in [0, 1]")
 
 
-def factor_in_step(courses: Mapping[str, Course], task: str, step: int, total_steps: int) -> float:
+def factor_in_step(schedules: Mapping[str, TaskSchedule], task: str, step: int, total_steps: int) -> float:
     """A task's factor in a step, counted from 0; progress is 0 in the first step and 1 in the last."""
-    if task not in courses:
+    if task not in schedules:
         return 1.0
-    return points_factor(courses[task], min(1.0, step / max(1, total_steps - 1)))
+    return points_factor(schedules[task], min(1.0, step / max(1, total_steps - 1)))
 
 
 def draw_shares(
-    tasks: Sequence[str], losses: Mapping[str, Course], draws: Mapping[str, Course], total_steps: int
+    tasks: Sequence[str],
+    losses: Mapping[str, TaskSchedule],
+    draws: Mapping[str, TaskSchedule],
+    total_steps: int,
 ) -> np.ndarray | None:
-    """What `plan_tasks` needs to know of the courses: (total_steps, K), or None if there are none.
+    """What `plan_tasks` needs to know of the schedules: (total_steps, K), or None if there are none.
 
     Raises:
         UserError: if a step is left without any task.
@@ -91,10 +96,10 @@ def draw_shares(
     return shares
 
 
-def describe_courses(flag: str, courses: Mapping[str, Course], total_steps: int) -> list[str]:
-    """A line for each course: its factors, and the steps that have them, counted from 1."""
+def describe_schedules(flag: str, schedules: Mapping[str, TaskSchedule], total_steps: int) -> list[str]:
+    """A line for each schedule: its factors, and the steps that have them, counted from 1."""
     lines = []
-    for task, points in courses.items():
+    for task, points in schedules.items():
         steps = [(round(progress * (total_steps - 1)) + 1, factor) for progress, factor in points]
         listed = ", ".join(f"{factor:g} at step {step}" for step, factor in steps)
         lines.append(f"--{flag} {task}: {listed}, straight lines between them")

@@ -16,7 +16,7 @@ from tests.tiny import make_data, make_encoder
 from training import sources
 from training.sources import (
     EXTRA_SOURCES,
-    FORMS,
+    SOURCE_FORMS,
     SourceSpec,
     add_sources,
     held_out_keys,
@@ -72,16 +72,17 @@ FORM_CASES = {
 
 
 def test_every_form_has_a_case_and_every_source_a_form():
-    assert set(FORM_CASES) == set(FORMS)
+    assert set(FORM_CASES) == set(SOURCE_FORMS)
     endings = {Path(name).suffix[1:] for source in EXTRA_SOURCES.values() for name in source.files}
-    assert {source.form for source in EXTRA_SOURCES.values()} | (endings & set(FORMS)) == set(FORMS)
+    used = {source.form for source in EXTRA_SOURCES.values()}
+    assert used | (endings & set(SOURCE_FORMS)) == set(SOURCE_FORMS)
 
 
 @pytest.mark.parametrize("form", FORM_CASES)
 def test_form_by_hand(form):
     lines, columns, expected = FORM_CASES[form]
     names = expected[0] if expected else ()  # trees have more cells; their words are tested with phrases
-    assert [{name: row[name] for name in names} for row in FORMS[form](lines, columns)] == expected
+    assert [{name: row[name] for name in names} for row in SOURCE_FORMS[form](lines, columns)] == expected
 
 
 @pytest.mark.parametrize("name", EXTRA_SOURCES)
