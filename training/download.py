@@ -33,7 +33,7 @@ import torch.hub
 
 from support.command_line import OneLineParser, run_script
 from support.errors import UserError, one_line
-from support.files import ROOT, is_regular, whole_file
+from support.files import ROOT, is_regular, sync, whole_file
 from training.run_parser import name_list
 from training.source_table import EXTRA_SOURCES
 
@@ -147,6 +147,7 @@ def fetch(url: str, name: str, path: Path, blob_id: str) -> None:
         problem = find_problem(temporary, blob_id)
         if problem:
             raise UserError(f"{name}: what came from {url} is {problem}; name another source by --base_url")
+        sync(temporary)  # once more by whole_file, but here nothing has been moved yet if it fails
         keep_aside(path)
 
 
