@@ -78,9 +78,16 @@ def add_extra_data(settings: DataSettings, train_rows: dict[str, Rows]) -> tuple
     return extended, lines
 
 
-def read_unlabelled(path: Path, spec: TaskSpec) -> list[tuple[str, ...]]:
-    """The sentences of a table in the form of the task's data files; ids and labels are not looked at."""
-    rows = read_rows(path, replace(spec, id_column=None, label_column=""), "test")
+def read_unlabelled(path: Path, spec: TaskSpec, flag: str) -> list[tuple[str, ...]]:
+    """The sentences of a table in the form of the task's data files; ids and labels are not looked at.
+
+    Raises:
+        UserError: as `read_rows`, naming the flag that asks for the file.
+    """
+    try:
+        rows = read_rows(path, replace(spec, id_column=None, label_column=""), "test")
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     return [texts for texts in rows.texts if all(texts)]
 
 
@@ -106,7 +113,8 @@ def add_unlabelled(
         for name, path in sources.items():
             if path is None:
                 continue
-            found = read_unlabelled(path, spec)
+            flag = f"--{task}_unlabelled" if name == "unlabelled" else f"--transductive {task}"
+            found = read_unlabelled(path, spec, flag)
             digests[path] = file_digest(path)
             kept_out = held_out if name == "test" else not_named
             fresh = {text_key(texts): texts for texts in found if text_key(texts) not in kept_out | seen}

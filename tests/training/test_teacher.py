@@ -71,6 +71,7 @@ def test_held_out_sentences_are_not_trained_on_unless_named(tmp_path):
     assert len(added(*file, "--unlabelled_ratio", "0.5")[1]) == 12
     assert added("--transductive", "sts") == ({"test"}, rows["test"].texts)
     assert added() == (set(), [])
+    assert refusal(added, "--sts_unlabelled", "none.csv").startswith("--sts_unlabelled: none.csv: ")
 
 
 @pytest.mark.parametrize(
