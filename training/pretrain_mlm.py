@@ -94,7 +94,7 @@ from training.run_parser import (
     task_files,
     task_list,
 )
-from training.sources import EXTRA_SOURCES, add_sources, text_key
+from training.sources import EXTRA_SOURCES, add_sources, held_out_keys, text_key
 from training.task_file import set_own_tasks
 
 LAST = "last"  # the checkpoint that an unfinished run goes on from
@@ -402,15 +402,11 @@ def read_sentences(
     """The distinct sentences to train on, and so many of the dev files', drawn by the seed."""
     train_rows = read_rows_of_split(data_dir, tasks, "train")
     dev_rows = read_rows_of_split(data_dir, tasks, "dev")
-    held_out = set()  # sentences of any dev or test file that is there, of whatever task
-    single_held_out = set()  # those of tasks of single sentences
-    for spec in TASKS.values():
-        for split in ("dev", "test"):
-            path = data_file(data_dir, spec, split)
-            for texts in read_rows(path, spec, split).texts if path.exists() else ():
-                keys = {text_key((sentence,)) for sentence in texts}
-                held_out |= keys
-                single_held_out |= set() if spec.is_pair else {key for (key,) in keys}
+    splits = [(spec, split) for spec in TASKS.values() for split in ("dev", "test")]
+    files = [(data_file(data_dir, *each), *each) for each in splits]
+    keys = held_out_keys(file for file in files if file[0].exists())
+    held_out = {sentence for key in keys for sentence in key}
+    single_held_out = {key[0] for key in keys if len(key) == 1}
     for task in tasks:
         sources = {name: n for name, n in extra_data.items() if EXTRA_SOURCES[name].task == task}
         # Rows that are held-out examples are left in; their sentences are taken out below.
@@ -418,7 +414,7 @@ def read_sentences(
         for line in lines:
             print(f"{task:6s} extra {line}")
     sentences, dev = distinct_sentences(train_rows), distinct_sentences(dev_rows)
-    train = [sentence for sentence in sentences if text_key((sentence,)) not in held_out]
+    train = [sentence for sentence in sentences if text_key((sentence,))[0] not in held_out]
     chosen = np.random.default_rng(seed).permutation(len(dev))[:eval_max_examples]
     print(
         f"{len(train)} sentences to train on ({len(sentences) - len(train)} more are also dev or test"
