@@ -21,7 +21,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import category
@@ -35,7 +34,7 @@ from support.bars import Bar
 from support.command_line import number
 from support.errors import UserError, one_line, quote
 from support.seeds import make_seed, seed_of
-from support.specs import Param, parse_spec
+from support.specs import Param, find_row
 from support.text_files import BYTE_ORDER_MARK, decode, line_at, read_data_file
 
 if TYPE_CHECKING:  # the tokenizer imports what reads checkpoints, which `--help` has no use for
@@ -856,13 +855,6 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-@cache
-def find_sampler(spec: str) -> tuple[Sampler, Mapping[str, float]]:
-    """The row, and its parameters' values, of a text such as `temperature:t=5`."""
-    name, params = parse_spec(spec, SAMPLERS)
-    return SAMPLERS[name], params
-
-
 def draw_tasks(
     sampler: str,
     sizes: Sequence[int],
@@ -881,7 +873,7 @@ def draw_tasks(
         state: of a sampler that goes by the gradients, as `update_sampler` gives it.
         shares: (K,) in [0, 1], not all 0: factors of the chances.
     """
-    row, params = find_sampler(sampler)
+    row, params = find_row(sampler, SAMPLERS)
     step, total_steps = progress
     if row.update:
         params = params | {"state": {name: np.asarray(values) for name, values in (state or {}).items()}}
@@ -901,7 +893,7 @@ def update_sampler(
         squares: (K,) mean square of a batch's gradient.
         signal: (K,) square of the expected gradient, as estimated.
     """
-    row, params = find_sampler(sampler)
+    row, params = find_row(sampler, SAMPLERS)
     if not row.update:
         return {}
     before = {name: np.asarray(values) for name, values in state.items()}
@@ -918,7 +910,7 @@ def plan_tasks(
         shares: (total_steps, K) as for `draw_tasks`; with a sampler that takes each task once, the share of
             the steps that do, and -1 fills the others' places.
     """
-    row, _ = find_sampler(sampler)
+    row, _ = find_row(sampler, SAMPLERS)
     if row.update:
         return None
     shares = np.ones((total_steps, len(sizes))) if shares is None else shares

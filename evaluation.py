@@ -28,7 +28,7 @@ from support.device import to_device
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
 from support.ranks import ONE, Ranks
-from support.specs import Param, parse_spec
+from support.specs import Param, find_row
 
 # --- scores -------------------------------------------------------------------------------------------------
 
@@ -322,8 +322,8 @@ def task_kind(spec: TaskSpec) -> TaskKind:
     kind = TASK_KINDS[spec.kind]
     if spec.loss is None:
         return kind
-    name, params = parse_spec(spec.loss, CLASS_LOSSES)
-    return replace(kind, **CLASS_LOSSES[name].changes(**params))
+    loss, params = find_row(spec.loss, CLASS_LOSSES)
+    return replace(kind, **loss.changes(**params))
 
 
 # --- overall scores: (kind, main score) of each task -> one number ------------------------------------------

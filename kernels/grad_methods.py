@@ -13,7 +13,6 @@ Shapes: K tasks, P shared parameters, G (K, P) the task gradients, gram = G G^T.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from pcgrad import TaskFacts, cosine_matrix, gradvac, pcgrad
 from support.command_line import number
-from support.specs import Param, parse_spec
+from support.specs import Param, find_row
 
 RANK_TOLERANCE = 1e-6  # eigenvalues below this share of the largest are rounding of float32 inner products
 FAIR_RIDGE = 1e-6  # added to the squared lengths, relatively, so that opposite gradients have fair weights
@@ -385,13 +384,6 @@ GRAD_METHODS: dict[str, GradMethod] = {
 GRAD_REDUCTIONS = {"sum": False, "mean": True}
 
 
-@cache
-def find_method(spec: str) -> tuple[GradMethod, Mapping[str, float]]:
-    """The row, and its parameters' values, of a text such as `cagrad:c=0.4`."""
-    name, params = parse_spec(spec, GRAD_METHODS)
-    return GRAD_METHODS[name], params
-
-
 def choose(matrix: Tensor | None, tasks: Sequence[int]) -> Tensor | None:
     """Of (K,) or (K, K) those of some tasks, without an index that would have to be copied to a GPU."""
     if matrix is None or len(tasks) == len(matrix):
@@ -436,7 +428,7 @@ def combination_weights(
         grad_reduction: a key of GRAD_REDUCTIONS.
         num_batches: task batches in the step; a task that was drawn twice has two.
     """
-    method, params = find_method(grad_method)
+    method, params = find_row(grad_method, GRAD_METHODS)
     zeros = torch.zeros(len(facts.gram), dtype=torch.float64)
     before = {name: facts.state.get(name, zeros) for name in method.state}
     given = choose_facts(replace(facts, state=before), present, params)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernels.flat_memory import FlatMemory
 from support.command_line import number
-from support.specs import Param, parse_spec
+from support.specs import Param, find_row
 
 NUM_PARTS = 61  # a prime: parts do not begin with a row of a weight matrix, whose columns are alike
 
@@ -194,6 +194,5 @@ def grams_to_act_on(
     Args:
         spec: a key of GRAMS, maybe with parameters, as in `ema:b=0.99`.
     """
-    name, params = parse_spec(spec, GRAMS)
-    source = GRAMS[name]
+    source, params = find_row(spec, GRAMS)
     return source.grams(grams, present, state, params) if source.grams else (grams, {})

@@ -14,7 +14,6 @@ Shapes: K tasks.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from kernels.grad_methods import choose_facts, divide, random_weights, spread
 from pcgrad import TaskFacts
 from support.command_line import number
-from support.specs import Param, parse_spec
+from support.specs import Param, find_row
 
 MIN_LOSS = 1e-8  # a loss of 0 has no logarithm
 MAX_LOG = 20.0  # of a learned factor, either way
@@ -218,13 +217,6 @@ LOSS_WEIGHTINGS: dict[str, LossWeighting] = {
 }
 
 
-@cache
-def find_weighting(spec: str) -> tuple[LossWeighting, Mapping[str, float]]:
-    """The row, and its parameters' values, of a text such as `dwa:t=2`."""
-    name, params = parse_spec(spec, LOSS_WEIGHTINGS)
-    return LOSS_WEIGHTINGS[name], params
-
-
 def loss_factors(
     facts: TaskFacts, present: Sequence[int], loss_weighting: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -237,7 +229,7 @@ def loss_factors(
         present: the numbers of the tasks with a batch.
         loss_weighting: a key of LOSS_WEIGHTINGS, maybe with parameters.
     """
-    weighting, params = find_weighting(loss_weighting)
+    weighting, params = find_row(loss_weighting, LOSS_WEIGHTINGS)
     zeros = torch.zeros(len(facts.gram), dtype=torch.float64)
     before = {name: facts.state.get(name, zeros) for name in weighting.state}
     given = choose_facts(replace(facts, state=before), present, params)

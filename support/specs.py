@@ -8,8 +8,11 @@ stay true when a default changes.
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from support.command_line import FlagType, nearest, simplify
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ def parse_spec(text: str, table: Mapping) -> tuple[str, dict[str, float]]:
     if len({param.strip() for param, _, _ in given}) < len(given):
         raise ValueError(f"value is {text[:60]!r}; expected each parameter once")
     return name, values
+
+
+def find_row(text: str, table: Mapping[str, Row]) -> tuple[Row, dict[str, float]]:
+    """The row itself, and the values of all its parameters."""
+    name, params = parse_spec(text, table)
+    return table[name], params
 
 
 def format_spec(name: str, values: Mapping[str, float]) -> str:

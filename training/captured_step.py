@@ -31,13 +31,14 @@ from torch import Tensor
 from datasets import TaskData, batch_seed
 from heads import MultitaskBERT
 from kernels.flat_memory import FlatMemory
-from kernels.grad_methods import combination_weights, find_method
+from kernels.grad_methods import GRAD_METHODS, combination_weights
 from kernels.layout import SHARED
 from kernels.static import TABLES, StepShape, fill_buffer, pack_step
 from kernels.static_packing import StaticPacking
 from optimizer import AdamW, device_hyperparameters
 from pcgrad import TaskFacts, draw_step_orders, update_cosine_ema
 from support.seeds import make_seed
+from support.specs import find_row
 from training.settings import StepSettings
 from training.step_result import StepResult
 
@@ -73,7 +74,7 @@ def check_capturable(settings: StepSettings, model: MultitaskBERT, data: dict[st
     Raises:
         ValueError: naming the flag.
     """
-    if not find_method(settings.grad_method)[0].on_device:
+    if not find_row(settings.grad_method, GRAD_METHODS)[0].on_device:
         raise ValueError(f"--grad_method {settings.grad_method} is solved on the host")
     if settings.loss_weighting != "fixed":
         raise ValueError(f"--loss_weighting {settings.loss_weighting} is for plain steps only")

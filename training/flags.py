@@ -9,16 +9,16 @@ import shlex
 from pathlib import Path
 
 from config import DEFAULT_TASKS, OFFLINE_ENCODER, RECIPES, TASKS
-from datasets import SAMPLERS, find_sampler
+from datasets import SAMPLERS
 from evaluation import CLASS_LOSSES, OVERALLS, PREDICTION_STYLES, TASK_KINDS
 from heads import PAIR_HEADS, PHRASE_POOLINGS, POOLINGS
-from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS, find_method
+from kernels.grad_methods import GRAD_METHODS, GRAD_REDUCTIONS
 from kernels.grad_noise import GRAMS
-from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting
+from kernels.loss_weightings import LOSS_WEIGHTINGS
 from optimizer import SCHEDULES
 from support.command_line import FlagType, OneLineParser, number, values_by_name
 from support.errors import UserError
-from support.specs import describe_specs, spec_type
+from support.specs import describe_specs, find_row, spec_type
 from training.args_file import ARGS_FILE, read_args_file
 from training.phrases import PHRASE_WEIGHTINGS, phrase_sources
 from training.run_parser import (
@@ -433,7 +433,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """End with an error if flags contradict each other."""
     if args.use_gpu and args.device not in ("auto", "cuda"):
         parser.error(f"--use_gpu and --device {args.device} contradict each other")
-    method, _ = find_method(args.grad_method)
+    method, _ = find_row(args.grad_method, GRAD_METHODS)
     if method.is_mean and args.grad_reduction not in (None, method.reduction):
         parser.error(
             f"--grad_method {args.grad_method} and --grad_reduction {args.grad_reduction} contradict each"
@@ -444,7 +444,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             f"--loss_weighting {args.loss_weighting} is lost on --grad_method {args.grad_method}, whose"
             " direction does not depend on the lengths of the gradients"
         )
-    if args.freeze_encoder and find_weighting(args.loss_weighting)[0].needs_gradients:
+    if args.freeze_encoder and find_row(args.loss_weighting, LOSS_WEIGHTINGS)[0].needs_gradients:
         parser.error(
             f"--loss_weighting {args.loss_weighting} goes by the gradients of the encoder, which"
             " --freeze_encoder leaves without any"
@@ -493,7 +493,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def needs_noise(args: argparse.Namespace) -> bool:
     """Whether the run goes by what an evaluation measures of the gradients' noise."""
-    return args.gram != "step" or bool(find_sampler(args.sampler)[0].update)
+    return args.gram != "step" or bool(find_row(args.sampler, SAMPLERS)[0].update)
 
 
 def check_noise(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from datasets import Rows, data_file
 from evaluation import TASK_KINDS, Objective, prediction_name
 from heads import HEADS
 from kernels.fused import find_compiler, pays_off
-from kernels.grad_methods import find_method
+from kernels.grad_methods import GRAD_METHODS
 from support.device import (
     is_ampere,
     make_autocast,
@@ -33,6 +33,7 @@ from support.device import (
 from support.errors import UserError
 from support.files import check_replaceable, read_head
 from support.ranks import ONE, Ranks
+from support.specs import find_row
 from training.flags import MIN_NOISE_BATCHES, flags_marked, given_flags, needs_noise
 from training.run_folder import is_runs_own
 from training.run_parser import value_of_task
@@ -324,7 +325,8 @@ def resolve_args(args: argparse.Namespace, bert_config: BertConfig, sizes: dict[
     if args.freeze_encoder and "lr" in args.given:
         choose("head_lr", args.lr, "--lr, since the encoder is frozen")
     choose("head_lr", 1e-3, "new heads need larger steps than a trained encoder")
-    choose("grad_reduction", find_method(args.grad_method)[0].reduction, f"grad_method {args.grad_method}")
+    method, _ = find_row(args.grad_method, GRAD_METHODS)
+    choose("grad_reduction", method.reduction, f"grad_method {args.grad_method}")
     for task, batch_size in batch_sizes(args).items():
         setattr(args, f"{task}_batch_size", batch_size)
     args.task_weights = {task: args.task_weights.get(task, 1.0) for task in args.tasks}
@@ -438,7 +440,7 @@ def flags_without_effect(args: argparse.Namespace) -> list[str]:
     if len(args.tasks) == 1:
         for name in (*surgery, "sampler", "loss_weighting"):
             reasons[name] = "there is one task"
-    if not find_method(args.grad_method)[0].changes_gradients:
+    if not find_row(args.grad_method, GRAD_METHODS)[0].changes_gradients:
         reasons["surgery_tasks"] = f"--grad_method {args.grad_method} changes no gradient"
     if args.freeze_encoder:
         for name in surgery:

@@ -9,10 +9,10 @@ from kernels.grad_methods import (
     GRAD_METHODS,
     GRAD_REDUCTIONS,
     combination_weights,
-    find_method,
     weights_by_group,
 )
 from pcgrad import TaskFacts, gram_matrix
+from support.specs import find_row
 from tests.test_pcgrad import CONFLICT, meetings, random_grads, random_targets, seeded
 
 ORDERED, RANDOM = {"pcgrad", "gradvac"}, {"random"}  # what draws an order, and what draws weights
@@ -20,7 +20,7 @@ ORDERED, RANDOM = {"pcgrad", "gradvac"}, {"random"}  # what draws an order, and 
 
 def weigh(spec: str, gram: torch.Tensor, seed: int = 0, ema=None, **facts) -> torch.Tensor:
     """The weights of a method, such as `cagrad:c=0.4`, at its first step or with the `state` given."""
-    method, params = find_method(spec)
+    method, params = find_row(spec, GRAD_METHODS)
     state = {name: torch.zeros(len(gram), dtype=torch.float64) for name in method.state} | facts.pop(
         "state", {}
     )
@@ -244,7 +244,7 @@ def test_weights_are_finite_and_inputs_unmodified(name, case):
         assert ema is None or torch.equal(ema, random_targets(len(gram), 3).float())
         if case == "single task":
             # Where weights do not depend on the scale, it is left alone.
-            is_constant = method.degree and not method.degree(find_method(name)[1])
+            is_constant = method.degree and not method.degree(find_row(name, GRAD_METHODS)[1])
             expected = 1.4 if name == "cagrad" else 1.0 if is_constant else float(weights)
             assert float(weights) == pytest.approx(expected, rel=1e-12)
     options = {"grad_reduction": method.reduction, "num_batches": len(gram)}
@@ -262,7 +262,7 @@ def test_permuting_tasks_permutes_weights(name):
         grads = torch.randn(4, 9, generator=seeded(seed), dtype=torch.float64)
         order = torch.randperm(4, generator=seeded(seed))
         orders, place = meetings(grads, seed), order.argsort()
-        method, params = find_method(name)
+        method, params = find_row(name, GRAD_METHODS)
         state = {each: torch.zeros(4, dtype=torch.float64) for each in method.state}
         gram = grads @ grads.T
         weights = method.weights(TaskFacts(gram, orders, params=params, state=state))
@@ -274,7 +274,7 @@ def test_permuting_tasks_permutes_weights(name):
 @pytest.mark.parametrize("name", GRAD_METHODS)
 def test_longer_gradients_change_weights_as_the_row_says(name):
     grads = torch.randn(4, 9, generator=seeded(5), dtype=torch.float64)
-    method, params = find_method(name)
+    method, params = find_row(name, GRAD_METHODS)
     weights, longer = (weigh(name, scale**2 * grads @ grads.T) for scale in (1.0, 8.0))
     if method.degree is not None:
         torch.testing.assert_close(longer, 8.0 ** method.degree(params) * weights, rtol=1e-5, atol=1e-6)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from kernels.loss_weightings import LOSS_WEIGHTINGS, find_weighting, loss_factors
+from kernels.loss_weightings import LOSS_WEIGHTINGS, loss_factors
 from pcgrad import TaskFacts
+from support.specs import find_row
 from tests.test_pcgrad import seeded
 from tests.tiny import make_model, make_task_batches, make_training, take_step
 
@@ -107,7 +108,7 @@ def test_permuting_tasks_permutes_factors(name):
 
 @pytest.mark.parametrize("name", LOSS_WEIGHTINGS)
 def test_absent_tasks_keep_their_state(name):
-    weighting, _ = find_weighting(name)
+    weighting, _ = find_row(name, LOSS_WEIGHTINGS)
     state = {each: torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) for each in weighting.state}
     losses = torch.tensor([1.0, math.nan, 2.0])
     facts = TaskFacts(torch.eye(3), losses=losses, state=state, generator=seeded(0))
