@@ -28,7 +28,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -297,10 +297,9 @@ def backward_all(
         losses (K,), as in `StepResult`, and the number of real word pieces.
     """
     memory.start_step([piece["input_ids"] for batch in task_batches for piece in batch.micro_batches])
-    num_draws = Counter(batch.task for batch in task_batches)
-    num_examples = Counter()
-    for batch in task_batches:
-        num_examples[batch.task] += sum(len(piece["labels"]) for piece in batch.micro_batches)
+    drawn = [
+        (batch.task, sum(len(piece["labels"]) for piece in batch.micro_batches)) for batch in task_batches
+    ]
     noise = AdversarialNoise(settings.fgm) if settings.fgm else None
     # Of each micro-batch; read at the end, so that a GPU need not wait.
     tasks, shares, losses, num_tokens, ranks = [], [], [], [], settings.ranks
@@ -317,13 +316,9 @@ def backward_all(
         pieces = [(task, piece) for task, piece in pieces if len(piece["labels"])]
         if not pieces:  # more ranks than examples
             continue
-        # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
-        # often as it was drawn.
-        micro_shares = [len(piece["labels"]) / num_examples[task] for task, piece in pieces]
-        weights = [
-            settings.task_weight(task, step) * (num_draws[task] * share) * settings.loss_scale
-            for (task, _), share in zip(pieces, micro_shares, strict=True)
-        ]
+        sizes = [(task, len(piece["labels"])) for task, piece in pieces]
+        micro_shares, weights = settings.shares_and_weights(drawn, sizes, step)
+        weights = [weight * settings.loss_scale for weight in weights]
         seed = make_seed(settings.seed, step, micro_step, *ranks.own_numbers)
         micro_losses = backward(model, memory, pieces, weights, settings.autocast, seed, noise)
         if noise:  # once more, with the same dropout: what the noise was found to be worst for
@@ -338,10 +333,10 @@ def backward_all(
     means = torch.zeros(len(memory.tasks))  # (K,)
     if losses:
         means.index_add_(0, torch.tensor(tasks), torch.stack(losses).cpu() * torch.tensor(shares))
+    present = sorted({memory.tasks.index(task) for task, _ in drawn})
     if ranks.size > 1:
-        present = sorted(memory.tasks.index(task) for task in num_examples)
         means = memory.sum_grads(ranks.sum, present, means)
-    means[[task not in num_examples for task in memory.tasks]] = math.nan
+    means[[k not in present for k in range(len(memory.tasks))]] = math.nan
     return means, int(torch.stack(num_tokens).sum())
 
 

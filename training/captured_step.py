@@ -239,17 +239,12 @@ class CapturedStep:
         self, examples: Sequence, own: Sequence[tuple[int, str, np.ndarray]], step: int, micro_step: int
     ) -> tuple[StepShape, dict[str, np.ndarray]]:
         tasks, settings = self.memory.tasks, self.settings
-        num_examples = {task: 0 for task, _ in examples}
-        for task, batches in examples:
-            num_examples[task] += sum(map(len, batches))
-        # Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
-        # often as it was drawn.
         own = sorted(own, key=lambda each: tasks.index(each[1]))
         chosen = [(task, batch) for _, task, batch in own]
         seeds = [batch_seed(settings.seed, step, n, micro_step) for n, _, _ in own]
-        shares = [len(batch) / num_examples[task] for task, batch in chosen]
-        num_draws = [sum(task == other for other, _ in examples) for task, _ in chosen]
-        weights = [settings.task_weight(task, step) for task, _ in chosen]
+        drawn = [(task, sum(map(len, batches))) for task, batches in examples]
+        sizes = [(task, len(batch)) for task, batch in chosen]
+        shares, weights = settings.shares_and_weights(drawn, sizes, step)
         shape, arrays = pack_step(
             [
                 self.data[task].packed_batch(batch, tasks.index(task), seed)
@@ -261,7 +256,7 @@ class CapturedStep:
             self.model.bert.config.hidden_size,
         )
         arrays["shares"] = np.array(shares, dtype=np.float32)
-        arrays["loss_weights"] = np.prod([shares, num_draws, weights], axis=0).astype(np.float32)
+        arrays["loss_weights"] = np.array(weights, dtype=np.float32)
         return shape, arrays
 
     def _write_numbers(self, orders: np.ndarray, host: np.ndarray) -> None:

@@ -4,6 +4,7 @@
 whose help texts give units and ranges; what differs is said here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -111,6 +112,32 @@ class StepSettings:
         """Factor of a task's loss in a step, counted from 0; a loss weighting comes on top."""
         factor = factor_in_step(self.loss_schedule, task, step, self.total_steps)
         return self.task_weights.get(task, 1.0) * factor
+
+    def shares_and_weights(
+        self, drawn: Sequence[tuple[str, int]], pieces: Sequence[tuple[str, int]], step: int
+    ) -> tuple[list[float], list[float]]:
+        """Factors of the mean losses of pieces of a step's batches.
+
+        Every example of a task counts the same, also in the short batch that ends an epoch; and a task as
+        often as it was drawn.
+
+        Args:
+            drawn: the task of each draw, and how many examples it has.
+            pieces: the same of each piece.
+
+        Returns:
+            each piece's share of its task's loss, and its factor in the loss of the step.
+        """
+        num_examples, num_draws = Counter(), Counter()
+        for task, size in drawn:
+            num_examples[task] += size
+            num_draws[task] += 1
+        shares = [size / num_examples[task] for task, size in pieces]
+        weights = [
+            self.task_weight(task, step) * (num_draws[task] * share)
+            for (task, _), share in zip(pieces, shares, strict=True)
+        ]
+        return shares, weights
 
     def adjusted(self, tasks: Sequence[str]) -> torch.Tensor:
         """(K,) whether each of these tasks may have its gradient changed by the method."""
