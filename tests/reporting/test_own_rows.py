@@ -36,6 +36,8 @@ def test_rows_of_recipe_best_can_be_read():
     flags = {row: spec.flags for row, spec in args.specs.items() if spec.group == OWN}
     assert next(iter(flags)) == "best" and all(each.startswith("--recipe best") for each in flags.values())
     assert len(set(flags.values())) == len(flags)
+    runs = {row: get_run_args(shlex.split(each)) for row, each in flags.items()}
+    assert {row: found for row, run in runs.items() if (found := flags_without_effect(run))} == {}
 
 
 def test_flags_for_all_runs_are_those_in_which_rows_do_not_differ(capsys):
