@@ -14,9 +14,9 @@ its own noise, which the next gradient sees, and a signal of 1 % may drown in th
 batch are alike in length, since batches are. Hence a probe: random batches of its own, without an update.
 Of the gradients, sums of NUM_PARTS columns with random signs are kept (feature hashing, Weinberger et al.
 2009, https://arxiv.org/abs/0902.2206): inner products stay unbiased, with an error of 1 / sqrt(m) of the
-lengths. Of expected gradients that is next to nothing (0.2 % for MiniLM, 0.6 % in one of its layers); of noise
-it is another in each batch, so that intervals hold it. (A choice of columns errs alike in all batches. Of 8
-batches, MiniLM with new heads, a cosine of -0.015 was -0.020 to -0.145 with every 13th column, -0.004 to
+lengths. Of expected gradients that is next to nothing (0.2 % for MiniLM, 0.6 % in one of its layers); of
+noise it is another in each batch, so that intervals hold it. (A choice of columns errs alike in all batches.
+Of 8 batches, MiniLM with new heads, a cosine of -0.015 was -0.020 to -0.145 with every 13th column, -0.004 to
 -0.025 with sums of 61 columns.)
 
 Shapes: n batches of each of K tasks, P columns of gradients, m sums of them, L layer groups, G gram matrices
