@@ -134,11 +134,15 @@ def ask(task: str) -> Iterator[list[Example]]:
     with suppress(ImportError):  # not everywhere; it lets a line be edited
         import readline  # noqa: F401
     print(f"{TASKS[task].title}: type a text and press Enter; Ctrl-D ends.", file=sys.stderr, flush=True)
-    with suppress(EOFError):
+    try:
         while True:
             texts = [clean_text(input(f"{column}> ")) for column in TASKS[task].text_columns]
             if all(texts):
                 yield [(0, tuple(texts))]
+    except EOFError:
+        pass
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not {error.encoding} text") from None
     print(file=sys.stderr)  # the shell's prompt begins on a line of its own
 
 

@@ -4,6 +4,7 @@ Only what is read here is declared; other keys are left alone, since a newer ver
 """
 
 import json
+import sys
 from collections.abc import Collection
 from functools import cache
 from itertools import permutations
@@ -108,6 +109,8 @@ def check(value, kind, name: str = "it") -> None:
     plain = list if get_origin(kind) is list else kind if kind in EXPECTED else dict
     if isinstance(value, bool) or not isinstance(value, int | float if plain is float else plain):
         raise UserError(f"{one_line(name, 60)} is {quote(str(value))}; expected {EXPECTED[plain]}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise UserError(f"{one_line(name, 60)} is a number of hundreds of digits")
     if kind in EXPECTED:
         return
     if plain is list:

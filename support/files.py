@@ -1,6 +1,7 @@
 """Files: read whole and bounded, written whole or not at all, and folders that one process has to itself."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -115,30 +116,65 @@ def check_replaceable(path: Path, kind: str, is_own: Callable[[Path], bool], fla
         flag: that has named the path, if one has.
 
     Raises:
-        UserError: if the path is taken by a folder, a dangling link or a file that is not ours.
+        UserError: if the path is taken by a folder, a dangling link or a file that is not ours, or cannot be
+            written.
     """
     place = f"{flag} {path}".strip()
     if path.is_dir():
         raise UserError(f"{place}: is a folder; expected a file")
     if path.is_symlink() and not path.exists():
         raise UserError(f"{place}: is a link to {os.readlink(path)}, which does not exist")
-    if path.exists() and not (is_regular(path) and (not path.stat().st_size or is_own(path))):
+    # Of links only those to our own files: /dev/stdout may be one to a file that is still empty.
+    is_empty = path.exists() and not path.is_symlink() and not path.stat().st_size
+    if path.exists() and not (is_regular(path) and (is_empty or is_own(path))):
         raise UserError(
             f"{place}: exists and is no {kind}; expected a new name, or an earlier {kind} to replace"
         )
+    above = next((each for each in path.parents if os.path.lexists(each)), path.parent)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: {above} is no folder that can be written to; expected one")
+
+
+@contextmanager
+def naming(path: Path):
+    """Name a path in a system's error that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def is_at_work(process: str) -> bool:
+    """Whether a process with this number is there; those of other machines cannot be seen."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True  # somebody else's
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 @contextmanager
 def whole_file(path: Path):
-    """Let a file appear whole or not at all: yields another name beside it to write to, then renames."""
+    """Let a file appear whole or not at all: yields another name beside it to write to, then renames.
+
+    Of two processes that write the same file at once, each writes a whole one, and the last one's stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")  # nobody else's: what is there is removed
-    temporary.unlink(missing_ok=True)  # left by a kill; were it a link, we would write to wherever it points
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    # What a kill has left; were it a link, we would write to wherever it points.
+    for left in [temporary, *path.parent.glob(f".{glob.escape(path.name)}.*.unfinished")]:
+        if left == temporary or not is_at_work(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
 

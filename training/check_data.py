@@ -244,6 +244,7 @@ def check_folder(
     data_dir, findings, num_present = Path(data_dir), Findings(), 0
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder; expected one with data files, such as data/sample")
+    os.listdir(data_dir)  # where that is not permitted, all files would seem to be absent
     for task in tasks or TASKS:
         paths = [data_file(data_dir, TASKS[task], split) for split in SPLITS]
         if any(map(os.path.lexists, paths)):

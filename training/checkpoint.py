@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from config import BertConfig
 from heads import MultitaskBERT
 from support.errors import UserError
-from support.files import default_mode, file_digest, is_regular, read_bytes, read_json, sync
+from support.files import default_mode, file_digest, is_regular, naming, read_bytes, read_json, sync
 from tokenizer import BertTokenizer
 
 SUMS_FILE = "SHA256SUMS"  # written last: a folder that holds it is complete
@@ -40,6 +40,11 @@ def numbered(folder: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}.{number}") if number else folder
 
 
+def temporary(folder: Path, ending: str) -> Path:
+    """Where a checkpoint is made or taken apart: hidden, as `best.old` may be somebody's copy of it."""
+    return folder.with_name(f".{folder.name}.{ending}")
+
+
 def versions(folder: Path) -> list[Path]:
     """A checkpoint and those before it, newest first; a kill between two renames may leave a gap."""
     endings = (path.name.removeprefix(folder.name + ".") for path in folder.parent.glob(folder.name + ".*"))
@@ -55,14 +60,15 @@ def write_checkpoint(folder: Path, write: Callable[[Path], None], keep: int = 1)
         keep: how many to keep, this one included.
     """
     remove_leftovers(folder)
-    new = folder.with_name(folder.name + ".new")
+    new = temporary(folder, "new")
     try:
         new.mkdir(parents=True)
-        write(new)
-        sums = {path.name: file_digest(path) for path in sorted(new.iterdir())}
-        (new / SUMS_FILE).write_text(sums_text(sums), encoding="utf-8")
-        for path in [*new.iterdir(), new]:
-            sync(path)
+        with naming(new):
+            write(new)
+            sums = {path.name: file_digest(path) for path in sorted(new.iterdir())}
+            (new / SUMS_FILE).write_text(sums_text(sums), encoding="utf-8")
+            for path in [*new.iterdir(), new]:
+                sync(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)  # on a full disk, give back what it took
         raise
@@ -92,7 +98,7 @@ def remove_checkpoint(path: Path, folder: Path) -> None:
 
     A run does not end because something old cannot be removed: that is a warning.
     """
-    old = folder.with_name(folder.name + ".old")
+    old = temporary(folder, "old")
     try:
         remove(old)
         os.replace(path, old)
@@ -103,9 +109,9 @@ def remove_checkpoint(path: Path, folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a kill left of a checkpoint that was being written or removed."""
-    for ending in (".new", ".old"):
+    for ending in ("new", "old"):
         with suppress(OSError):
-            remove(folder.with_name(folder.name + ending))
+            remove(temporary(folder, ending))
 
 
 def remove(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: its settings in `args.json`, its log, its state, and what `--resume` goes on from."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -23,13 +24,14 @@ from kernels.fused import PLAIN, compile_kernels
 from optimizer import AdamW, average_weights
 from support.device import PRECISIONS, describe_machine
 from support.errors import UserError
-from support.files import LOCK_FILE, ROOT, read_bytes, sync, write_text
+from support.files import LOCK_FILE, ROOT, naming, read_bytes, sync, write_text
 from support.ranks import count_ranks
 from tokenizer import BertTokenizer
 from training.args_file import ARGS_FILE, read_args_file
 from training.checkpoint import (
     MOMENTS,
     STATE_FILE,
+    SUMS_FILE,
     add_moments,
     copy_tensors,
     find_checkpoint,
@@ -146,7 +148,7 @@ def is_runs_own(path: Path, folder: Path) -> bool:
     if path == folder or not path.is_relative_to(folder):
         return False
     name = path.relative_to(folder)
-    return name.parts[0].split(".")[0] in CHECKPOINTS or any(
+    return name.parts[0].removeprefix(".").split(".")[0] in CHECKPOINTS or any(
         name.match(pattern) for pattern in (ARGS_FILE, LOCK_FILE, *RUN_FILES)
     )
 
@@ -156,17 +158,20 @@ def check_free(folder: Path, overwrite: bool, pretrained: str) -> None:
 
     Raises:
         UserError: if it holds a checkpoint, without --overwrite, or the encoder to start from; or belongs to
-            another script.
+            another script, or holds files of other origin in the places of a run's.
     """
+    checkpoints = [path for name in CHECKPOINTS for path in versions(folder / name)]
     try:
         flags = read_args_file(folder)["args"]
     except UserError:  # none there, or damaged
-        flags = {"given": {}}
-    if "given" not in flags:
+        flags = {}
+        if not any((path / SUMS_FILE).exists() for path in checkpoints):
+            check_empty(folder)
+    if flags and "given" not in flags:
         raise UserError(
             f"--output_dir {folder}: {ARGS_FILE} there is another script's; expected another folder"
         )
-    if not overwrite and any(versions(folder / name) for name in ("last", "best")):
+    if not overwrite and checkpoints:
         raise UserError(
             f"--output_dir {folder}: holds a run already; continue it with --resume, or start anew with"
             " --overwrite"
@@ -176,6 +181,15 @@ def check_free(folder: Path, overwrite: bool, pretrained: str) -> None:
             f"--pretrained {pretrained}: is a checkpoint of the run that --overwrite would remove; expected"
             " another --output_dir"
         )
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a folder, not known as a run's, with anything in it that a run would replace or add to."""
+    for name in (ARGS_FILE, *CHECKPOINTS, *RUN_FILES):
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"--output_dir {folder}: holds {name}, and is no run's folder; expected a new one"
+            )
 
 
 def begin_run(settings: RunSettings, facts: Mapping) -> str:
@@ -536,7 +550,7 @@ class Run:
     def log(self, line: dict, pictures: Mapping[str, np.ndarray] | None = None) -> None:
         """Add a line to the log, and show it, and pictures that go with it, to the trackers."""
         if self.ranks.is_first:
-            with open(self.log_file, "a", encoding="utf-8") as file:
+            with naming(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self.state.log_lines += 1
         self.trackers.log(line, pictures)

@@ -23,9 +23,11 @@ MIN_EXAMPLES = 5000  # fewer are tokenized in less than half a second
 FORMAT = "2"  # to be counted up when the meaning of the arrays changes
 
 
-def default_cache_dir() -> Path:
-    """Where programs keep what they can make again (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minbert-multitask"
+def default_cache_dir() -> Path | None:
+    """Where programs keep what they can make again (XDG base directories); None for a user without a home."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minbert-multitask"
+    return None
 
 
 def tokenize_cached(
@@ -99,12 +101,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def cache_arrays(path: Path, arrays: Mapping[str, np.ndarray], what: str) -> None:
     """Keep arrays; a disk that is full or read-only is no reason to stop."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
     try:
-        write_arrays(own, arrays)
-        os.replace(own, path)
+        write_arrays(path, arrays)
     except OSError as error:
         print(f"warning: {path}: {what} are not cached ({one_line(error)})")
-    finally:
-        with suppress(OSError):
-            own.unlink()  # there only if something failed

@@ -46,7 +46,7 @@ def test_every_value_of_log_and_scores_is_checked(run):
     values += [(read_scores(run), Scores)]
     for value, kind in values:
         for path in places(value):
-            for new in (None, "text", True, [1], {"x": 1}, {"sst": None}):
+            for new in (None, "text", True, 10**400, [1], {"x": 1}, {"sst": None}):
                 with pytest.raises(UserError):
                     check(changed(value, path, new), kind)
     check({"step": 1, "new_in_another_version": [None]}, LogLine)

@@ -89,13 +89,13 @@ def test_write_text_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
     def fail(*args):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")  # as `write` does, without a file's name
 
     for function in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full") as caught:
             patch.setattr(os, function, fail)
             write_text(path, "next")
-        assert path.read_text() == "old"
+        assert caught.value.filename == str(path) and path.read_text() == "old"
 
 
 TAKEN = [
@@ -105,6 +105,7 @@ TAKEN = [
     (link_to("data.csv"), "exists and is no page; expected"),
     (link_to("/dev/null"), "exists and is no page; expected"),
     (link_to("absent"), "is a link to absent, which does not exist"),
+    (link_to("empty"), "exists and is no page; expected"),  # /dev/stdout may be one
 ]
 FREE = [lambda path: None, Path.touch, lambda path: path.write_text("# Page\n"), link_to("page.md")]
 
@@ -113,6 +114,7 @@ FREE = [lambda path: None, Path.touch, lambda path: path.write_text("# Page\n"),
 def test_only_our_own_files_are_replaced(tmp_path, make, message):
     (tmp_path / "data.csv").write_text("id\tsentence\n")
     (tmp_path / "page.md").write_text("# Page\n")
+    (tmp_path / "empty").touch()
     path = tmp_path / "output"
     make(path)
     check = partial(check_replaceable, path, "page", lambda path: read_head(path).startswith(b"# Page"))
@@ -120,6 +122,9 @@ def test_only_our_own_files_are_replaced(tmp_path, make, message):
         check()
     else:
         assert message_of(check, "--output").startswith(f"--output {path}: {message}")
+    assert "page.md is no folder" in message_of(
+        check_replaceable, tmp_path / "page.md" / "a" / "b", "page", bool
+    )
 
 
 # --- the lock -------------------------------------------------------------------------------------

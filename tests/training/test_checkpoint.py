@@ -9,7 +9,7 @@ import torch
 
 from bert import BertModel
 from support.errors import UserError
-from support.files import write_text
+from support.files import whole_file, write_text
 from tests.tiny import make_sst_model
 from training import checkpoint
 from training.checkpoint import (
@@ -49,11 +49,23 @@ def names(folder):
 def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (tmp_path / ".file.unfinished").symlink_to(victim)
+    for process in (os.getpid(), "12345678901234567890", "theirs"):
+        (tmp_path / f".file.{process}.unfinished").symlink_to(victim)
     (tmp_path / "file.tmp").write_text("an ordinary name: somebody's own")
     write_text(tmp_path / "file", "new")
     assert victim.read_text() == "precious" and (tmp_path / "file").read_text() == "new"
     assert not (tmp_path / "file").is_symlink() and names(tmp_path) == ["file", "file.tmp", "victim"]
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    with whole_file(tmp_path / "file") as own:
+        own.write_text("half of")
+        if os.fork() == 0:
+            write_text(tmp_path / "file", "all")
+            os._exit(0)
+        os.wait()
+        assert (tmp_path / "file").read_text() == "all" and own.read_text() == "half of"
+    assert names(tmp_path) == ["file"]
 
 
 # --- checkpoint folders ---------------------------------------------------------------------------
@@ -129,7 +141,7 @@ def test_half_removed_checkpoint_has_no_name(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_number(tmp_path / "last", 3, 2)
     monkeypatch.undo()
-    assert names(tmp_path) == ["last", "last.1", "last.old"]
+    assert names(tmp_path) == [".last.old", "last", "last.1"]
     checkpoint.remove_leftovers(tmp_path / "last")
     assert names(tmp_path) == ["last", "last.1"]
 
@@ -144,8 +156,8 @@ def fail_with(error):
 def test_what_cannot_be_removed_is_a_warning_and_links_are_not_followed(tmp_path, monkeypatch, capsys):
     write_number(tmp_path / "elsewhere", 1)
     (tmp_path / "last").symlink_to("elsewhere")
-    (tmp_path / "last.new").write_text("a stray file")
-    (tmp_path / "last.old").mkdir()
+    (tmp_path / ".last.new").write_text("a stray file")
+    (tmp_path / ".last.old").mkdir()
     write_number(tmp_path / "last", 2)
     assert load_state(tmp_path / "elsewhere")["step"] == 1 and load_state(tmp_path / "last")["step"] == 2
     assert names(tmp_path) == ["elsewhere", "last"]
@@ -241,7 +253,7 @@ def test_no_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path / "last") is None
     with pytest.raises(UserError, match="no checkpoint there"):
         need_checkpoint(tmp_path / "last")
-    (tmp_path / "last.new").mkdir()  # was never finished
+    (tmp_path / ".last.new").mkdir()  # was never finished
     (tmp_path / "last.backup").mkdir()  # the user's
     assert find_checkpoint(tmp_path / "last") is None
 

@@ -210,7 +210,7 @@ def test_host_that_does_not_answer(server, tmp_path, capsys, monkeypatch):
 
 def test_interrupt_or_full_disk_leaves_no_temporary_file(server, tmp_path, capsys, monkeypatch):
     def interrupted(url, path, progress):
-        (tmp_path / ".second.csv.unfinished").write_bytes(b"hel")
+        (tmp_path / path).write_bytes(b"hel")
         raise KeyboardInterrupt
 
     def fail(descriptor):

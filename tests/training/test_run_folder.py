@@ -163,8 +163,11 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     for name in OUTPUTS.split():
         (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="holds args.json, and is no run's folder"):
+        check_free(tmp_path, True, "minilm")
+    write_args(tmp_path, {"given": {}}, {"data": {}}, device="cpu")
     check_free(tmp_path, False, "minilm")
-    for name in ("best", "last", "last.1", "last.new", "best.1"):
+    for name in ("best", "last", "last.1", ".last.new", "best.1", "last.old"):  # the last is somebody's copy
         (tmp_path / name).mkdir()
     for name in ("sst-dev-output.csv", "sts-test-out.csv", "mine.csv"):
         (tmp_path / "predictions" / name).write_text("")
@@ -175,8 +178,8 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
         check_free(tmp_path, True, str(tmp_path / "mine" / ".." / "best"))
     check_free(tmp_path, True, str(tmp_path / "mine"))
     text = begin_run(settings(tmp_path), {"data": {}})
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert left == {"args.json", "mine", "notes.txt", "report", "predictions", "predictions/mine.csv"}
+    left = " ".join(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")))
+    assert left == "args.json last.old mine notes.txt predictions predictions/mine.csv report"
     assert (tmp_path / "args.json").read_text() == text and len(json.loads(text)["commands"]) == 1
 
 
