@@ -132,6 +132,7 @@ class TaskSpec:
         str, ...
     ] = ()  # what stands for the classes in the label's column; empty: their numbers
     id_column: str | None = "id"  # None: rows are numbered
+    lower_ids: bool = True  # as the course's loader does
     other_files: dict[str, str] = field(default_factory=dict)  # split -> name in another course
     form: str | None = "tsv"  # row of datasets.FORMS; None: what the ending of a file's name says
 

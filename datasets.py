@@ -362,7 +362,7 @@ class RowReader:
         return row_id, texts, None if self.is_test else self.read_label(line, cell)
 
     def read_id(self, line: int, cell: str) -> str:
-        row_id = cell.strip().lower()
+        row_id = cell.strip().lower() if self.spec.lower_ids else cell.strip()
         if not row_id:
             raise UserError(f"{self.path}:{line}: the row has no id; expected one in each row")
         if not row_id.isalnum() and BAD_ID.search(row_id):

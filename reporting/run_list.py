@@ -3,12 +3,14 @@
 `python -m reporting.report runs` writes it as `runs/runs.html`, a single file.
 """
 
+import math
 from pathlib import Path
 
 from config import TASKS
 from evaluation import OVERALLS, TASK_KINDS
 from reporting.pages import Table, render_html
 from reporting.read_run import read_metrics, read_settings, read_summary, training_seconds
+from support.command_line import printable
 from support.errors import UserError, one_line
 from support.files import check_replaceable, read_head, write_text
 from training.flags import make_parser
@@ -34,7 +36,7 @@ def read_listed(folder: Path) -> dict:
 
     A folder that holds no readable run has a remark in their place.
     """
-    listed = {"name": folder.name, "cells": {}, "flags": {}, "score": None, "remark": ""}
+    listed = {"name": printable(folder.name), "cells": {}, "flags": {}, "score": None, "remark": ""}
     try:
         flags, _ = read_settings(folder)
         metrics = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
@@ -51,7 +53,7 @@ def read_listed(folder: Path) -> dict:
             cells[f"{task} {name}"] = f"{scores[name]:.4f}"
         cells |= {name: f"{summary[name]:.4f}" for name in OVERALLS}
         cells["best step"] = str(summary["step"])
-        listed["score"] = summary["mean"]
+        listed["score"] = summary["mean"] if math.isfinite(summary["mean"]) else None
     last = max((line["step"] for line in metrics), default=0)
     cells |= {"steps": str(last), "minutes": f"{training_seconds(metrics) / 60:.1f}"}
     if not (summary and summary["finished"]):

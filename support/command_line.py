@@ -5,10 +5,12 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
@@ -26,6 +28,7 @@ DASHES = (
     "\u2014",
     "\u2212",
 )  # as text processors make them of two hyphens
+LONE_SURROGATES = "[\ud800-\udfff]"  # what the system makes of bytes in a name that are not UTF-8
 NO_DASHES = str.maketrans(dict.fromkeys((*DASHES, "_"), ""))
 
 
@@ -53,6 +56,11 @@ class OneLineParser(argparse.ArgumentParser):
             near = [nearest(word.partition("=")[0], flags) for word in unknown if word[0:1] in DASHES]
             hint = f"; did you mean {near[0]}?" if near and near[0] else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        for name, value in vars(parsed).items():
+            # No page could show such a name, and the library that reads and writes weights knows UTF-8 only.
+            if isinstance(value, str | Path) and re.search(LONE_SURROGATES, str(value)):
+                flag = f"--{name}" if f"--{name}" in self._option_string_actions else name
+                self.error(f"{flag} is {str(value)!r}; expected a name in UTF-8")
         return parsed
 
     def _check_value(self, action: argparse.Action, value) -> None:

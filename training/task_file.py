@@ -138,6 +138,7 @@ def make_task(content: object, place: str) -> TaskSpec:
         is_ordered=content.get("ordered", False),
         label_texts=classes if content.get("labels", "names") == "names" else (),
         id_column=content.get("id"),
+        lower_ids=False,
         form=content.get("format"),
     )
 

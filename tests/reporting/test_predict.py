@@ -17,6 +17,7 @@ from config import DEFAULT_TASKS, TASKS
 from datasets import read_rows, tokenize
 from evaluation import predict, read_predictions
 from reporting import sentences
+from reporting.predict import ask as prompt
 from reporting.predict import main
 from support.errors import UserError
 from support.files import ROOT
@@ -260,6 +261,12 @@ def test_any_size_of_chunk_gives_the_same_in_the_same_order(ask, place, monkeypa
     assert [each["sentence"] for each in found] == [each["sentence"] for each in expected]
     for one, other in zip(found, expected, strict=True):  # float32, other batches; then rounded
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_what_is_typed_in_another_encoding_is_refused(monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: b"caf\xe9".decode())
+    with pytest.raises(UserError, match="standard input: not utf-8 text"):
+        next(prompt("sst"))
 
 
 def test_an_endless_input_is_read_a_chunk_at_a_time():

@@ -89,6 +89,13 @@ def test_a_nearly_right_name_is_recognised(capsys):
         assert error.endswith(f"; did you mean {meant}?\n") if meant else "did you mean" not in error
 
 
+def test_a_name_that_is_not_utf_8_is_refused_where_it_enters(capsys):
+    for script, words in ((multitask_classifier, "--output_dir {}"), (export, "{} new --to hf")):
+        with pytest.raises(SystemExit):
+            script.main(words.format("r\udcff").split())
+        assert " is 'r\\udcff'; expected a name in UTF-8\n" in capsys.readouterr().err
+
+
 def test_every_script_knows_nearly_right_names(capsys):
     scripts = (multitask_classifier, prepare_submit, results_table, report, predict, export)
     for script in (*scripts, pretrain_mlm, check_data, download, speed):

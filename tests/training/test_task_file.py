@@ -141,7 +141,7 @@ def test_labels_as_numbers_ids_and_a_named_format(tmp_path):
     path = tmp_path / "d.txt"
     path.write_text('{"key": "X7", "a": "p", "b": 3, "y": 2}\n{"key": 8, "a": "q", "b": "r", "y": null}\n')
     rows = read_rows(path, own(labels="numbers", id="key", format="jsonl"), "dev")
-    assert (rows.ids, rows.texts, rows.labels.tolist()) == (["x7"], [("p", "3")], [2])
+    assert (rows.ids, rows.texts, rows.labels.tolist()) == (["X7"], [("p", "3")], [2])
     assert rows.warnings == {"no label": [2]}
     path.write_text("key,a,y\n1,p,2.5\n2,q,4\n")
     regression = {"kind": "regression", "classes": None, "range": [1, 4], "texts": ["a"], "format": "csv"}
