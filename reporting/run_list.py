@@ -13,6 +13,7 @@ from reporting.read_run import read_metrics, read_settings, read_summary, traini
 from support.command_line import printable
 from support.errors import UserError, one_line
 from support.files import check_replaceable, read_head, write_text
+from training.checkpoint import SUMS_FILE
 from training.flags import make_parser
 from training.run_folder import ARGS_FILE
 
@@ -27,8 +28,9 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders right inside a folder, by name."""
-    return sorted(path.parent for path in folder.glob(f"*/{ARGS_FILE}"))
+    """The run folders right inside a folder, by name; checkpoints, with their copies of ARGS_FILE, not."""
+    found = sorted(path.parent for path in folder.glob(f"*/{ARGS_FILE}"))
+    return [path for path in found if not (path / SUMS_FILE).exists()]
 
 
 def read_listed(folder: Path) -> dict:

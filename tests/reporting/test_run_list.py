@@ -80,5 +80,8 @@ def test_page_is_one_file_and_replaces_only_itself(place, capsys):
 
 
 def test_folder_without_runs_is_an_error(tmp_path, capsys):
+    (tmp_path / "last").mkdir()  # a run whose own args.json is lost
+    for name in ("args.json", "SHA256SUMS"):
+        (tmp_path / "last" / name).touch()
     assert main([str(tmp_path)]) == 2
     assert "no run there" in capsys.readouterr().err
