@@ -164,10 +164,10 @@ def check_free(folder: Path, overwrite: bool, pretrained: str) -> None:
     try:
         flags = read_args_file(folder)["args"]
     except UserError:  # none there, or damaged
-        flags = {}
+        flags = None
         if not any((path / SUMS_FILE).exists() for path in checkpoints):
             check_empty(folder)
-    if flags and "given" not in flags:
+    if flags is not None and "given" not in flags:
         raise UserError(
             f"--output_dir {folder}: {ARGS_FILE} there is another script's; expected another folder"
         )
