@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
@@ -57,10 +56,11 @@ class OneLineParser(argparse.ArgumentParser):
             hint = f"; did you mean {near[0]}?" if near and near[0] else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         for name, value in vars(parsed).items():
-            # No page could show such a name, and the library that reads and writes weights knows UTF-8 only.
-            if isinstance(value, str | Path) and re.search(LONE_SURROGATES, str(value)):
-                flag = f"--{name}" if f"--{name}" in self._option_string_actions else name
-                self.error(f"{flag} is {str(value)!r}; expected a name in UTF-8")
+            flag = f"--{name}" if f"--{name}" in self._option_string_actions else name
+            for text in map(str, value if isinstance(value, list | tuple) else [value]):
+                # No page could show such a name, and the library of weights knows UTF-8 only.
+                if re.search(LONE_SURROGATES, text):
+                    self.error(f"{flag} is {text!r}; expected a name in UTF-8")
         return parsed
 
     def _check_value(self, action: argparse.Action, value) -> None:

@@ -16,7 +16,7 @@ import multitask_classifier
 import prepare_submit
 import results_table
 from benchmarks import speed
-from reporting import export, predict, report
+from reporting import ensemble, export, predict, report
 from support.command_line import OneLineParser, Stopped, catch_signals, run_script
 from support.device import is_out_of_memory, keep_freed_memory, out_of_memory_hint
 from support.errors import UserError
@@ -90,7 +90,12 @@ def test_a_nearly_right_name_is_recognised(capsys):
 
 
 def test_a_name_that_is_not_utf_8_is_refused_where_it_enters(capsys):
-    for script, words in ((multitask_classifier, "--output_dir {}"), (export, "{} new --to hf")):
+    entries = (
+        (multitask_classifier, "--output_dir {}"),
+        (export, "{} new --to hf"),
+        (ensemble, "a {} --output_dir b"),
+    )
+    for script, words in entries:
         with pytest.raises(SystemExit):
             script.main(words.format("r\udcff").split())
         assert " is 'r\\udcff'; expected a name in UTF-8\n" in capsys.readouterr().err
