@@ -1,11 +1,13 @@
 """What all tests share: one thread, no network, nothing of the user's, and a process for Hugging Face."""
 
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import traceback
+from io import StringIO
+from pathlib import Path
 
 import pytest
 
@@ -40,48 +42,47 @@ def no_network():
         yield
 
 
-# Runs code in a folder, as told by a line on standard input; answers with a line, empty or a traceback.
-SERVER = """
-import json, os, sys, traceback
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever the code prints is no answer
-for line in sys.stdin:
-    code, folder = json.loads(line)
-    os.chdir(folder)
-    error = ""
-    try:
-        exec(code, {})
-    except BaseException:
-        error = traceback.format_exc()
-    print(json.dumps(error), file=answers, flush=True)
-"""
+def serve(connection, other_end):
+    """In a fork that knows nothing of the project: runs code in a folder; answers nothing, or a traceback."""
+    from support.files import ROOT
+    from tests.tiny import fresh_modules
+
+    other_end.close()  # so that it ends when the tests do, however that is
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    sys.stdout = sys.stderr = StringIO()
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
+    with fresh_modules():
+        for code, folder in iter(connection.recv, None):
+            os.chdir(folder)
+            error = ""
+            try:
+                exec(code, {})  # noqa: S102
+            except BaseException:  # noqa: BLE001 (whatever it is, the test has to know)
+                error = traceback.format_exc()
+            connection.send(error)
 
 
 @pytest.fixture(scope="session")
-def run_transformers(tmp_path_factory):
+def run_transformers():
     """Runs a little Python that uses Hugging Face `transformers`, the reference, in a process of its own.
 
-    It runs in a folder away from the project: our `datasets.py` and `tokenizer.py` look like packages that
-    `transformers` imports. One process serves all tests, since the import alone takes seconds.
+    Away from the project: our `datasets.py` and `tokenizer.py` look like packages that `transformers`
+    imports. One process serves all tests, since the import takes seconds; a fork has torch already.
     """
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        cwd=tmp_path_factory.mktemp("transformers"),
-        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    context = multiprocessing.get_context("fork")
+    connection, its_end = context.Pipe()
+    process = context.Process(target=serve, args=(its_end, connection), daemon=True)
+    process.start()
+    its_end.close()
 
     def run(code, folder):
-        server.stdin.write(json.dumps([code, str(folder)]) + "\n")
-        server.stdin.flush()
-        error = json.loads(server.stdout.readline())
+        connection.send((code, folder))
+        error = connection.recv()
         assert not error, error
 
-    with server:
-        yield run
-        server.stdin.close()
+    yield run
+    connection.send(None)
+    process.join()
 
 
 @pytest.fixture
