@@ -23,6 +23,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     os.environ |= {"HOME": home.name, "MPLCONFIGDIR": home.name}
 
 
+def pytest_collection_modifyitems(items):
+    """What needs Hugging Face comes first: of several workers, one alone then has to import it."""
+    items.sort(key=lambda item: "run_transformers" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
     """A test that reaches for another machine fails at once, with or without a network.

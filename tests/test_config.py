@@ -18,21 +18,10 @@ from tests.tiny import refusal
 
 
 def test_defaults_are_bert_base_uncased():
-    assert asdict(BertConfig()) == {
-        "vocab_size": 30522,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
-    }
+    expected = dict(zip(SIZES, (30522, 768, 12, 12, 3072, 512, 2), strict=True))
+    expected |= {"hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    expected |= {"initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0}
+    assert asdict(BertConfig()) == expected
 
 
 def test_every_size_is_checked():

@@ -322,14 +322,7 @@ def test_subset_keeps_the_chosen_examples_and_only_their_sequences(joint):
 @pytest.mark.parametrize("joint", [False, True])
 def test_unknown_rows(joint):
     texts = [
-        ("a b", "c"),
-        ("x y", "a"),
-        ("a", "x"),
-        ("x", "x"),
-        ("x a", "x b"),
-        ("", "a"),
-        ("", "x"),
-        ("a", "a"),
+        tuple(pair.split("|")) for pair in ("a b|c", "x y|a", "a|x", "x|x", "x a|x b", "|a", "|x", "a|a")
     ]
     data = tokenize(make_rows(texts), TOKENIZER, joint=joint, max_length=9)
     special = [CLS, SEP, UNK]

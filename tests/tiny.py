@@ -43,6 +43,13 @@ def refusal(function, *args) -> str:
     raise AssertionError("no UserError was raised")
 
 
+def one_line(capsys) -> str:
+    """What stands on standard error, which is a line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
 @contextmanager
 def fresh_modules() -> Iterator[None]:
     """As in a new process: nothing of the project is imported, while torch and others still are."""

@@ -65,7 +65,7 @@ def bench(encoder, data_dir, tmp_path):
 # --- contenders ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["ours pcgrad", "ours sum", "ours sum, one row"])
+@pytest.mark.parametrize("row", ["ours pcgrad", "ours sum, one row"])
 def test_captured_contenders_make_the_steps_of_plain_ones(setting, row):
     ours, expected = (table[row](setting, precision="fp32") for table in (GPU_STEP, STEP))
     assert ours.losses() == expected.losses()
@@ -117,19 +117,16 @@ def test_autogram_makes_the_steps_of_the_textbook_for_the_encoder(setting):
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_checks_pass(lab, name):
-    found = CHECKS[name](lab, Case("tiny"))
-    assert found["ok"], found
-
-
 def test_bfloat16_and_joint_pairs_pass(lab):
     found = CHECKS["plain float32 on the CPU"](lab, Case("tiny", "cross", "gradvac", "bf16"))
     assert found["ok"] and found["errors"]["updates"] > 1e-5
 
 
 def test_wrong_steps_fail(lab, monkeypatch):
-    """A step that is a little wrong, and one that depends on something besides its number."""
+    """A step that is a little wrong, or NaN, and one that depends on something besides its number.
+
+    That right ones pass is seen in the trial below.
+    """
     real = CapturedStep._apply
 
     def louder(step, drawn, weights, *others):
@@ -147,9 +144,6 @@ def test_wrong_steps_fail(lab, monkeypatch):
     monkeypatch.setattr(CapturedStep, "_apply", forgetful)
     for name in ("replayed = one by one, with dropout", "resumed = not stopped"):
         assert not CHECKS[name](lab, Case("tiny"))["ok"]
-
-
-def test_nan_is_an_error(lab, monkeypatch):
     monkeypatch.setattr(gpu_checks, "relative_error", lambda found, expected: float("nan"))
     assert not CHECKS["plain float32 on the CPU"](lab, Case("tiny"))["ok"]
 
@@ -273,6 +267,7 @@ def test_trial_end_to_end(tmp_path, encoder, data_dir, monkeypatch, capsys):
     assert measured["failed"] == {CHOSEN[2]: "torchjd not installed (requirements/bench.txt)"} or (
         "transformers" in measured["failed"][CHOSEN[2]]
     )
+    assert [found["ok"] for found in measured["checks"].values()] == [True] * len(CHECKS)
     assert "**A trial without a GPU**" in page and "**not ok**" not in page
     parts = ("## Targets", "## Checks", "| ours pcgrad |", "ours pcgrad, plain path: ", "## Evaluation")
     assert all(part in page for part in parts)

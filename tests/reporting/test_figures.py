@@ -238,9 +238,7 @@ def test_large_figures_can_be_saved(monkeypatch):
     scores, measured = (dict.fromkeys(figures.PANELS, value) for value in (0.5, (0.5, 0.4, 0.6)))
     for figure in (
         figures.plot_curves(metrics),
-        figures.plot_layer_conflict_over_time(make_metrics(pairs=pairs[:4])),  # 28 take seconds
         figures.plot_scores([{"title": title, "poster": scores, "measured": measured} for title in titles]),
-        figures.plot_learning_curves({title: [[(1, scores), (2, scores)]] for title in titles[:5]}),
     ):
         figure.savefig(buffer := io.BytesIO(), format="png", dpi=20)
         assert buffer.getvalue().startswith(b"\x89PNG")

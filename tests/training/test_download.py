@@ -125,12 +125,6 @@ def test_sources_come_from_where_they_are_published(source):
     ]
 
 
-def test_blob_id_is_that_of_git(tmp_path):
-    for content, blob_id in ((b"hello\n", HELLO_BLOB_ID), (b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")):
-        (tmp_path / "file").write_bytes(content)
-        assert download.git_blob_id(tmp_path / "file") == blob_id
-
-
 def test_downloads_then_skips(server, tmp_path, capsys):
     folder = tmp_path / "made for it"
     assert run(folder, "--base_url", server.url + "/") == 0

@@ -25,7 +25,7 @@ from optimizer import lr_factor
 from support.device import make_autocast
 from support.errors import UserError
 from support.seeds import make_seed
-from tests.tiny import make_config, make_data, make_encoder, randomise
+from tests.tiny import make_config, make_data, make_encoder, one_line, randomise
 from tokenizer import BertTokenizer
 from training import pretrain_mlm
 from training.loss_scale import LossScale
@@ -99,13 +99,6 @@ def run(place, flags="", out="out"):
         return main(argv.split())
     except SystemExit as stop:
         return stop.code
-
-
-def one_line(capsys):
-    """What stands on standard error, which is a line."""
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return error
 
 
 def stop_at(monkeypatch, name, number, act):

@@ -233,12 +233,8 @@ def test_other_files_are_read_where_the_published_ones_are_not(source, tmp_path)
 def test_rows_that_contain_a_held_out_sentence_are_dropped(source, tmp_path):
     """Sixteen letters are enough, fifteen are not; the whole tree goes, unless training has its sentence."""
     held_out = {("sixteenlettersss",), ("fifteenletterss",), ("two", "inapairofsentences")}
-    reviews = [
-        "Well: sixteen letters, SS!S.",
-        "sixteenletterssto",
-        "x fifteenletterss y",
-        "in a pair of sentences",
-    ]
+    reviews = ["Well: sixteen letters, SS!S.", "sixteenletterssto", "x fifteenletterss y"]
+    reviews += ["in a pair of sentences"]
     source(
         "s",
         "\n".join(reviews),
@@ -265,15 +261,8 @@ def make_rows():
 
 
 def test_what_leaks_or_is_known_is_dropped_and_counted(source, tmp_path):
-    lines = [
-        "Other!\told one\t3",
-        "dev a\tdev b\t3",
-        "new\tpair\t5",
-        "PAIR\tnew\t1",
-        "more\tpair\t1",
-        "x\t\t2",
-    ]
-    source("s", "\n".join(["a\tb\ty", *lines]) + "\n")
+    lines = "a\tb\ty, Other!\told one\t3, dev a\tdev b\t3, new\tpair\t5, PAIR\tnew\t1, more\tpair\t1, x\t\t2"
+    source("s", lines.replace(", ", "\n") + "\n")
     rows, said = add_sources(make_rows(), {"s": None}, tmp_path, {text_key(("dev b", "dev a"))})
     assert rows.texts == [*make_rows().texts, ("new", "pair"), ("more", "pair")]
     assert rows.labels.tolist() == [1, 2, 5, 0] and rows.labels.dtype == np.float32

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import multitask_classifier
 from config import TASKS
@@ -189,6 +190,10 @@ def test_the_overall_is_called_what_it_is():
 def test_a_run_needs_its_task_file_only_at_the_start(tmp_path, monkeypatch, capsys):
     make_encoder(tmp_path / "encoder")
     make_data(tmp_path / "data")
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, buffer, **settings: buffer.write(b"\x89PNG Matplotlib")
+    )
+    monkeypatch.setattr(multitask_classifier, "plot_run", lambda folder: None)
     for path in NLI.parent.iterdir():
         lines = path.read_text().splitlines(keepends=True)
         (tmp_path / path.name).write_text("".join(lines if path == NLI else lines[:13]))
