@@ -221,9 +221,9 @@ def test_measuring_noise_changes_no_bit_and_what_goes_by_it_does(place, whole, t
 def test_distilled_run_is_resumed_without_its_teacher(place, whole, monkeypatch, tmp_path, capsys):
     """The same bits, with accumulated gradients, and with additional rows and some without labels."""
     teacher = shutil.copytree(whole(), tmp_path / "teacher")
-    flags = f"--max_steps 7 --eval_every 3 --grad_accum 2 --extra_data sick --teacher {teacher}"
+    flags = f"--max_steps 5 --eval_every 2 --grad_accum 2 --extra_data sick --teacher {teacher}"
     flags += f" --sts_unlabelled {place}/data/quora-train.csv --transductive sst --cache_dir {tmp_path}/cache"
-    for folder, stop_at in (("run", 4), ("whole", None)):
+    for folder, stop_at in (("run", 2), ("whole", None)):
         with monkeypatch.context() as patch:
             before_step(
                 patch, lambda step, at=stop_at: signal.raise_signal(signal.SIGTERM) if step == at else None
