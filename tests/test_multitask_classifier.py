@@ -158,7 +158,7 @@ def test_average_by_hand():
 
 
 PHRASES = "--phrase_weight 1 --phrase_limit 2 --sst_loss coral --pooling attention"
-PHRASES += " --para_head cross --sts_head diff+cross --symmetric"
+PHRASES += " --para_head cross --sts_head diff+cross --symmetric --sampler proportional"
 INGREDIENTS = "--ema 0.7 --layer_lr_decay 0.5 --rdrop 1,sts=0.1 --fgm 0.1 --label_smoothing 0.1"
 INGREDIENTS += " --head_dropout_samples 2 --loss_schedule sst=0.2:1/0.7:0 --draw_schedule sts=0:0.5/0.5:1"
 
@@ -167,9 +167,9 @@ INGREDIENTS += " --head_dropout_samples 2 --loss_schedule sst=0.2:1/0.7:0 --draw
 @pytest.mark.parametrize(
     "flags",
     [
-        f"--patience 9 --rectify --max_steps 7 {PHRASES}",  # the first five are no adaptive ones
+        f"--patience 9 --rectify --max_steps 7 {PHRASES}",  # of which the first five are not adaptive
         "--sampler annealed --grad_method gradvac --precision bf16 --schedule cosine",
-        "--precision fp16 --task_weights sts=5 --max_steps 7",  # so large that the first steps overflow
+        "--precision fp16 --sampler sqrt --task_weights sts=5 --max_steps 7",  # so that the first overflow
         "--grad_method cr_mogm --surgery_scope layer --loss_weighting famo --sampler pike --gram ema",
         f"--grad_accum 2 {INGREDIENTS}",
     ],

@@ -13,5 +13,4 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def one_line(capsys):
     """Reads what was printed as an error since the last look, which has to be one line."""
-
     return lambda: tiny.one_line(capsys)

@@ -353,12 +353,13 @@ def test_float16_run_goes_on_with_the_same_bits_after_overflows(place, monkeypat
     count = last["overflow_steps"]
     assert 4 <= count < 12 and last["loss_scale"] == 2 ** (24 - count)
     assert f"\n{count} of 12 steps were skipped because" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        stop_at(patch, "train_step", 2, interrupt)
-        assert run(place, flags, "stopped") == 130
-    assert run(place, flags, "stopped") == 0
-    for name in ("model.safetensors", "metrics.jsonl"):
-        assert (place / "stopped" / name).read_bytes() == (place / "half" / name).read_bytes()
+    for step in (2, count + 1):
+        with monkeypatch.context() as patch:
+            stop_at(patch, "train_step", step, interrupt)
+            assert run(place, flags, f"half{step}") == 130
+        assert run(place, flags, f"half{step}") == 0
+        for name in ("model.safetensors", "metrics.jsonl"):
+            assert (place / f"half{step}" / name).read_bytes() == (place / "half" / name).read_bytes()
 
 
 def test_loss_falls_on_a_tiny_corpus(place):
