@@ -59,7 +59,10 @@ def read_listed(folder: Path) -> dict:
     last = max((line["step"] for line in metrics), default=0)
     cells |= {"steps": str(last), "minutes": f"{training_seconds(metrics) / 60:.1f}"}
     if not (summary and summary["finished"]):
-        listed["remark"] = f"not finished: step {last} of {flags['max_steps']}"
+        is_trained = summary and last == flags["max_steps"]  # as with --final_eval none
+        listed["remark"] = (
+            "no final evaluation" if is_trained else f"not finished: step {last} of {flags['max_steps']}"
+        )
         if summary:
             listed["remark"] += "; scores of its evaluations so far"
     elif summary["is_part"]:
@@ -71,7 +74,11 @@ def format_value(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{name}={inner}" for name, inner in value.items())
+        # Of a task file its task: the rest of it is many lines.
+        return ", ".join(
+            name + ("" if isinstance(inner, dict) else f"={format_value(inner)}")
+            for name, inner in value.items()
+        )
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

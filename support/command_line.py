@@ -204,7 +204,8 @@ class StopRequest:
 def let_next_signal_end(number: int) -> None:
     """After a first signal, let a second one end the process without waiting for anything."""
     for each in STOP_SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+        if signal.getsignal(each) != signal.SIG_IGN:  # a hang-up under nohup stays ignored
+            signal.signal(each, signal.SIG_DFL)
     if number == signal.SIGHUP:  # the terminal is gone: writing to it would be an error before all is saved
         signal.signal(number, signal.SIG_IGN)  # the system may send it again
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -187,7 +187,7 @@ def check_task(data_dir: Path, task: str, batch_size: int | None, findings: Find
         except UserError as error:
             findings.lines.append(f"{task:6s} {split:5s} {'no':>6s} examples from {path}")
             if split == "test" and not os.path.lexists(path):
-                findings.warning(str(error))  # training does without
+                findings.warning(f"{path}: no such file; without it, {task} gets no test predictions")
             else:
                 findings.error(error)
             continue

@@ -545,7 +545,7 @@ def restore_settings(parser: RunParser, args: argparse.Namespace) -> None:
         if given[name] not in (stored[name], first_given.get(name, defaults[name]))
     ]
     if contradictions:
-        parser.error(f"{mode} goes on with the run's own settings, other than {', '.join(contradictions)}")
+        parser.error(f"{mode} keeps the run's own settings; not so here: {', '.join(contradictions)}")
     modes = parser.marked("mode")
     changed = {name: value for name, value in given.items() if name in changeable - modes}
     # A run may be read on another machine, so --device is not taken over.

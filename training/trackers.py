@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from support.errors import UserError, one_line
 
+REQUIREMENTS = "requirements/trackers.txt"
+
 
 class Tracker(Protocol):
     """Takes the numbers of a step by name, and pictures, each (height, width, 3) uint8."""
@@ -80,7 +82,9 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise a UserError if the package of a tracker is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"--report_to {name}: the package {name} is not installed; pip install {name}")
+            raise UserError(
+                f"--report_to {name}: the package {name} is not installed; pip install -r {REQUIREMENTS}"
+            )
 
 
 class Trackers:

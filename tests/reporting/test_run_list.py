@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from reporting.report import main
-from reporting.run_list import list_runs, read_listed
+from reporting.run_list import format_value, list_runs, read_listed
 from tests.fake_runs import all_tasks, make_run
 from tests.reporting.read_pages import HtmlPage
 from training.flags import get_args
@@ -59,9 +59,20 @@ def test_scores_of_part_of_dev_are_called_so(place):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final_eval": "part"}))
     assert read_listed(place / "better")["remark"] == "scores of part of dev"
     path.unlink()
-    (place / "better" / "metrics.jsonl").unlink()
+    metrics = place / "better" / "metrics.jsonl"
+    stored = json.loads((place / "better" / "args.json").read_text())
+    stored["args"]["max_steps"] = 20  # all steps are done, but --final_eval was none
+    (place / "better" / "args.json").write_text(json.dumps(stored))
+    remark = "no final evaluation; scores of its evaluations so far"
+    assert read_listed(place / "better")["remark"] == remark
+    metrics.unlink()
     listed = read_listed(place / "better")
-    assert listed["score"] is None and listed["remark"] == "not finished: step 0 of 30"
+    assert listed["score"] is None and listed["remark"] == "not finished: step 0 of 20"
+
+
+def test_flags_are_short():
+    assert format_value({"sst": 1.0, "sts": 0.5}) == "sst=1, sts=0.5"
+    assert format_value({"nli": {"kind": "binary", "files": {"dev": "dev.csv"}}}) == "nli"  # --task_file
 
 
 def test_page_is_one_file_and_replaces_only_itself(place, capsys):

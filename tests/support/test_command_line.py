@@ -137,6 +137,15 @@ def test_signal_ends_a_script_with_its_code(number, made_of_it, capsys):
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
+def test_a_hang_up_under_nohup_stays_ignored():
+    before, handlers = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
+    try:
+        run_script("x", partial(stopped_by, signal.SIGTERM, None, handlers))
+        assert handlers[2] == signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_caught_signal_waits_but_for_work_that_is_interruptible():
     with catch_signals() as stop:
         assert stop.interruptible(lambda: 5) == 5 and not stop.requested

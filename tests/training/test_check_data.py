@@ -222,7 +222,8 @@ def test_error_is_one_line_that_names_the_place(case, folder, capsys):
     code, out, err = run_check(folder, capsys)
     assert time.perf_counter() - started < 5
     if case == "missing test file":  # training does without
-        assert code == 0 and indented(out) == [f"warning: {message}"]
+        said = f"{path}: no such file; without it, sst gets no test predictions"
+        assert code == 0 and indented(out) == [f"warning: {said}"]
         return
     assert code == 2 and indented(out) == [f"error: {text}" for text in expected]
     number = f"{len(expected)} error{'s' * (len(expected) > 1)}"
