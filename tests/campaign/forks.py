@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -30,6 +31,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from safetensors.numpy import load_file
+from tqdm import tqdm
 
 import multitask_classifier
 from config import TASKS
@@ -244,6 +246,8 @@ def run_in_child(work: Callable[[], int], folder: Path, files: tuple, seconds: f
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        # tqdm's own lock is shared with all forks: one that is killed while it holds it would stop them all.
+        tqdm.set_lock(threading.RLock())
         os.chdir(folder)  # relative paths of random command lines lead there
         for number, (name, file) in enumerate(zip(("stdout", "stderr"), files, strict=True), start=1):
             os.dup2(file.fileno(), number)

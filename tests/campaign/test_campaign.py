@@ -90,7 +90,7 @@ def forgotten_moments(folder):
         run.optimizer.state.clear()
 
     with patch.object(multitask_classifier.Run, "load_last", forgetful):
-        return faults.run_matrix(make_bench(folder), faults.all_rows()[:1]).wrong
+        return faults.run_matrix(make_bench(folder), faults.matrix_rows(0)[:1]).wrong
 
 
 DEFECTS = {

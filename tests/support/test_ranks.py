@@ -22,6 +22,7 @@ import multitask_classifier
 from datasets import Rows, tokenize
 from evaluation import predict_logits
 from kernels.grad_methods import GRAD_METHODS
+from kernels.loss_weightings import LOSS_WEIGHTINGS
 from multitask_classifier import TaskBatch
 from support.device import make_autocast
 from support.ranks import ONE, Ranks, join_ranks
@@ -35,12 +36,9 @@ EVEN = [("sst", [6]), ("para", [6]), ("sts", [6])]
 # Batches that do not divide; a task with fewer examples than ranks; accumulated, and drawn twice.
 UNEVEN = [("sst", [5]), ("para", [4]), ("sts", [1])]
 ACCUMULATED = [("sst", [5, 2]), ("sts", [1, 1]), ("sst", [3, 4])]
-FOUR = [*UNEVEN, ("cfimdb", [2])]
-# What draws, and what remembers; the others are functions of sums that are compared here in any case.
-METHODS = ["random", *(name for name, row in GRAD_METHODS.items() if row.changes_gradients or row.state)]
-WEIGHTINGS = ("rlw", "famo", "gradnorm")
-STEPS = {name: (FOUR, {"grad_method": name}, {"tasks": [task for task, _ in FOUR]}) for name in METHODS}
-STEPS |= {name: (UNEVEN, {"loss_weighting": name}, {}) for name in WEIGHTINGS}
+FOUR = [*UNEVEN, ("cfimdb", [2])]  # of three, `krum` would choose among equals
+STEPS = {name: (FOUR, {"grad_method": name}, {"tasks": [task for task, _ in FOUR]}) for name in GRAD_METHODS}
+STEPS |= {name: (UNEVEN, {"loss_weighting": name}, {}) for name in LOSS_WEIGHTINGS}
 STEPS |= {
     "even": (EVEN, {"clip_norm": 0.5}, {}),
     "accumulated": (ACCUMULATED, {"task_weights": {"sst": 0.3}}, {}),
@@ -58,7 +56,7 @@ def take_steps(name: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     model = make_model(dropout=False, **options).train()
     memory, optimizer = make_training(model, lr=0.01, eps=1e-4)
     start, learned, left = memory.data.clone(), None, {}
-    for step in range(1 if name in METHODS else 2):
+    for step in range(1 if name in GRAD_METHODS else 2):
         batches = [
             TaskBatch(
                 task, [make_batch(task, size=size, seed=10 * step + k + i) for i, size in enumerate(sizes)]
@@ -89,7 +87,7 @@ def all_steps(ranks: Ranks) -> dict[str, torch.Tensor]:
     """By name what the rows of STEPS leave; methods and weightings, which see sums alone, not of 3 ranks."""
     left = {f"static: {key}": value for key, value in static_steps(ranks).items()}
     for name in STEPS:
-        if ranks.size < 3 or name not in (*METHODS, *WEIGHTINGS):
+        if ranks.size < 3 or name not in (*GRAD_METHODS, *LOSS_WEIGHTINGS):
             left |= {f"{name}: {key}": value for key, value in take_steps(name, ranks).items()}
     return left
 
