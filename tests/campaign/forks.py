@@ -36,6 +36,7 @@ from tqdm import tqdm
 import multitask_classifier
 from config import TASKS
 from evaluation import read_predictions
+from support.bars import Bar
 from training import checkpoint
 from training.checkpoint import SUMS_FILE
 from training.run_folder import ARGS_FILE
@@ -246,8 +247,9 @@ def run_in_child(work: Callable[[], int], folder: Path, files: tuple, seconds: f
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        # tqdm's own lock is shared with all forks: one that is killed while it holds it would stop them all.
-        tqdm.set_lock(threading.RLock())
+        # tqdm's locks are shared with all forks: one that is killed while it holds one would stop them all.
+        for bar in (tqdm, Bar):
+            bar.set_lock(threading.RLock())
         os.chdir(folder)  # relative paths of random command lines lead there
         for number, (name, file) in enumerate(zip(("stdout", "stderr"), files, strict=True), start=1):
             os.dup2(file.fileno(), number)
