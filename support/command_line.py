@@ -60,7 +60,7 @@ class OneLineParser(argparse.ArgumentParser):
             for text in map(str, value if isinstance(value, list | tuple) else [value]):
                 # No page could show such a name, and the library of weights knows UTF-8 only.
                 if re.search(LONE_SURROGATES, text):
-                    self.error(f"{flag} is {text!r}; expected a name in UTF-8")
+                    self.error(f"{flag} is {text!r}; expected text in UTF-8")
         return parsed
 
     def _check_value(self, action: argparse.Action, value) -> None:

@@ -147,7 +147,7 @@ def naming(path: Path):
 
 
 def is_at_work(process: str) -> bool:
-    """Whether a process with this number is there; those of other machines cannot be seen."""
+    """Whether a process with this number is there."""
     try:
         os.kill(int(process), 0)
     except PermissionError:
@@ -164,11 +164,13 @@ def whole_file(path: Path):
     Of two processes that write the same file at once, each writes a whole one, and the last one's stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    # What a kill has left; were it a link, we would write to wherever it points.
-    for left in [temporary, *path.parent.glob(f".{glob.escape(path.name)}.*.unfinished")]:
-        if left == temporary or not is_at_work(left.name.split(".")[-2]):
-            left.unlink(missing_ok=True)
+    here = f".{path.name}.{socket.gethostname()}"  # processes of other machines cannot be seen
+    temporary = path.with_name(f"{here}.{os.getpid()}.unfinished")
+    temporary.unlink(missing_ok=True)  # left by a kill; were it a link, we would write to wherever it points
+    for left in path.parent.glob(f"{glob.escape(here)}.*.unfinished"):
+        if not is_at_work(left.name.split(".")[-2]):
+            with suppress(OSError):  # another user's, in a folder for all
+                left.unlink()
     try:
         with naming(path):
             yield temporary

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import zlib
@@ -54,7 +55,9 @@ from training.trackers import Trackers
 # What a run leaves in its folder besides args.json and checkpoints; a new run there removes it.
 RUN_FILES = ["metrics.jsonl", "scores.json", "data_report.json", "soft_targets.npz"]
 RUN_FILES += ["curves.png", "report.md", "report.html", "report/*.png", "tensorboard/events.out.tfevents.*"]
-CHECKPOINTS = ("best", "last")  # and with a number or other ending after a dot
+CHECKPOINTS = ("best", "last")
+# These, those before them, and what a kill may leave of one.
+CHECKPOINT_NAME = re.compile(rf"({'|'.join(CHECKPOINTS)})(\.[0-9]+)?|\.({'|'.join(CHECKPOINTS)})\.(new|old)")
 JSON_NAMES = {"batches_drawn": "task_batches"}  # fields of RunState that state.json knows by another name
 MAX_LOG_BYTES = 2**30
 
@@ -148,7 +151,7 @@ def is_runs_own(path: Path, folder: Path) -> bool:
     if path == folder or not path.is_relative_to(folder):
         return False
     name = path.relative_to(folder)
-    return name.parts[0].removeprefix(".").split(".")[0] in CHECKPOINTS or any(
+    return bool(CHECKPOINT_NAME.fullmatch(name.parts[0])) or any(
         name.match(pattern) for pattern in (ARGS_FILE, LOCK_FILE, *RUN_FILES)
     )
 
@@ -185,8 +188,8 @@ def check_free(folder: Path, overwrite: bool, pretrained: str) -> None:
 
 def check_empty(folder: Path) -> None:
     """Refuse a folder, not known as a run's, with anything in it that a run would replace or add to."""
-    for name in (ARGS_FILE, *CHECKPOINTS, *RUN_FILES):
-        if os.path.lexists(folder / name):
+    for name in (ARGS_FILE, *CHECKPOINTS, *RUN_FILES, *own_prediction_files()):
+        if os.path.lexists(folder / name) or any(folder.glob(name)):
             raise UserError(
                 f"--output_dir {folder}: holds {name}, and is no run's folder; expected a new one"
             )

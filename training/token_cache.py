@@ -104,4 +104,4 @@ def cache_arrays(path: Path, arrays: Mapping[str, np.ndarray], what: str) -> Non
     try:
         write_arrays(path, arrays)
     except OSError as error:
-        print(f"warning: {path}: {what} are not cached ({one_line(error)})")
+        print(f"warning: {path}: {what} are not cached ({error.strerror or one_line(error)})")

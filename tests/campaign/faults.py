@@ -445,10 +445,8 @@ def run_fuzz(bench: Bench, num_cases: int, fuzzer=None) -> Outcome:
 
 
 def run_ranks(bench: Bench) -> Outcome:
-    names, flags = (
-        list(CASES),
-        bench.flags(10_000, 10_000, "diff", log_every=1, schedule="constant", warmup_steps=0),
-    )
+    names = list(CASES)
+    flags = bench.flags(10_000, 10_000, "diff", log_every=1, schedule="constant", warmup_steps=0)
 
     def work(number, folder):
         return [f"{names[number]}: {text}" for text in CASES[names[number]](flags, folder)]

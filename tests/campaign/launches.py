@@ -62,7 +62,8 @@ class Launch:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            for process in (*self.ranks().values(), self.process.pid):
+                kill(process)  # one that hangs would stay for ever
             return ["still running"]
         lines = self.err.read_text(errors="replace").splitlines()
         return [line for line in lines if line.startswith("multitask_classifier.py:")]

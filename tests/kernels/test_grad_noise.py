@@ -112,6 +112,7 @@ def test_sums_of_columns_are_kept_by_layer_group(monkeypatch):
     result = take_step(training, make_task_batches(), grad_method="sum")
     sizes = [sum(each.stop - each.start for each in where) for where in memory.layout.layer_groups.values()]
     sketch = sketch_grads(memory)
+    assert all(map(torch.equal, sketch, sketch_grads(memory)))  # the same signs for all batches
     assert all(each.shape[1] < size / 61 + 3 for each, size in zip(sketch, sizes, strict=True))
     monkeypatch.setattr(grad_noise, "NUM_PARTS", 1)
     grams = torch.stack([each @ each.T for each in sketch_grads(memory)])

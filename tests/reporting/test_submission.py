@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import zipfile
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_names_in_the_zip_do_not_depend_on_folders(place):
 
 def test_links_are_not_written_through_and_an_earlier_zip_is_replaced(place):
     (place / "elsewhere").write_text("as it was")
-    (place / f".x.zip.{os.getpid()}.unfinished").symlink_to("elsewhere")
+    (place / f".x.zip.{socket.gethostname()}.{os.getpid()}.unfinished").symlink_to("elsewhere")
     for path in (place / "run" / "predictions").iterdir():
         os.utime(path, (0, 0))  # from before 1980, which zip files cannot say
     assert run(place) == 0

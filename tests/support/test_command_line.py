@@ -98,7 +98,7 @@ def test_a_name_that_is_not_utf_8_is_refused_where_it_enters(capsys):
     for script, words in entries:
         with pytest.raises(SystemExit):
             script.main(words.format("r\udcff").split())
-        assert " is 'r\\udcff'; expected a name in UTF-8\n" in capsys.readouterr().err
+        assert " is 'r\\udcff'; expected text in UTF-8\n" in capsys.readouterr().err
 
 
 def test_every_script_knows_nearly_right_names(capsys):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import socket
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_what_a_kill_or_somebody_else_left_at_the_temporary_name_does_no_harm(tm
     victim = tmp_path / "victim"
     victim.write_text("precious")
     for process in (os.getpid(), "12345678901234567890", "theirs"):
-        (tmp_path / f".file.{process}.unfinished").symlink_to(victim)
+        (tmp_path / f".file.{socket.gethostname()}.{process}.unfinished").symlink_to(victim)
     (tmp_path / "file.tmp").write_text("an ordinary name: somebody's own")
     write_text(tmp_path / "file", "new")
     assert victim.read_text() == "precious" and (tmp_path / "file").read_text() == "new"
@@ -61,8 +62,10 @@ def test_two_processes_may_write_the_same_file(tmp_path):
     with whole_file(tmp_path / "file") as own:
         own.write_text("half of")
         if os.fork() == 0:
-            write_text(tmp_path / "file", "all")
-            os._exit(0)
+            try:
+                write_text(tmp_path / "file", "all")
+            finally:
+                os._exit(0)
         os.wait()
         assert (tmp_path / "file").read_text() == "all" and own.read_text() == "half of"
     assert names(tmp_path) == ["file"]
