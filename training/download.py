@@ -39,6 +39,7 @@ from training.source_table import EXTRA_SOURCES
 
 BASE_URL = "https://github.com/gpoesia/minbert-default-final-project/raw/7ac8260/data"
 TIMEOUT_SECONDS = 30  # of silence, not for the whole file
+GONE = (404, 410, 451)  # what a host answers where a file is no longer published
 ALL = "all"  # of the sources
 # Git blob id of each NAME.csv of the course. Paths on disk are made from these names only.
 BLOB_IDS = {
@@ -63,6 +64,10 @@ class Remote:
 
     url: str
     blob_id: str
+
+
+class AbsentError(UserError):
+    """A host answers that it has no such file, or another one: others may be there."""
 
 
 def course_files(names: Iterable[str]) -> dict[str, Remote]:
@@ -128,7 +133,8 @@ def fetch(url: str, name: str, path: Path, blob_id: str) -> None:
         name: of the file, for messages.
 
     Raises:
-        UserError: if the content cannot be fetched, or is not what `blob_id` names.
+        AbsentError: if the host has no such file, or it is not what `blob_id` names.
+        UserError: if the content cannot be fetched for another reason.
         OSError: if the folder of `path` cannot be written to.
     """
     with whole_file(path) as temporary:
@@ -136,17 +142,18 @@ def fetch(url: str, name: str, path: Path, blob_id: str) -> None:
         try:
             torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
         except (OSError, http.client.HTTPException, ValueError) as error:
+            kind = AbsentError if getattr(error, "code", None) in GONE else UserError
             error = getattr(error, "reason", None) or error  # of an HTTPError or URLError
             reason = (
                 "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
             )
-            raise UserError(
+            raise kind(
                 f"{name}: {url} cannot be fetched ({one_line(reason)}); try again later, or name another"
                 " source by --base_url"
             ) from None
         problem = find_problem(temporary, blob_id)
         if problem:
-            raise UserError(f"{name}: what came from {url} is {problem}; name another source by --base_url")
+            raise AbsentError(f"{name}: what came from {url} is {problem}; name another source by --base_url")
         sync(temporary)  # once more by whole_file, but here nothing has been moved yet if it fails
         keep_aside(path)
 
@@ -162,12 +169,16 @@ def keep_aside(path: Path) -> None:
 
 
 def download(files: Mapping[str, Remote], base_url: str | None, folder: Path) -> None:
-    """Fetch what is missing or wrong; stop at the first file that cannot be fetched.
+    """Fetch what is missing or wrong, also after a file that is not there; stop where no host answers.
 
     Args:
         files: by their place under `folder`.
         base_url: of a mirror, which has the same names as `folder`; None: from where they are published.
+
+    Raises:
+        UserError: if a file could not be fetched.
     """
+    absent = []
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch's downloader sets none
     try:
@@ -177,9 +188,17 @@ def download(files: Mapping[str, Remote], base_url: str | None, folder: Path) ->
             print(f"{name}: {f'{problem}; downloading' if problem else 'already right'}", flush=True)
             if problem:
                 url = remote.url if base_url is None else f"{base_url}/{urllib.parse.quote(name)}"
-                fetch(url, name, path, remote.blob_id)
+                try:
+                    fetch(url, name, path, remote.blob_id)
+                except AbsentError as error:
+                    absent.append(error)
+                    print(error, flush=True)
     finally:
         socket.setdefaulttimeout(before)
+    if len(absent) == 1:
+        raise absent[0]
+    if absent:
+        raise UserError(f"{len(absent)} of {len(files)} files cannot be fetched, listed above")
 
 
 def check(files: Mapping[str, Remote], folder: Path) -> None:

@@ -109,6 +109,14 @@ def test_sources_from_a_mirror_go_on_where_they_stopped(source, server, tmp_path
     )
     assert f"error: extra/y.txt: {server.url}/extra/y.txt cannot be fetched (Not Found)" in said.err
     assert files_in(tmp_path / "extra") == {"x y.txt": b"hello\n"}
+    for reply, error in (
+        ((404, {}, b""), "2 of 2 files cannot be fetched, listed above"),
+        (None, "x%20y.txt cannot be"),
+    ):
+        server.replies |= {"/extra/x%20y.txt": reply, "/extra/y.txt": reply}
+        assert run(tmp_path / "again", *flags, "ours") == 2  # a host that does not answer is asked once
+        assert error in capsys.readouterr().err and len(server.requests) == 4 + (reply is None)
+    server.requests, server.replies["/extra/x%20y.txt"] = server.requests[:2], (200, {}, b"hello\n")
     server.replies["/extra/y.txt"] = (200, {}, CONTENTS["first"])
     assert run(tmp_path, *flags, "all") == 0
     said = capsys.readouterr().out
