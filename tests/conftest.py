@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -18,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("PYTHONIOENCODING", "PYTHONPATH", "PYTHONSAFEPATH", "HF_HOME", "CXX", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     home = tempfile.TemporaryDirectory(prefix="home-of-tests-")
     os.environ |= {"HOME": home.name, "MPLCONFIGDIR": home.name}
