@@ -395,7 +395,7 @@ class Fuzzer:
 
     def download(self, path: Path, good: Path) -> None:
         target = path.with_name("downloaded")
-        download.fetch(path.resolve().as_uri(), target, download.git_blob_id(good))
+        download.fetch(path.resolve().as_uri(), path.name, target, download.git_blob_id(good))
         assert target.read_bytes() == good.read_bytes()
 
     def make_readers(self) -> list[Target]:

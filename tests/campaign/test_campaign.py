@@ -124,6 +124,14 @@ def defective_readers(folder):
         return faults.run_fuzz(make_bench(folder), len(defects), fuzzer).wrong
 
 
+def good_files(folder):
+    """What the campaign says of all its readers, each of a file that is whole."""
+    fuzzer = make_fuzzer(folder)
+    targets = [target for target in fuzzer.readers if target.files]
+    found = [fuzzer.read(target, target.files[0], [], fuzzer.base) for target in targets]
+    return [text for each in found for text in each.wrong] + [each.target for each in found if each.refused]
+
+
 def deaths(folder):
     def work(number, own):
         if number == 1:
@@ -148,6 +156,10 @@ def test_a_few_cases_pass(apart):
 )
 def test_half_written_files_and_forgotten_moments_are_noticed(break_code, said, apart):
     assert any(said in text for text in apart(break_code))
+
+
+def test_good_files_are_read(apart):
+    assert apart(good_files) == []
 
 
 def test_defective_readers_are_noticed(apart):
