@@ -21,6 +21,7 @@ from config import SPLITS, TASKS, TaskSpec
 from datasets import FORMS
 from evaluation import OVERALLS, TASK_KINDS
 from heads import PAIR_HEADS
+from support.command_line import printable
 from support.errors import UserError, one_line, quote
 from support.files import read_bytes
 from support.text_files import decode
@@ -61,9 +62,9 @@ def read_task_files(text: str) -> dict[str, dict]:
         try:
             content = tomllib.loads(decode(read_bytes(path, MAX_BYTES), path))
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise UserError(f"--task_file {path}: not TOML ({one_line(error)})") from None
+            raise UserError(printable(f"--task_file {path}: not TOML ({one_line(error)})")) from None
         except UserError as error:
-            raise UserError(f"--task_file {error}") from None
+            raise UserError(printable(f"--task_file {error}")) from None
         make_task(content, f"--task_file {path}")
         if content["name"] in contents:
             raise UserError(f"--task_file {path}: name is {content['name']!r}, as in an earlier file")

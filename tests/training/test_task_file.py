@@ -170,6 +170,11 @@ def test_bad_data_files(message, tmp_path):
         read_rows(tmp_path / name, own(), "dev")
 
 
+def test_an_error_is_one_line_whatever_the_path_is():
+    with pytest.raises(UserError, match=r"--task_file a\\x1db: cannot be read"):
+        read_task_files("a\x1db")  # at the end it would be stripped
+
+
 # --- the overall --------------------------------------------------------------------------------------------
 
 
