@@ -49,7 +49,7 @@ train: $(VENV)/installed  ## train on the sample, evaluate, write predictions (o
 	$(RUN) multitask_classifier.py --data_dir data/sample --output_dir runs/sample --overwrite \
 	  --batch_size 16 --max_steps 160 --eval_every 40
 
-test: $(VENV)/installed-dev  ## check layout and lint, run all tests (about four minutes)
+test: $(VENV)/installed-dev  ## check layout and lint, run all tests (three to four minutes)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(PYTEST)
