@@ -70,6 +70,16 @@ def test_scores_of_part_of_dev_are_called_so(place):
     assert listed["score"] is None and listed["remark"] == "not finished: step 0 of 20"
 
 
+def test_a_score_that_is_no_number_comes_last_and_names_are_of_one_line(place):
+    path = place / "better" / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["dev"]["mean"] = float("nan")
+    path.write_text(json.dumps(scores))
+    (place / "worse & <b>").rename(place / "worse\n1")
+    names = [row[0] for row in list_runs(place)[0].rows]
+    assert names == ["stopped", "worse\\n1", "better", "other"]
+
+
 def test_flags_are_short():
     assert format_value({"sst": 1.0, "sts": 0.5}) == "sst=1, sts=0.5"
     assert format_value({"nli": {"kind": "binary", "files": {"dev": "dev.csv"}}}) == "nli"  # --task_file

@@ -176,11 +176,22 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
         check_free(tmp_path, False, "minilm")
     with pytest.raises(UserError, match="best: is a checkpoint of the run that --overwrite would remove"):
         check_free(tmp_path, True, str(tmp_path / "mine" / ".." / "best"))
-    check_free(tmp_path, True, str(tmp_path / "mine"))
+    for copy in ("mine", "last.old"):
+        check_free(tmp_path, True, str(tmp_path / copy))
     text = begin_run(settings(tmp_path), {"data": {}})
     left = " ".join(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")))
     assert left == "args.json last.old mine notes.txt predictions predictions/mine.csv report"
     assert (tmp_path / "args.json").read_text() == text and len(json.loads(text)["commands"]) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "last", "report/mine.png", "predictions/sst-dev-output.csv"]
+)
+def test_folder_with_files_of_other_origin_in_a_runs_places_is_not_taken(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="is no run's folder; expected a new one"):
+        check_free(tmp_path, True, "minilm")
 
 
 def test_folder_of_another_script_or_with_checkpoints_alone_is_not_taken(tmp_path):

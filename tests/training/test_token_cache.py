@@ -126,3 +126,9 @@ def test_small_data_and_no_folder_leave_nothing(rows, tokenizer, cache, monkeypa
     monkeypatch.setattr(token_cache, "MIN_EXAMPLES", len(rows.texts) + 1)
     tokenize_cached(rows, tokenizer, **OPTIONS, cache_dir=cache)
     assert not cache.exists()
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(token_cache.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert token_cache.default_cache_dir() is None
